@@ -1,0 +1,171 @@
+"""The one implementation of reason-with-search. Knows token ids, an engine and a searcher; knows no verl, no HTTP.
+
+Training, evaluation and tests all drive `run_episode`. Invariants: (1) ids the engine produced are never decoded and
+encoded again; (2) a failed search becomes an observation and a record, never an exception; (3) every episode ends
+with exactly one StopReason; (4) the response never exceeds `max_response_tokens`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from research_rl import protocol
+from research_rl.trajectory import Author, Passage, SearchRecord, Segment, StopReason, Trajectory
+
+__all__ = ["Completion", "Engine", "Limits", "SearchFailure", "Searcher", "Tokenizer", "run_episode"]
+
+_OPEN = f" {protocol.RESULT_OPEN}\n"
+_CLOSE = f"\n{protocol.RESULT_CLOSE}"
+EMPTY_QUERY = "the query was empty; write it between <search> and </search>".replace("<", "[").replace(">", "]")
+NOTHING_FOUND = "no passage was found"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One turn of the engine. `ids` include the stop string's tokens; `logprobs` is as long as `ids`."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished_by: Literal["stop", "eos", "length"]
+
+
+@dataclass(frozen=True)
+class SearchFailure:
+    """A search that got no answer; `reason` is told to the model and counted."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Budget of one episode: counts, tokens, seconds."""
+
+    top_k: int
+    max_searches: int
+    max_result_tokens: int
+    max_response_tokens: int
+    wall_s: float
+    search_timeout_s: float
+
+
+class Tokenizer(Protocol):
+    """What the loop needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return ids without adding special tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return text with every token shown, special ones too."""
+        ...
+
+
+class Engine(Protocol):
+    """Generates one turn, stopping after `stop` or at the end of the sequence."""
+
+    async def generate(self, prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: int) -> Completion:
+        """Continue `prompt_ids` by at most `max_tokens` tokens."""
+        ...
+
+
+class Searcher(Protocol):
+    """Finds passages; returns one list a query or a SearchFailure, and raises nothing on purpose."""
+
+    async def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]] | SearchFailure:
+        """Return `top_k` passages for each query, best first."""
+        ...
+
+
+async def run_episode(
+    prompt_ids: Sequence[int], engine: Engine, searcher: Searcher, tokenizer: Tokenizer, limits: Limits
+) -> Trajectory:
+    """Let the model reason, search and answer; return what happened. Cancels cleanly, raises nothing of the engine's."""
+    trajectory = Trajectory(tuple(prompt_ids))
+    try:
+        async with asyncio.timeout(limits.wall_s):
+            trajectory.stop = await _Episode(trajectory, engine, searcher, tokenizer, limits).run()
+    except TimeoutError:
+        trajectory.stop = StopReason.TIME_LIMIT
+    except Exception as error:  # the boundary: whatever an engine raises costs this trajectory, not its group
+        trajectory.stop, trajectory.error = StopReason.ENGINE_FAILURE, f"{type(error).__name__}: {error}"
+    return trajectory
+
+
+@dataclass
+class _Episode:
+    trajectory: Trajectory
+    engine: Engine
+    searcher: Searcher
+    tokenizer: Tokenizer
+    limits: Limits
+    used: int = 0
+
+    async def run(self) -> StopReason:
+        while self.used < self.limits.max_response_tokens:
+            completion, text = await self._turn()
+            if completion.finished_by == "eos":
+                self.trajectory.ended_by_eos = True
+                return StopReason.ANSWERED if self._answered() else StopReason.MALFORMED
+            if completion.finished_by == "length":
+                return StopReason.TOKEN_LIMIT
+            if len(self.trajectory.searches) >= self.limits.max_searches:
+                return StopReason.SEARCH_LIMIT
+            self._observe(await self._search(protocol.last_query(text)))
+        return StopReason.TOKEN_LIMIT
+
+    async def _turn(self) -> tuple[Completion, str]:
+        context = [*self.trajectory.prompt_ids, *self.trajectory.response_ids]
+        started = time.perf_counter()
+        budget = self.limits.max_response_tokens - self.used
+        completion = await self.engine.generate(context, (protocol.SEARCH_CLOSE,), budget)
+        self.trajectory.engine_seconds += time.perf_counter() - started
+        text = self.tokenizer.decode(completion.ids)
+        self._append(Author.MODEL, completion.ids, completion.logprobs, text)
+        return completion, text
+
+    async def _search(self, query: str | None) -> str:
+        if not query:
+            self.trajectory.searches.append(SearchRecord("", (), 0.0, "empty query"))
+            return EMPTY_QUERY
+        started = time.perf_counter()
+        found = await self._ask(query)
+        seconds = time.perf_counter() - started
+        self.trajectory.search_seconds += seconds
+        if isinstance(found, SearchFailure):
+            self.trajectory.searches.append(SearchRecord(query, (), seconds, found.reason))
+            return f"search failed: {found.reason}"
+        self.trajectory.searches.append(SearchRecord(query, tuple(passage.id for passage in found), seconds))
+        return "\n\n".join(passage.contents for passage in found).strip() or NOTHING_FOUND
+
+    async def _ask(self, query: str) -> list[Passage] | SearchFailure:
+        try:
+            async with asyncio.timeout(self.limits.search_timeout_s):
+                found = await self.searcher.search([query], self.limits.top_k)
+        except TimeoutError:
+            return SearchFailure(f"no answer in {self.limits.search_timeout_s:g} s")
+        except Exception as error:  # the boundary: a broken searcher must not lose a trajectory
+            return SearchFailure(type(error).__name__)
+        if isinstance(found, SearchFailure):
+            return found
+        return found[0] if len(found) == 1 else SearchFailure(f"{len(found)} replies to 1 query")
+
+    def _observe(self, body: str) -> None:
+        """Append one result block, its body cut to `max_result_tokens`, the whole cut to the response budget."""
+        body_ids = self.tokenizer.encode(protocol.neutralise(body))
+        cut = body_ids[: self.limits.max_result_tokens]
+        ids = [*self.tokenizer.encode(_OPEN), *cut, *self.tokenizer.encode(_CLOSE)]
+        ids = ids[: self.limits.max_response_tokens - self.used]
+        self._append(Author.SEARCH, tuple(ids), (0.0,) * len(ids), self.tokenizer.decode(ids))
+
+    def _append(self, author: Author, ids: tuple[int, ...], logprobs: tuple[float, ...], text: str) -> None:
+        self.trajectory.segments.append(Segment(author, ids, logprobs, text))
+        self.used += len(ids)
+
+    def _answered(self) -> bool:
+        written = "".join(s.text for s in self.trajectory.segments if s.author is Author.MODEL)
+        _, opened, rest = written.partition(protocol.ANSWER_OPEN)
+        return bool(opened) and protocol.ANSWER_CLOSE in rest

@@ -1,0 +1,52 @@
+"""Every error this project raises on purpose. Knows no other module.
+
+    ResearchError
+    ├── ConfigError      (ValueError)        a parameter is unknown or out of range
+    ├── DataError        (ValueError)        a corpus or question set breaks its format
+    ├── ManifestError    (RuntimeError)      an artifact is missing, torn or does not fit its parents
+    ├── ServiceError     (RuntimeError)      a service did not start, answer or stop in time
+    ├── TrainingError    (RuntimeError)      the trainer failed, hung or lost trajectories
+    └── ModelError       (ValueError)        a model folder or tokenizer is unusable
+
+A message states the value, the limit and the remedy.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "ManifestError",
+    "ModelError",
+    "ResearchError",
+    "ServiceError",
+    "TrainingError",
+]
+
+
+class ResearchError(Exception):
+    """Base of all deliberate errors; the command line prints it without a traceback and exits with 1."""
+
+
+class ConfigError(ResearchError, ValueError):
+    """A parameter is unknown, of the wrong type or out of its range."""
+
+
+class DataError(ResearchError, ValueError):
+    """A corpus or question set breaks its format; the message names file, line and value."""
+
+
+class ManifestError(ResearchError, RuntimeError):
+    """An artifact is missing, torn, altered or was built from other parents."""
+
+
+class ServiceError(ResearchError, RuntimeError):
+    """A service did not start, answer or stop within its deadline."""
+
+
+class TrainingError(ResearchError, RuntimeError):
+    """The trainer failed, hung past its deadline or lost trajectories."""
+
+
+class ModelError(ResearchError, ValueError):
+    """A model folder or tokenizer is incomplete or does not fit the protocol."""

@@ -1,0 +1,172 @@
+"""Publish and read artifacts so that a torn one is never accepted. Knows folders and hashes, no stage's meaning.
+
+Invariants: (1) a folder without a valid manifest.json does not exist for any reader; (2) the manifest is written
+last, after every file is on disk; (3) a manifest holds no time and no machine path, so equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from research_rl import __version__
+from research_rl.errors import ManifestError
+
+__all__ = ["MANIFEST", "FileEntry", "Manifest", "Staging", "file_sha256", "load", "publish", "sweep"]
+
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 20
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact: path below the folder, size in bytes, sha256."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: str
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What an artifact is made of and from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    stage: str
+    config_hash: str
+    parents: dict[str, str]
+    code_version: str
+    counts: dict[str, int]
+    facts: dict[str, Any]
+    files: tuple[FileEntry, ...]
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON: the name by which children refer to this artifact."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of manifest.json; the same for the same content."""
+        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+@dataclass
+class Staging:
+    """A folder being filled; becomes an artifact when the `publish` block ends without an error."""
+
+    path: Path
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def publish(target: Path, stage: str, config_hash: str, parents: Mapping[str, Manifest]) -> Iterator[Staging]:
+    """Fill a temporary folder beside `target`, then make it `target` in one rename.
+
+    An exception inside the block removes the temporary folder and leaves an older `target` as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target)
+    staging = Staging(target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp")
+    staging.path.mkdir()
+    try:
+        yield staging
+        _seal(staging, stage, config_hash, {name: parent.hash for name, parent in sorted(parents.items())})
+        _swap(staging.path, target)
+    except BaseException:
+        shutil.rmtree(staging.path, ignore_errors=True)
+        raise
+
+
+def load(folder: Path, *, verify: bool = True) -> Manifest:
+    """Read a folder's manifest; with `verify`, compare size and sha256 of every file. Raises ManifestError."""
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ManifestError(f"{folder} has no {MANIFEST}; build it with `research run <stage>`") from None
+    except ValidationError as error:
+        raise ManifestError(f"{path} is not a manifest ({error.error_count()} errors); remove the folder and rerun") from None
+    for entry in manifest.files:
+        _check(folder, entry, verify)
+    return manifest
+
+
+def sweep(target: Path) -> None:
+    """Remove what a killed publication of `target` left behind; finish a swap that was cut in the middle."""
+    for old in target.parent.glob(f".{target.name}.*.old"):
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+    for temporary in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(temporary)
+
+
+def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str]) -> None:
+    paths = sorted(path for path in staging.path.rglob("*") if path.is_file())
+    files: list[FileEntry] = []
+    for path in paths:
+        _fsync(path)
+        name = path.relative_to(staging.path).as_posix()
+        files.append(FileEntry(path=name, size=path.stat().st_size, sha256=file_sha256(path)))
+    manifest = Manifest(
+        stage=stage,
+        config_hash=config_hash,
+        parents=parents,
+        code_version=__version__,
+        counts=dict(sorted(staging.counts.items())),
+        facts=staging.facts,
+        files=tuple(files),
+    )
+    (staging.path / MANIFEST).write_bytes(manifest.to_bytes())
+    _fsync(staging.path / MANIFEST)
+    for folder in (*(path for path in staging.path.rglob("*") if path.is_dir()), staging.path):
+        _fsync(folder)
+
+
+def _swap(new: Path, target: Path) -> None:
+    old = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check(folder: Path, entry: FileEntry, verify: bool) -> None:
+    path = folder / entry.path
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ManifestError(f"{path} is missing though {MANIFEST} lists it; remove {folder} and rerun") from None
+    if size != entry.size:
+        raise ManifestError(f"{path} has {size} bytes, its manifest says {entry.size}; remove {folder} and rerun")
+    if verify and (found := file_sha256(path)) != entry.sha256:
+        raise ManifestError(f"{path} has sha256 {found[:12]}, its manifest says {entry.sha256[:12]}; remove {folder} and rerun")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,112 @@
+"""What one episode leaves behind. Knows token ids, text and authors; knows no engine, no reward rule.
+
+Invariants: (1) concatenated segment ids are the response exactly as the engine saw it; (2) every trajectory has one
+StopReason; (3) `author` alone decides the loss mask: model 1, search 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+__all__ = ["Author", "Passage", "SearchRecord", "Segment", "StopReason", "Trajectory"]
+
+
+class Author(StrEnum):
+    """Who wrote a segment."""
+
+    MODEL = "model"
+    SEARCH = "search"
+
+
+class StopReason(StrEnum):
+    """Why an episode ended; exactly one each, and each is a metric."""
+
+    ANSWERED = "answered"
+    """The model closed its turn (end of sequence) after `</answer>`."""
+    MALFORMED = "malformed"
+    """The model ended its turn without a complete answer."""
+    SEARCH_LIMIT = "search_limit"
+    """The model asked for one search more than allowed."""
+    TOKEN_LIMIT = "token_limit"
+    """The response budget was used up."""
+    TIME_LIMIT = "time_limit"
+    """The episode's wall time was used up."""
+    ENGINE_FAILURE = "engine_failure"
+    """The engine raised; what was written before is kept."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One retrieved passage; `score` is the inner product."""
+
+    id: str
+    contents: str
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """One search: the model's query, what came back, how long it took; `error` names a failure."""
+
+    query: str
+    passage_ids: tuple[str, ...]
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive response tokens of one author. `logprobs` is as long as `ids`, 0.0 where unknown."""
+
+    author: Author
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+
+
+@dataclass
+class Trajectory:
+    """One episode: prompt, authored segments, stop reason and searches."""
+
+    prompt_ids: tuple[int, ...]
+    segments: list[Segment] = field(default_factory=list[Segment])
+    searches: list[SearchRecord] = field(default_factory=list[SearchRecord])
+    stop: StopReason = StopReason.MALFORMED
+    ended_by_eos: bool = False
+    engine_seconds: float = 0.0
+    search_seconds: float = 0.0
+    error: str | None = None
+
+    @property
+    def response_ids(self) -> list[int]:
+        """All response token ids in order."""
+        return [token for segment in self.segments for token in segment.ids]
+
+    @property
+    def response_mask(self) -> list[int]:
+        """1 for tokens of the model, 0 for tokens of the environment; as long as `response_ids`."""
+        return [int(segment.author is Author.MODEL) for segment in self.segments for _ in segment.ids]
+
+    @property
+    def response_logprobs(self) -> list[float]:
+        """Sampling log-probabilities, 0.0 for the environment's tokens; as long as `response_ids`."""
+        return [value for segment in self.segments for value in segment.logprobs]
+
+    @property
+    def text(self) -> str:
+        """The whole response as text, results included."""
+        return "".join(segment.text for segment in self.segments)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready record without token ids."""
+        return {
+            "stop": self.stop.value,
+            "ended_by_eos": self.ended_by_eos,
+            "segments": [{"author": s.author.value, "text": s.text, "tokens": len(s.ids)} for s in self.segments],
+            "searches": [asdict(search) for search in self.searches],
+            "engine_seconds": round(self.engine_seconds, 4),
+            "search_seconds": round(self.search_seconds, 4),
+            "error": self.error,
+        }
