@@ -1,0 +1,97 @@
+"""Run one command and take every descendant along when the parent or the command ends. Standard library only.
+
+Started by `research_rl.services` as `python -I -S _guardian.py COMMAND...` with a pipe as standard input that the
+parent never writes to: end of file on it means that the parent is gone, however it died. As child subreaper this
+process inherits daemons that the command left behind, so that none of them outlives it.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+
+PR_SET_CHILD_SUBREAPER = 36
+GRACE_S = float(os.environ.get("RESEARCH_GRACE_S", "10"))
+
+
+def descendants(root):
+    children = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as stream:
+                fields = stream.read().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != b"Z":
+            children.setdefault(int(fields[1]), []).append(int(name))
+    found, queue = [], [root]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def signal_all(number):
+    for pid in descendants(os.getpid()):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def reap():
+    """Collect ended children; return a dict pid -> exit code."""
+    codes = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return codes
+        if pid == 0:
+            return codes
+        codes[pid] = os.waitstatus_to_exitcode(status)
+
+
+def end_all():
+    """Ask, wait, then kill, until no descendant is left."""
+    signal_all(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    while descendants(os.getpid()):
+        reap()
+        if time.monotonic() > deadline:
+            signal_all(signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def main(command):
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write)
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    null = os.open(os.devnull, os.O_RDONLY)
+    child = os.posix_spawnp(
+        command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, null, 0)], setsigdef=[signal.SIGCHLD]
+    )
+    code = None
+    while code is None and not stop:
+        ready, _, _ = select.select([0, wake_read], [], [])
+        if 0 in ready:
+            stop.append("parent is gone")
+        elif wake_read in ready:
+            os.read(wake_read, 4096)
+        code = reap().get(child)
+    end_all()
+    return 128 - code if code is not None and code < 0 else code if code is not None else 143
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

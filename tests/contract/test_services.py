@@ -1,0 +1,104 @@
+"""Services really start, answer, stop, and end with the process that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from research_rl.errors import ServiceError
+from research_rl.services import free_port, guarded, reap, require_free, spawn
+
+
+def _http(port: int) -> list[str]:
+    return [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+
+
+def _gone(pid: int, within_s: float = 15.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_guarded_service_answers_and_leaves_nothing(tmp_path: Path) -> None:
+    port = free_port()
+    with guarded("web", _http(port), folder=tmp_path, health_url=f"http://127.0.0.1:{port}/", deadline_s=30) as process:
+        child = psutil.Process(process.popen.pid).children()[0].pid
+        assert (tmp_path / "web.pid").is_file()
+    assert _gone(child)
+    assert not (tmp_path / "web.pid").exists()
+
+
+def test_a_service_that_ends_early_is_reported_with_its_log(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit('no model here')"]
+    with pytest.raises(ServiceError, match=r"(?s)ended with code 1.*no model here"):
+        with guarded("bad", command, folder=tmp_path, health_url="http://127.0.0.1:9/", deadline_s=30):
+            pass
+
+
+def test_a_silent_service_is_stopped_at_its_deadline(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match="is silent after 0.5 s"):
+        with guarded("mute", ["sleep", "60"], folder=tmp_path, health_url="http://127.0.0.1:9/", deadline_s=0.5):
+            pass
+    assert reap(tmp_path) == []
+
+
+def test_killed_parent_takes_daemons_along(tmp_path: Path) -> None:
+    """The service forks a daemon in a session of its own; SIGKILL of the parent ends both."""
+    daemon = "import os,time,pathlib,sys; os.fork() and os._exit(0); os.setsid(); pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
+    parent = textwrap.dedent(
+        f"""
+        import sys, time
+        from pathlib import Path
+        from research_rl.services import spawn
+        inner = "import subprocess,sys,time; subprocess.Popen([sys.executable,'-c',sys.argv[1],sys.argv[2]]); time.sleep(600)"
+        spawn("svc", [sys.executable, "-c", inner, {daemon!r}, {str(tmp_path / "daemon")!r}], folder=Path({str(tmp_path)!r}))
+        time.sleep(600)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], env={**os.environ, "RESEARCH_GRACE_S": "1"})
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "daemon").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    pid = int((tmp_path / "daemon").read_text())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert _gone(pid)
+
+
+def test_reap_ends_orphans_of_a_killed_guardian(tmp_path: Path) -> None:
+    process = spawn("orphan", ["sleep", "600"], folder=tmp_path)
+    time.sleep(0.3)
+    child = psutil.Process(process.popen.pid).children()[0].pid
+    process.popen.kill()
+    process.popen.wait()
+    assert psutil.pid_exists(child)
+    assert reap(tmp_path) == ["orphan"]
+    assert _gone(child)
+
+
+def test_reap_leaves_a_reused_pid_alone(tmp_path: Path) -> None:
+    (tmp_path / "old.pid").write_text(f'{{"pid": {os.getpid()}, "started": 1.0, "marker": "x", "command": []}}')
+    assert reap(tmp_path) == []
+
+
+def test_a_port_in_use_is_named_with_its_setting() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServiceError, match=f"retriever.port={port} .* set retriever.port to a free port"):
+            require_free("127.0.0.1", port, "retriever.port")
