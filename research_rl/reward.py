@@ -1,0 +1,123 @@
+"""Grade one trajectory. Knows segments and strings; knows no tokens, no retriever.
+
+Two rules, both of ReSearch, which differ:
+  paper       r = F1 if F1 > 0; 0.1 if F1 = 0 and the format is right; 0 otherwise      (arXiv 2503.19470, eq. 2)
+  repository  r = 0 if the format is wrong or the response is not ended by eos; else F1 if F1 > 0; else 0.1
+              (verl/utils/reward_score/re_search.py)
+
+Deviations from the published code: (1) only model-authored text is read; a block written by search stands as an empty
+`<result></result>`, so that a passage can neither win nor destroy the reward. (2) The response is given as segments, so
+it needs no splitting at the assistant's delimiter, whose second occurrence cuts the response there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from research_rl import protocol
+from research_rl.metrics import exact_match, token_f1
+from research_rl.trajectory import Author, Segment, Trajectory
+
+__all__ = ["FORMAT_REWARD", "Grade", "Rule", "boxed", "check_format", "grade", "graded_text", "score_text"]
+
+Rule = Literal["paper", "repository"]
+FORMAT_REWARD = 0.1
+_EMPTY_RESULT = f" {protocol.RESULT_OPEN}\n{protocol.RESULT_CLOSE}"
+
+
+@dataclass(frozen=True)
+class Grade:
+    """`score` is the reward; `f1` and `em` grade the prediction whatever the format; `reason` names the first fault."""
+
+    score: float
+    f1: float
+    em: float
+    format_ok: bool
+    reason: str
+    prediction: str
+
+
+def grade(trajectory: Trajectory, golds: Sequence[str], rule: Rule, eos_token: str) -> Grade:
+    """Grade a trajectory against its gold answers."""
+    text = graded_text(trajectory.segments).removesuffix(eos_token)
+    return score_text(text, golds, rule, ended_by_eos=trajectory.ended_by_eos)
+
+
+def graded_text(segments: Iterable[Segment]) -> str:
+    """Return the response as the reward sees it: the model's words, and an empty result block for each search."""
+    return "".join(s.text if s.author is Author.MODEL else _EMPTY_RESULT for s in segments)
+
+
+def score_text(text: str, golds: Sequence[str], rule: Rule, *, ended_by_eos: bool) -> Grade:
+    """Grade a response text (without its eos token) by one of the two rules."""
+    fault = check_format(text)
+    if fault is None and not ended_by_eos:
+        fault = "not ended by eos"
+    prediction = _prediction(text, strict=rule == "repository")
+    f1 = token_f1(prediction, golds)
+    em = exact_match(prediction, golds)
+    if fault is None and rule == "repository" and prediction == "" and boxed(_answer(text)) is None:
+        fault = "no boxed answer"
+    if fault is None:
+        score = f1 or FORMAT_REWARD
+    else:
+        score = f1 if rule == "paper" else 0.0
+    return Grade(score, f1, em, fault is None, fault or "ok", prediction)
+
+
+def check_format(text: str) -> str | None:
+    """Return the first fault of the published format rule, None when there is none (steps 1-4 of that rule)."""
+    opened, closed = text.count(protocol.THINK_OPEN), text.count(protocol.THINK_CLOSE)
+    if opened != closed or opened == 0:
+        return f"{opened} <think> and {closed} </think>"
+    if text.count(protocol.ANSWER_OPEN) != 1 or text.count(protocol.ANSWER_CLOSE) != 1:
+        return "not exactly one <answer> and one </answer>"
+    if not _searches_closed(text):
+        return "a <search> without </search>, <result>, </result> in this order"
+    if text.index(protocol.ANSWER_OPEN) > text.index(protocol.ANSWER_CLOSE):
+        return "</answer> before <answer>"
+    answer = _answer(text)
+    if protocol.BOXED_OPEN not in answer or "}" not in answer:
+        return "no \\boxed{} in the answer"
+    return None
+
+
+def boxed(text: str) -> str | None:
+    """Return the content of the last `\\boxed{...}` with its braces matched; None when there is none."""
+    start = text.rfind(protocol.BOXED_OPEN)
+    if start < 0:
+        return None
+    begin, depth = start + len(protocol.BOXED_OPEN), 1
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[begin:position]
+    return None
+
+
+def _searches_closed(text: str) -> bool:
+    position = text.find(protocol.SEARCH_OPEN)
+    while position >= 0:
+        for tag in (protocol.SEARCH_CLOSE, protocol.RESULT_OPEN, protocol.RESULT_CLOSE):
+            position = text.find(tag, position)
+            if position < 0:
+                return False
+        position = text.find(protocol.SEARCH_OPEN, position)
+    return True
+
+
+def _answer(text: str) -> str:
+    """Return what stands between the first <answer> and the </answer> after it; "" when there is no such pair."""
+    _, _, rest = text.partition(protocol.ANSWER_OPEN)
+    body, closed, _ = rest.partition(protocol.ANSWER_CLOSE)
+    return body if closed else ""
+
+
+def _prediction(text: str, *, strict: bool) -> str:
+    """Return the boxed answer; when `strict`, only from inside <answer>, else from anywhere the model wrote it."""
+    inside = boxed(_answer(text))
+    if inside is None and not strict:
+        inside = boxed(text)
+    return (inside or "").strip()
