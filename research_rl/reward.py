@@ -55,15 +55,12 @@ def score_text(text: str, golds: Sequence[str], rule: Rule, *, ended_by_eos: boo
     fault = check_format(text)
     if fault is None and not ended_by_eos:
         fault = "not ended by eos"
-    prediction = _prediction(text, strict=rule == "repository")
-    f1 = token_f1(prediction, golds)
-    em = exact_match(prediction, golds)
-    if fault is None and rule == "repository" and prediction == "" and boxed(_answer(text)) is None:
-        fault = "no boxed answer"
-    if fault is None:
-        score = f1 or FORMAT_REWARD
-    else:
-        score = f1 if rule == "paper" else 0.0
+    extracted = boxed(_answer(text))
+    if fault is None and extracted is None and rule == "repository":
+        fault = "the boxed answer cannot be read"
+    prediction = (extracted or "").strip()
+    f1, em = token_f1(prediction, golds), exact_match(prediction, golds)
+    score = f1 or FORMAT_REWARD if fault is None else f1 if rule == "paper" else 0.0
     return Grade(score, f1, em, fault is None, fault or "ok", prediction)
 
 
@@ -85,9 +82,14 @@ def check_format(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    """Return the content of the last `\\boxed{...}` with its braces matched; None when there is none."""
-    start = text.rfind(protocol.BOXED_OPEN)
-    if start < 0:
+    """Return the content of the last `\\boxed`, found as the published code finds it; None where that fails.
+
+    The last `\\boxed{...}` with its braces matched; the older form `\\boxed x` wins where it occurs and runs up to `$`.
+    """
+    if "\\boxed " in text:
+        return text.split("\\boxed ")[-1].split("$")[0]
+    start = text.rfind("\\boxed")
+    if start < 0 or not text.startswith(protocol.BOXED_OPEN, start):
         return None
     begin, depth = start + len(protocol.BOXED_OPEN), 1
     for position in range(begin, len(text)):
@@ -113,11 +115,3 @@ def _answer(text: str) -> str:
     _, _, rest = text.partition(protocol.ANSWER_OPEN)
     body, closed, _ = rest.partition(protocol.ANSWER_CLOSE)
     return body if closed else ""
-
-
-def _prediction(text: str, *, strict: bool) -> str:
-    """Return the boxed answer; when `strict`, only from inside <answer>, else from anywhere the model wrote it."""
-    inside = boxed(_answer(text))
-    if inside is None and not strict:
-        inside = boxed(text)
-    return (inside or "").strip()

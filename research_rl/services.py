@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,13 @@ class Process:
 
 
 def spawn(
-    name: str, command: Sequence[str], *, folder: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, log: Path | None = None
+    name: str,
+    command: Sequence[str],
+    *,
+    folder: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    log: Path | None = None,
 ) -> Process:
     """Start `command` under a guardian in its own session; its output is appended to `log` (`folder/<name>.log`).
 
@@ -106,7 +112,7 @@ def spawn(
 @contextmanager
 def guarded(
     name: str, command: Sequence[str], *, folder: Path, health_url: str, deadline_s: float, env: Mapping[str, str] | None = None
-) -> Iterator[Process]:
+) -> Generator[Process]:
     """Run a service for the length of a block: start, wait until `health_url` answers 200, stop on any exit.
 
     Raises ServiceError with the last log lines when it ends or stays silent until the deadline.
@@ -149,7 +155,9 @@ def require_free(host: str, port: int, setting: str) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServiceError(f"{setting}={port} on {host} cannot be bound ({error.strerror}); set {setting} to a free port or to 0") from None
+            raise ServiceError(
+                f"{setting}={port} on {host} cannot be bound ({error.strerror}); set {setting} to a free port or to 0"
+            ) from None
     return port
 
 
@@ -217,7 +225,5 @@ def _members(identity: _Identity) -> list[psutil.Process]:
 
 
 def _send(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass

@@ -116,7 +116,9 @@ def current(name: str, config: Config, workspace: Workspace, *, verify: bool = T
     return found if fits else None
 
 
-def run_stage(name: str, config: Config, workspace: Workspace, *, force: bool = False, progress: Progress = silent) -> tuple[Manifest, bool]:
+def run_stage(
+    name: str, config: Config, workspace: Workspace, *, force: bool = False, progress: Progress = silent
+) -> tuple[Manifest, bool]:
     """Build the artifact of `name` unless it is current; return its manifest and whether it was built.
 
     Raises ConfigError for an unknown stage and ManifestError when a parent is missing, torn or stale.

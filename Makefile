@@ -1,0 +1,37 @@
+# Every target sets up what it needs; Python 3.11 and make are all that must be there.
+PYTHON ?= python3.11
+export PREFECT_HOME ?= $(CURDIR)/.prefect
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS = 120
+export DO_NOT_TRACK = 1
+export GX_ANALYTICS_ENABLED = false
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help setup demo test lint up down bench clean
+
+help:  ## show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+setup:  ## create .venv and .venv-policy from the locks; seconds when they fit
+	@$(PYTHON) requirements/install.py pipeline policy
+
+demo: setup  ## run the whole chain on the laptop profile
+	@.venv/bin/python -m flows.train
+
+test: setup  ## lint, types, layers and every test
+	@.venv/bin/python tests/run.py
+
+lint: setup  ## format check, lint, types, layers
+	@.venv/bin/python tests/run.py lint
+
+up: setup  ## start Prefect server, MLflow server and a worker on loopback, deploy everything
+	@.venv/bin/python -m tasks.services up
+
+down:  ## stop what `make up` started
+	@if [ -x .venv/bin/python ]; then .venv/bin/python -m tasks.services down; fi
+
+bench: setup  ## run the benchmarks
+	@.venv/bin/python -m benchmarks
+
+clean: down  ## remove environments, artifacts and caches; data/ and mlflow.db stay
+	rm -rf .venv .venv-policy .prefect .services .cache artifacts/.work
