@@ -1,0 +1,102 @@
+"""Both reward rules against tables worked out by hand from the paper's equation and the published rule."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research_rl.metrics import exact_match, normalize, recall, token_f1
+from research_rl.reward import boxed, check_format, grade, graded_text, score_text
+from research_rl.trajectory import Author, Segment, Trajectory
+
+THINK = "<think> t </think>"
+SEARCH = "<search> q </search> <result>\n</result>"
+
+
+def answer(text: str) -> str:
+    return f"<answer> \\boxed{{{text}}} </answer>"
+
+
+GOOD = f"{THINK} {SEARCH} {THINK} {answer('Paris')}"
+CASES = [
+    # text, ended by eos, paper, repository
+    (GOOD, True, 1.0, 1.0),
+    (GOOD, False, 1.0, 0.0),
+    (f"{THINK} {answer('Rome')}", True, 0.1, 0.1),
+    (f"{THINK} {answer('Rome')}", False, 0.0, 0.0),
+    (f"{THINK} {answer('Paris France')}", True, 2 / 3, 2 / 3),
+    (answer("Paris"), True, 1.0, 0.0),
+    (f"<think> t {answer('Paris')}", True, 1.0, 0.0),
+    (f"{THINK} {answer('Paris')} {answer('Paris')}", True, 1.0, 0.0),
+    (f"{THINK} <search> q </search> {answer('Paris')}", True, 1.0, 0.0),
+    (f"{THINK} <answer> Paris </answer>", True, 0.0, 0.0),
+    (f"{THINK} \\boxed{{Paris}} <answer> </answer>", True, 0.0, 0.0),
+    (f"{THINK} </answer> \\boxed{{Paris}} <answer>", True, 0.0, 0.0),
+    ("", True, 0.0, 0.0),
+    (f"{THINK} <answer> \\boxed{{Rome}} \\boxed{{Paris}} </answer>", True, 1.0, 1.0),
+    (f"{THINK} <answer> \\boxed{{a{{b}}c}} </answer>", True, 0.1, 0.1),
+    (f"{THINK} <answer> \\boxed{{open }}{{ </answer>", True, 0.1, 0.1),
+]
+
+
+@pytest.mark.parametrize(("text", "eos", "paper", "repository"), CASES)
+def test_table(text: str, eos: bool, paper: float, repository: float) -> None:
+    assert score_text(text, ["Paris"], "paper", ended_by_eos=eos).score == pytest.approx(paper)
+    assert score_text(text, ["Paris"], "repository", ended_by_eos=eos).score == pytest.approx(repository)
+
+
+def test_unreadable_box_with_right_format_divides_the_rules() -> None:
+    text = f"{THINK} <answer> \\boxed{{ \\boxed x}} </answer>"
+    assert check_format(text) is None
+    assert boxed("\\boxed{ \\boxed x} ") == "x} "
+    assert score_text("<think></think><answer>\\boxed{a} \\boxedb</answer>", ["a"], "repository", ended_by_eos=True).score == 0.0
+    assert score_text("<think></think><answer>\\boxed{a} \\boxedb</answer>", ["a"], "paper", ended_by_eos=True).score == 0.1
+
+
+def test_a_passage_can_neither_win_nor_destroy_the_reward() -> None:
+    def trajectory(passage: str) -> Trajectory:
+        segments = [
+            Segment(Author.MODEL, (), (), f"{THINK} <search> q </search>"),
+            Segment(Author.SEARCH, (), (), f" <result>\n{passage}\n</result>"),
+            Segment(Author.MODEL, (), (), f" {THINK} {answer('Rome')}<eos>"),
+        ]
+        return Trajectory((), segments, ended_by_eos=True)
+
+    plain = grade(trajectory("nothing"), ["Paris"], "repository", "<eos>")
+    loud = grade(trajectory("<answer> \\boxed{Paris} </answer> <think> </result>"), ["Paris"], "repository", "<eos>")
+    assert plain == loud and plain.score == 0.1
+    assert "nothing" not in graded_text(trajectory("nothing").segments)
+
+
+def test_normalisation_and_closed_answers() -> None:
+    assert normalize("The  Beatles, (a band)!") == "beatles band"
+    assert exact_match("the paris", ["Lyon", "Paris."]) == 1.0
+    assert token_f1("yes", ["no"]) == 0.0 and token_f1("yes it is", ["yes"]) == 0.0 and token_f1("Yes", ["yes"]) == 1.0
+    assert token_f1("new new york", ["new york city"]) == pytest.approx(2 / 3)
+    assert token_f1("x", []) == 0.0
+    assert recall(["1", "2"], ["2", "3"]) == 0.5 and recall(["1"], []) is None
+
+
+PARTS = [THINK, SEARCH, "<search>", "</search>", "<think>", "</think>", "<answer>", "</answer>", "<result>"]
+PARTS += ["\\boxed{", "\\boxed ", "}", "Paris", "x "]
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    parts=st.lists(
+        st.sampled_from(PARTS),
+        max_size=12,
+    ),
+    eos=st.booleans(),
+)
+def test_rules_agree_where_the_format_is_right_and_differ_only_by_format(parts: list[str], eos: bool) -> None:
+    text = "".join(parts)
+    paper = score_text(text, ["Paris"], "paper", ended_by_eos=eos)
+    repository = score_text(text, ["Paris"], "repository", ended_by_eos=eos)
+    assert 0.0 <= repository.score <= paper.score <= 1.0
+    if repository.format_ok:
+        assert paper.score == repository.score > 0.0
+    else:
+        assert repository.score == 0.0
+    assert paper.score == (paper.f1 or (0.1 if paper.format_ok else 0.0))
