@@ -1,0 +1,110 @@
+"""data/ holds checked rows with their set's name, is equal for equal input, and is left alone by a failed download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from research_rl import manifest
+from research_rl.config import Config
+from research_rl.data import download, flashrag
+from research_rl.errors import ConfigError, DataError
+from research_rl.stages import STAGES, Context, Workspace, silent
+
+FILES = {
+    "corpus": "wiki/corpus.jsonl",
+    "train": ["musique/train.jsonl", "hotpotqa/train.jsonl"],
+    "dev": ["musique/dev.jsonl"],
+    "test": ["musique/dev.jsonl"],
+}
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    root = tmp_path / "source"
+    lines(root / "wiki/corpus.jsonl", [{"id": str(n), "contents": f'"T{n}"\ntext {n}'} for n in range(5)])
+    for name in ("musique/train", "hotpotqa/train", "musique/dev"):
+        row = {"question": "Who?", "golden_answers": ["Ada"], "metadata": {"supporting_passage_ids": ["1"]}}
+        lines(root / f"{name}.jsonl", [{"id": f"{name.split('/')[1]}_{n}", **row} for n in range(3)])
+    return root
+
+
+def context(root: Path, **data: Any) -> Context:
+    config = Config.model_validate({"data": data})
+    return Context(STAGES["download"], config, Workspace(root), {}, silent)
+
+
+def test_folder_files_are_joined_and_keep_their_set(tmp_path: Path, source: Path) -> None:
+    made = context(tmp_path / "w", source="folder", folder=str(source), **FILES)
+    download.run(made)
+    found = manifest.load(tmp_path / "w/data")
+    assert found.counts == {"corpus": 5, "train": 6, "dev": 3, "test": 3}
+    questions = list(flashrag.read_questions(tmp_path / "w/data/train.jsonl"))
+    assert [q.id for q in questions[:1] + questions[3:4]] == ["musique/train_0", "hotpotqa/train_0"]
+    assert questions[3].metadata == {"supporting_passage_ids": ["1"], "data_source": "hotpotqa"}
+
+
+def test_equal_input_gives_equal_bytes_whatever_the_workspace(tmp_path: Path, source: Path) -> None:
+    for name in ("a", "deep/b"):
+        download.run(context(tmp_path / name, source="folder", folder=str(source), **FILES))
+    for path in (tmp_path / "a/data").iterdir():
+        assert path.read_bytes() == (tmp_path / "deep/b/data" / path.name).read_bytes()
+
+
+def test_a_relative_folder_is_below_the_workspace(tmp_path: Path, source: Path) -> None:
+    download.run(context(tmp_path, source="folder", folder=source.name, **FILES))
+    assert manifest.load(tmp_path / "data").counts["corpus"] == 5
+
+
+def test_files_of_one_set_in_one_split_keep_their_ids_apart(tmp_path: Path, source: Path) -> None:
+    lines(source / "musique/more.jsonl", [{"id": "train_0", "question": "Who?", "golden_answers": ["Ada"]}])
+    named = {**FILES, "train": ["musique/train.jsonl", "musique/more.jsonl"]}
+    download.run(context(tmp_path, source="folder", folder=str(source), **named))
+    ids = [q.id for q in flashrag.read_questions(tmp_path / "data/train.jsonl")]
+    assert ids[0] == "musique/train/train_0"
+    assert ids[-1] == "musique/more/train_0"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"folder": None}, ConfigError, "data.folder is empty"),
+        ({"folder": "/nowhere/at/all"}, DataError, "is not a folder"),
+        ({"corpus": "other.jsonl"}, DataError, "has no other.jsonl"),
+        ({"train": []}, ConfigError, "data.train"),
+        ({"dev": ["musique/dev.jsonl"] * 2}, ConfigError, "twice"),
+    ],
+)
+def test_a_wrong_source_is_named_and_leaves_nothing(
+    tmp_path: Path, source: Path, change: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    named = {"folder": str(source), **FILES, **change}
+    with pytest.raises(error, match=says):
+        download.run(context(tmp_path / "w", source="folder", **named))
+    assert list((tmp_path / "w").iterdir()) == []
+
+
+def test_a_bad_row_leaves_the_old_snapshot(tmp_path: Path, source: Path) -> None:
+    made = context(tmp_path / "w", source="folder", folder=str(source), **FILES)
+    download.run(made)
+    before = manifest.load(tmp_path / "w/data").hash
+    with (source / "musique/dev.jsonl").open("a") as stream:
+        stream.write("{oops\n")
+    with pytest.raises(DataError, match=r"musique/dev.jsonl:4: .*not JSON"):
+        download.run(made)
+    assert manifest.load(tmp_path / "w/data").hash == before
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["data"]
+
+
+def test_an_unreachable_hub_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"http://127.0.0.1:9.* at main"):
+        download.run(context(tmp_path, source="hub", hub_endpoint="http://127.0.0.1:9"))
+    assert not (tmp_path / "data").exists()
