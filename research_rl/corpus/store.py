@@ -1,0 +1,153 @@
+"""Passages on disk as memory-mapped Arrow shards. Knows rows, ids and text; knows no vector, no stage.
+
+Invariants: (1) every shard but the last holds `shard_rows` rows in one record batch, so a row's place is a division;
+(2) an id is found through a bucket table in constant expected time; (3) no list of all texts or ids exists anywhere.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from research_rl import manifest
+from research_rl.errors import DataError, ManifestError
+from research_rl.manifest import Manifest
+from research_rl.trajectory import Passage
+
+__all__ = ["PassageStore", "write"]
+
+_OFFSETS, _ROWS = "id-offsets.npy", "id-rows.npy"
+_SCHEMA = pa.schema({"id": pa.large_string(), "contents": pa.large_string()})
+
+
+class PassageStore:
+    """Read access to a corpus artifact; safe to share between threads, cheap to open at any size.
+
+    Raises ManifestError when the folder is no whole corpus artifact. Shards are mapped at their first use.
+    """
+
+    def __init__(self, folder: Path, found: Manifest | None = None) -> None:
+        self.folder = folder
+        self.manifest = found or manifest.load(folder, verify=False)
+        if self.manifest.stage != "corpus":
+            raise ManifestError(f"{folder} holds stage {self.manifest.stage}, not a corpus; name the folder artifacts/corpus")
+        self._rows = self.manifest.counts["passages"]
+        self._shard_rows = int(self.manifest.facts["shard_rows"])
+        self._shards: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._offsets: npt.NDArray[np.int64] = np.load(folder / _OFFSETS, mmap_mode="r")
+        self._order: npt.NDArray[np.int64] = np.load(folder / _ROWS, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self._rows // self._shard_rows)
+
+    def get(self, rows: Iterable[int]) -> list[Passage]:
+        """Return the passages at `rows`, in that order, scores 0. Raises IndexError outside 0 to len - 1."""
+        return [self._passage(int(row)) for row in rows]
+
+    def row_of(self, identifier: str) -> int | None:
+        """Return the row of an id, None when there is none."""
+        bucket = _hash(identifier) % (len(self._offsets) - 1)
+        for row in self._order[self._offsets[bucket] : self._offsets[bucket + 1]]:
+            if self._passage(int(row)).id == identifier:
+                return int(row)
+        return None
+
+    def by_id(self, identifiers: Iterable[str]) -> list[Passage]:
+        """Return the passages of these ids, in that order. Raises DataError for an unknown one."""
+        rows: list[int] = []
+        for identifier in identifiers:
+            if (row := self.row_of(identifier)) is None:
+                raise DataError(f"passage id {identifier!r} is not among the {len(self):,} of {self.folder}; use an id of this corpus")
+            rows.append(row)
+        return self.get(rows)
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Return the contents of rows `start` to `stop` - 1."""
+        found: list[str] = []
+        while start < min(stop, self._rows):
+            shard, place = divmod(start, self._shard_rows)
+            count = min(stop - start, self._shard_rows - place)
+            column = self._shard(shard).column(1).slice(place, count)
+            found += column.to_pylist()
+            start += len(column)
+        return found
+
+    def batches(self, size: int) -> Iterator[tuple[int, list[str]]]:
+        """Yield the first row and the contents of consecutive batches of up to `size` passages."""
+        for start in range(0, self._rows, size):
+            yield start, self.texts(start, start + size)
+
+    def _passage(self, row: int) -> Passage:
+        if not 0 <= row < self._rows:
+            raise IndexError(f"row {row} is outside the {self._rows} passages of {self.folder}")
+        shard, place = divmod(row, self._shard_rows)
+        batch = self._shard(shard)
+        return Passage(batch.column(0)[place].as_py(), batch.column(1)[place].as_py())
+
+    def _shard(self, number: int) -> Any:
+        found = self._shards.get(number)
+        if found is None:
+            with self._lock:
+                found = self._shards.get(number) or self._map(self.folder / shard_name(number))
+                self._shards[number] = found
+        return found
+
+    def _map(self, path: Path) -> Any:
+        try:
+            with pa.memory_map(str(path)) as source:
+                return pa.ipc.open_file(source).get_batch(0)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ManifestError(f"{path} cannot be read ({error}); remove {self.folder} and rerun") from None
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"passages-{number:05d}.arrow"
+
+
+def write(passages: Iterable[Passage], folder: Path, shard_rows: int) -> int:
+    """Write passages as a store into `folder`; return how many. Memory: one shard, and eight bytes a passage."""
+    hashes: list[npt.NDArray[np.uint64]] = []
+    pending: list[Passage] = []
+    for passage in passages:
+        pending.append(passage)
+        if len(pending) == shard_rows:
+            hashes.append(_write_shard(pending, folder / shard_name(len(hashes))))
+            pending = []
+    if pending:
+        hashes.append(_write_shard(pending, folder / shard_name(len(hashes))))
+    _write_table(np.concatenate(hashes) if hashes else np.empty(0, np.uint64), folder)
+    return sum(map(len, hashes))
+
+
+def _write_shard(passages: Sequence[Passage], path: Path) -> npt.NDArray[np.uint64]:
+    ids = [passage.id for passage in passages]
+    columns = [pa.array(ids, pa.large_string()), pa.array([passage.contents for passage in passages], pa.large_string())]
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+    return np.fromiter(map(_hash, ids), np.uint64, len(ids))
+
+
+def _write_table(hashes: npt.NDArray[np.uint64], folder: Path) -> None:
+    """Write rows grouped by bucket, and where each bucket starts; about one row a bucket."""
+    buckets = max(1, len(hashes))
+    bucket = (hashes % np.uint64(buckets)).astype(np.int64)
+    np.save(folder / _ROWS, np.argsort(bucket, kind="stable"))
+    np.save(folder / _OFFSETS, np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=buckets))]).astype(np.int64))
+
+
+def _hash(identifier: str) -> int:
+    return int.from_bytes(blake2b(identifier.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,78 @@
+"""The store returns every passage by row and by id, from mapped shards, with equal bytes for equal input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from research_rl import manifest
+from research_rl.config import Config
+from research_rl.corpus import build
+from research_rl.corpus.store import PassageStore
+from research_rl.errors import DataError, ManifestError
+from research_rl.stages import STAGES, Context, Workspace, silent
+from research_rl.trajectory import Passage
+
+ROWS = 257
+
+
+def passage(n: int) -> Passage:
+    return Passage(f"p-{n}", f'"Title {n}"\nÜber {n} ' + "x" * (n % 7))
+
+
+def made(root: Path, rows: int = ROWS) -> Path:
+    workspace = Workspace(root)
+    for stage in ("download", "validate"):
+        with manifest.publish(workspace.folder(stage), stage, "x", {}) as staging:
+            staging.counts["corpus"] = rows
+            lines = [json.dumps({"id": passage(n).id, "contents": passage(n).contents}) for n in range(rows)]
+            (staging.path / "corpus.jsonl").write_text("\n".join(lines))
+    parents = {name: manifest.load(workspace.folder(name)) for name in ("download", "validate")}
+    build.run(Context(STAGES["corpus"], Config.model_validate({"corpus": {"shard_rows": 100}}), workspace, parents, silent))
+    return workspace.folder("corpus")
+
+
+def test_every_passage_is_found_by_row_and_by_id(tmp_path: Path) -> None:
+    store = PassageStore(made(tmp_path))
+    assert (len(store), store.shards) == (ROWS, 3)
+    assert store.get(range(ROWS)) == [passage(n) for n in range(ROWS)]
+    assert [store.row_of(f"p-{n}") for n in range(ROWS)] == list(range(ROWS))
+    assert store.by_id(["p-256", "p-0"]) == [passage(256), passage(0)]
+    assert store.row_of("p-999") is None
+
+
+def test_batches_cross_shards_in_order(tmp_path: Path) -> None:
+    store = PassageStore(made(tmp_path))
+    found = list(store.batches(60))
+    assert [start for start, _ in found] == [0, 60, 120, 180, 240]
+    assert [text for _, texts in found for text in texts] == [passage(n).contents for n in range(ROWS)]
+    assert store.texts(95, 105) == [passage(n).contents for n in range(95, 105)]
+
+
+def test_unknown_rows_and_ids_are_named(tmp_path: Path) -> None:
+    store = PassageStore(made(tmp_path))
+    with pytest.raises(IndexError, match="row 257 is outside the 257"):
+        store.get([257])
+    with pytest.raises(IndexError, match="row -1"):
+        store.get([-1])
+    with pytest.raises(DataError, match="'nope' is not among the 257"):
+        store.by_id(["nope"])
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    first, second = made(tmp_path / "a"), made(tmp_path / "b")
+    assert (first / manifest.MANIFEST).read_bytes() == (second / manifest.MANIFEST).read_bytes()
+
+
+def test_another_stages_folder_and_a_torn_shard_are_refused(tmp_path: Path) -> None:
+    folder = made(tmp_path)
+    with pytest.raises(ManifestError, match="holds stage download"):
+        PassageStore(tmp_path / "data")
+    shard = folder / "passages-00001.arrow"
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    store = PassageStore(folder)
+    assert store.get([0]) == [passage(0)]
+    with pytest.raises(ManifestError, match=r"passages-00001\.arrow cannot be read"):
+        store.get([150])
