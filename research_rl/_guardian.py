@@ -18,6 +18,7 @@ GRACE_S = float(os.environ.get("RESEARCH_GRACE_S", "10"))
 
 
 def descendants(root: int) -> list[int]:
+    """Return the pids of all living processes below `root`."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -39,6 +40,7 @@ def descendants(root: int) -> list[int]:
 
 
 def signal_all(number: int) -> None:
+    """Send a signal to every descendant."""
     for pid in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -69,6 +71,7 @@ def end_all() -> None:
 
 
 def main(command: list[str]) -> int:
+    """Run `command` to its end or until the parent is gone or a signal comes; return its exit code."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)

@@ -29,7 +29,7 @@ _QUIET_S = 10.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     from research_rl.errors import ResearchError
 
     try:
@@ -40,6 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; parameters may stand anywhere after the verb, which argparse alone does not allow behind options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    strange = [item for item in rest if item.startswith("-") or "=" not in item]
+    if strange or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if "overrides" in arguments:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

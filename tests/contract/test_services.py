@@ -41,21 +41,28 @@ def test_guarded_service_answers_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_service_that_ends_early_is_reported_with_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; sys.exit('no model here')"]
-    with pytest.raises(ServiceError, match=r"(?s)ended with code 1.*no model here"):
-        with guarded("bad", command, folder=tmp_path, health_url="http://127.0.0.1:9/", deadline_s=30):
-            pass
+    with (
+        pytest.raises(ServiceError, match=r"(?s)ended with code 1.*no model here"),
+        guarded("bad", command, folder=tmp_path, health_url="http://127.0.0.1:9/", deadline_s=30),
+    ):
+        pass
 
 
 def test_a_silent_service_is_stopped_at_its_deadline(tmp_path: Path) -> None:
-    with pytest.raises(ServiceError, match="is silent after 0.5 s"):
-        with guarded("mute", ["sleep", "60"], folder=tmp_path, health_url="http://127.0.0.1:9/", deadline_s=0.5):
-            pass
+    with (
+        pytest.raises(ServiceError, match=r"is silent after 0\.5 s"),
+        guarded("mute", ["sleep", "60"], folder=tmp_path, health_url="http://127.0.0.1:9/", deadline_s=0.5),
+    ):
+        pass
     assert reap(tmp_path) == []
 
 
 def test_killed_parent_takes_daemons_along(tmp_path: Path) -> None:
     """The service forks a daemon in a session of its own; SIGKILL of the parent ends both."""
-    daemon = "import os,time,pathlib,sys; os.fork() and os._exit(0); os.setsid(); pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
+    daemon = (
+        "import os,time,pathlib,sys; os.fork() and os._exit(0); os.setsid(); "
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
+    )
     parent = textwrap.dedent(
         f"""
         import sys, time

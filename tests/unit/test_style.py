@@ -1,0 +1,51 @@
+"""The house style, measured: short functions, everything annotated, every module and public name described."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(path for folder in ("research_rl", "tasks", "flows") for path in (ROOT / folder).rglob("*.py"))
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(path: Path) -> list[Function]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, Function)]
+
+
+def length(function: Function) -> int:
+    """Lines without the docstring."""
+    docstring = function.body[0] if ast.get_docstring(function) else None
+    covered = (docstring.end_lineno or 0) - docstring.lineno + 1 if docstring else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - covered
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_module_says_what_it_does_and_no_function_is_long(path: Path) -> None:
+    text = path.read_text()
+    if text.strip():
+        assert ast.get_docstring(ast.parse(text)), "no module docstring"
+    assert [f"{f.name}: {length(f)} lines" for f in functions(path) if length(f) > 60] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_public_function_is_described_and_annotated(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    public = [node for node in tree.body if isinstance(node, Function) and not node.name.startswith("_")]
+    assert [f.name for f in public if not ast.get_docstring(f)] == []
+    assert [f.name for f in functions(path) if f.returns is None and f.name != "__init__"] == []
+
+
+def test_the_median_function_is_short() -> None:
+    lengths = [length(function) for path in FILES for function in functions(path)]
+    assert statistics.median(lengths) < 10
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    words = ("/work/", "shared/", "helper-", "this session", "pypi/simple")
+    found = [(str(path.relative_to(ROOT)), word) for path in FILES for word in words if word in path.read_text()]
+    assert found == []
