@@ -35,7 +35,9 @@ class EncyclopediaConfig(Section):
     test_questions: int = Field(default=256, ge=8, description="Held-out questions; their entities occur in no other split.")
     max_hops: int = Field(default=2, ge=1, le=4, description="Longest chain of relations in a bridge question.")
     single_hop: float = Field(0.25, ge=0, le=1, description="Share of bridge questions with one hop; the others have two to max_hops.")
-    attribute: float = Field(0.1, ge=0, le=0.5, description="Share of questions that ask for a year, of an entity or of the end of a chain.")
+    attribute: float = Field(
+        0.1, ge=0, le=0.5, description="Share of questions that ask for a year, of an entity or of the end of a chain."
+    )
     comparison: float = Field(0.1, ge=0, le=0.5, description="Share of questions that compare two entities.")
     distractors: int = Field(
         1, ge=0, le=8, description="Look-alike passages per entity, about a namesake that shares one word; raises difficulty."
@@ -136,6 +138,11 @@ class PolicyConfig(Section):
     path: str | None = Field(default=None, description="Model folder (folder) or repository name (hub).")
     hidden: int = Field(default=128, ge=32, description="tiny: hidden size.")
     layers: int = Field(default=4, ge=1, description="tiny: transformer layers.")
+    warmup_world: EncyclopediaConfig = Field(
+        default_factory=EncyclopediaConfig,
+        description="tiny: the worlds the warm-up traces come from; as hard as data.generated, under names that never occur there.",
+    )
+    warmup_drills: int = Field(default=100, ge=0, description="tiny: optimizer steps of copying drills before the traces.")
     warmup_steps: int = Field(
         default=500, ge=1, description="tiny: optimizer steps of the supervised warm-up on protocol traces (ReSearch itself uses none)."
     )
@@ -177,15 +184,22 @@ class TrainConfig(Section):
     prompts: int = Field(default=16, ge=1, description="Questions per step.")
     group: int = Field(default=8, ge=2, description="Rollouts per question (n of GRPO).")
     mini_batch: int | None = Field(default=None, ge=1, description="Questions per optimizer update; all when empty.")
-    micro_batch: int = Field(default=32, ge=1, description="Trajectories per forward/backward pass on CPU.")
+    micro_batch: int = Field(
+        default=32, ge=1, description="Trajectories of full length per forward/backward pass on CPU; shorter ones pack closer."
+    )
     lr: float = Field(default=1e-6, gt=0, description="Learning rate.")
+    lr_warmup_steps: int = Field(default=0, ge=0, description="Steps over which the learning rate rises; constant after them.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of AdamW.")
     kl_coef: float = Field(
         default=0.001, ge=0, description="Coefficient of the KL loss against the reference model; 0 leaves the reference model out."
     )
     clip_ratio: float = Field(default=0.2, gt=0, description="PPO clip range.")
     entropy_coef: float = Field(default=0.0, description="Entropy bonus.")
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature of rollouts.")
-    save_every: int = Field(default=10, ge=1, description="Steps between checkpoints.")
+    validate_every: int | None = Field(
+        default=None, ge=1, description="Steps between greedy validations on dev, the first before training; none when empty."
+    )
+    save_every: int = Field(default=10, ge=1, description="Steps between checkpoints; the last step always has one.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept on disk.")
     engine: Literal["vllm", "sglang"] = Field(default="vllm", description="Rollout engine.")
     hardware: Literal["cpu", "gpu"] = Field(default="cpu", description="Named block of verl overrides.")
@@ -193,6 +207,14 @@ class TrainConfig(Section):
     gpus_per_node: int = Field(default=1, ge=1, description="Accelerators per machine (1 on CPU).")
     tensor_parallel: int = Field(default=1, ge=1, description="Tensor parallel size of the rollout engine.")
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1, description="Share of GPU memory for the rollout engine.")
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass; saves memory, costs time.")
+    offload: bool = Field(default=False, description="GPU: keep parameters and optimizer state in host memory between uses.")
+    max_tokens_per_gpu: int | None = Field(
+        default=None, ge=64, description="GPU: tokens per forward/backward pass; twice the longest trajectory when empty."
+    )
+    cpu_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="CPU: number format of rollouts and of the update's forward pass."
+    )
     step_deadline_s: float = Field(
         default=600.0, gt=0, description="Longest silence between two steps; then the trainer is killed and retried."
     )
@@ -207,7 +229,11 @@ class EvaluationConfig(Section):
     rows: int | None = Field(default=None, ge=1, description="Questions evaluated; all of test when empty.")
     concurrency: int = Field(default=32, ge=1, description="Episodes in flight.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
+    seed: int = Field(default=17, ge=0, description="Seed of sampling (temperature above 0) and of the bootstrap.")
     bootstrap: int = Field(default=2000, ge=100, description="Resamples of the 95 % intervals.")
+    max_failures: float = Field(
+        default=0.02, ge=0, le=1, description="Largest share of questions lost to engine or search failures; above it the stage stops and publishes nothing."
+    )
 
 
 class RetrieverConfig(Section):
@@ -230,7 +256,10 @@ class ServingConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="Weights and activations.")
     tensor_parallel: int = Field(default=1, ge=1, description="Accelerators per replica.")
     max_sequences: int = Field(default=64, ge=1, description="Sequences decoded at once.")
+    hardware: Literal["cpu", "gpu"] = Field(default="cpu", description="Named block of server options.")
     kv_cache_gib: int = Field(default=1, ge=1, description="Key-value cache on CPU, GiB.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of a forward pass; when empty 1 for weights under 64 MiB, else all cores.")
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1, description="Share of GPU memory for weights and cache.")
     start_deadline_s: float = Field(default=600.0, gt=0, description="Seconds until the server must answer.")
 
 
