@@ -232,7 +232,10 @@ class EvaluationConfig(Section):
     seed: int = Field(default=17, ge=0, description="Seed of sampling (temperature above 0) and of the bootstrap.")
     bootstrap: int = Field(default=2000, ge=100, description="Resamples of the 95 % intervals.")
     max_failures: float = Field(
-        default=0.02, ge=0, le=1, description="Largest share of questions lost to engine or search failures; above it the stage stops and publishes nothing."
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Largest share of questions lost to engine or search failures; above it the stage stops and publishes nothing.",
     )
 
 
@@ -258,7 +261,9 @@ class ServingConfig(Section):
     max_sequences: int = Field(default=64, ge=1, description="Sequences decoded at once.")
     hardware: Literal["cpu", "gpu"] = Field(default="cpu", description="Named block of server options.")
     kv_cache_gib: int = Field(default=1, ge=1, description="Key-value cache on CPU, GiB.")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of a forward pass; when empty 1 for weights under 64 MiB, else all cores.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of a forward pass; when empty 1 for weights under 64 MiB, else all cores."
+    )
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1, description="Share of GPU memory for weights and cache.")
     start_deadline_s: float = Field(default=600.0, gt=0, description="Seconds until the server must answer.")
 

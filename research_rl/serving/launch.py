@@ -1,0 +1,98 @@
+"""Render the command that serves a model folder. Knows the flags of vLLM and SGLang; starts nothing.
+
+The access token never stands in the command, which every user of the machine can read: vLLM takes it from the
+environment, SGLang from a file of options.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from research_rl.config import ServingConfig
+from research_rl.serving.model import ModelFolder
+
+__all__ = ["HEALTH_PATHS", "Launch", "render", "threads"]
+
+HEALTH_PATHS = {"vllm": "/health", "sglang": "/health"}
+SMALL_BYTES = 64 << 20
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command, what it needs in its environment, and files (path -> text) to be written for its owner alone before."""
+
+    command: list[str]
+    env: dict[str, str]
+    files: dict[Path, str]
+
+
+def render(
+    config: ServingConfig, model: ModelFolder, *, served_name: str, interpreter: str, port: int, token: str, context: int, secrets: Path
+) -> Launch:
+    """Return how to serve `model` with `context` tokens per sequence; `secrets` is a folder for files of options."""
+    if config.engine == "sglang":
+        return _sglang(config, model, served_name, interpreter, port, token, context, secrets)
+    return _vllm(config, model, served_name, interpreter, port, token, context)
+
+
+def threads(config: ServingConfig, model: ModelFolder) -> int:
+    """Return the CPU threads of one forward pass: one for a small model, whose matrices are not worth splitting."""
+    return config.threads or (1 if model.weight_bytes < SMALL_BYTES else len(os.sched_getaffinity(0)))
+
+
+def _vllm(config: ServingConfig, model: ModelFolder, served_name: str, interpreter: str, port: int, token: str, context: int) -> Launch:
+    command = [
+        *(interpreter, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model.path)),
+        *("--served-model-name", served_name),
+        *("--host", config.host),
+        *("--port", str(port)),
+        *("--dtype", config.dtype),
+        *("--max-model-len", str(context)),
+        *("--max-num-seqs", str(config.max_sequences)),
+        *("--tensor-parallel-size", str(config.tensor_parallel)),
+        "--disable-uvicorn-access-log",
+    ]
+    env = {**_OFFLINE, "VLLM_API_KEY": token, "VLLM_LOGGING_COLOR": "0"}
+    if config.hardware == "cpu":
+        return Launch([*command, "--enforce-eager"], env | _vllm_cpu(config, model), {})
+    return Launch([*command, "--gpu-memory-utilization", str(config.gpu_memory_utilization)], env, {})
+
+
+def _vllm_cpu(config: ServingConfig, model: ModelFolder) -> dict[str, str]:
+    """Start fast and keep few cores busy: no inductor compilation, and with one replica no worker process beside the engine.
+
+    Without TORCH_COMPILE_DISABLE the sampler is compiled at the first request, which takes longer than the start.
+    """
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "TORCH_COMPILE_DISABLE": "1",
+        "OMP_NUM_THREADS": str(threads(config, model)),
+    }
+    return env | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.tensor_parallel == 1 else {})
+
+
+def _sglang(
+    config: ServingConfig, model: ModelFolder, served_name: str, interpreter: str, port: int, token: str, context: int, secrets: Path
+) -> Launch:
+    options = secrets / f"sglang-{port}.yaml"
+    command = [
+        *(interpreter, "-m", "sglang.launch_server"),
+        *("--config", str(options)),
+        *("--model-path", str(model.path)),
+        *("--served-model-name", served_name),
+        *("--host", config.host),
+        *("--port", str(port)),
+        *("--dtype", config.dtype),
+        *("--context-length", str(context)),
+        *("--max-running-requests", str(config.max_sequences)),
+        *("--tp-size", str(config.tensor_parallel)),
+        *("--log-level", "warning"),
+    ]
+    hardware = ["--device", "cpu"] if config.hardware == "cpu" else ["--mem-fraction-static", str(config.gpu_memory_utilization)]
+    return Launch([*command, *hardware], dict(_OFFLINE), {options: yaml.safe_dump({"api-key": token})})

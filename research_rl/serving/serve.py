@@ -1,0 +1,130 @@
+"""Run a model server for the length of a block, or until stopped. Knows the workspace; leaves flags to `launch`.
+
+Invariants: (1) a model folder is checked before anything starts; (2) a server that was not started here is used only
+when it serves this very model, which its served name proves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from research_rl.config import CHECKOUT, Config
+from research_rl.errors import ServiceError
+from research_rl.services import Endpoint, guarded, require_free
+from research_rl.serving import launch
+from research_rl.serving.model import ModelFolder, check, served_name
+from research_rl.stages import Workspace
+
+__all__ = ["TOKEN_VARIABLE", "context_tokens", "running", "serve"]
+
+TOKEN_VARIABLE = "RESEARCH_SERVING_TOKEN"
+
+
+@contextmanager
+def running(config: Config, workspace: Workspace, folder: Path, *, name: str = "model") -> Iterator[Endpoint]:
+    """Serve `folder` while the block runs, or use the server at `serving.url`. Raises ModelError and ServiceError.
+
+    The token is RESEARCH_SERVING_TOKEN where it is set, else (for a server started here) a fresh one.
+    """
+    model = check(folder.resolve(), context_tokens(config))
+    if config.serving.url:
+        yield _existing(config.serving.url, served_name(model.path))
+        return
+    with _started(config, workspace, model, name) as endpoint:
+        yield endpoint
+
+
+def context_tokens(config: Config) -> int:
+    """Return the longest sequence an episode can reach, in tokens."""
+    return config.prompt.max_tokens + config.episode.max_response_tokens
+
+
+def serve(config: Config, workspace: Workspace, folder: Path | None = None) -> None:
+    """Serve a model (the trained policy when `folder` is None) until interrupted; print where and as what."""
+    with running(config, workspace, folder or workspace.folder("export"), name="serve-model") as endpoint:
+        token = workspace.services / "serve-model.token"
+        _write_private(token, endpoint.token or "")
+        print(f"{endpoint.model} at {endpoint.url}/v1; the bearer token is in {token}; stop with Ctrl-C", flush=True)
+        threading.Event().wait()
+
+
+@contextmanager
+def _started(config: Config, workspace: Workspace, model: ModelFolder, name: str) -> Iterator[Endpoint]:
+    serving = config.serving
+    token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+    port = require_free(serving.host, serving.port, "serving.port")
+    endpoint = Endpoint(f"http://{_reachable(serving.host)}:{port}", token, served_name(model.path))
+    plan = launch.render(
+        serving,
+        model,
+        served_name=endpoint.model or "",
+        interpreter=_interpreter(config),
+        port=port,
+        token=token,
+        context=context_tokens(config),
+        secrets=workspace.services,
+    )
+    health = endpoint.url + launch.HEALTH_PATHS[serving.engine]
+    with _files(plan.files):
+        with guarded(name, plan.command, folder=workspace.services, health_url=health, deadline_s=serving.start_deadline_s, env=plan.env):
+            yield endpoint
+
+
+def _existing(url: str, wanted: str) -> Endpoint:
+    """Return the endpoint of a server started by others, after asking what it serves."""
+    base, token = url.removesuffix("/").removesuffix("/v1"), os.environ.get(TOKEN_VARIABLE)
+    try:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        reply = httpx.get(f"{base}/v1/models", headers=headers, timeout=10.0, trust_env=False).raise_for_status()
+        names = [str(item["id"]) for item in reply.json()["data"]]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise ServiceError(
+            f"serving.url={url!r} does not answer /v1/models ({error}); start it, set {TOKEN_VARIABLE}, or clear serving.url"
+        ) from None
+    if wanted not in names:
+        raise ServiceError(
+            f"serving.url={url!r} serves {names}, this stage needs {wanted!r}; start it with `research serve-model --model FOLDER`"
+        )
+    return Endpoint(base, token, wanted)
+
+
+def _interpreter(config: Config) -> str:
+    """Return the interpreter of the serving environment. Raises ServiceError when it is not there."""
+    environments = config.environments
+    chosen = environments.serve or environments.policy
+    path = Path(chosen) if Path(chosen).is_absolute() else CHECKOUT / chosen
+    if not path.is_file():
+        raise ServiceError(f"interpreter {path} does not exist; run `make setup`, or set environments.serve or environments.policy")
+    return str(path)
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in {"0.0.0.0", ""} else host
+
+
+@contextmanager
+def _files(files: dict[Path, str]) -> Iterator[None]:
+    try:
+        for path, text in files.items():
+            _write_private(path, text)
+        yield
+    finally:
+        for path in files:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that its owner alone can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
+        stream.write(text)
