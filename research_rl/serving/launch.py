@@ -15,9 +15,9 @@ import yaml
 from research_rl.config import ServingConfig
 from research_rl.serving.model import ModelFolder
 
-__all__ = ["HEALTH_PATHS", "Launch", "render", "threads"]
+__all__ = ["HEALTH_PATH", "Launch", "render", "threads"]
 
-HEALTH_PATHS = {"vllm": "/health", "sglang": "/health"}
+HEALTH_PATH = "/health"
 SMALL_BYTES = 64 << 20
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
 

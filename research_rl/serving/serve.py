@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ TOKEN_VARIABLE = "RESEARCH_SERVING_TOKEN"
 
 
 @contextmanager
-def running(config: Config, workspace: Workspace, folder: Path, *, name: str = "model") -> Iterator[Endpoint]:
+def running(config: Config, workspace: Workspace, folder: Path, *, name: str = "model") -> Generator[Endpoint]:
     """Serve `folder` while the block runs, or use the server at `serving.url`. Raises ModelError and ServiceError.
 
     The token is RESEARCH_SERVING_TOKEN where it is set, else (for a server started here) a fresh one.
@@ -57,7 +57,7 @@ def serve(config: Config, workspace: Workspace, folder: Path | None = None) -> N
 
 
 @contextmanager
-def _started(config: Config, workspace: Workspace, model: ModelFolder, name: str) -> Iterator[Endpoint]:
+def _started(config: Config, workspace: Workspace, model: ModelFolder, name: str) -> Generator[Endpoint]:
     serving = config.serving
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
     port = require_free(serving.host, serving.port, "serving.port")
@@ -72,10 +72,16 @@ def _started(config: Config, workspace: Workspace, model: ModelFolder, name: str
         context=context_tokens(config),
         secrets=workspace.services,
     )
-    health = endpoint.url + launch.HEALTH_PATHS[serving.engine]
-    with _files(plan.files):
-        with guarded(name, plan.command, folder=workspace.services, health_url=health, deadline_s=serving.start_deadline_s, env=plan.env):
-            yield endpoint
+    service = guarded(
+        name,
+        plan.command,
+        folder=workspace.services,
+        health_url=endpoint.url + launch.HEALTH_PATH,
+        deadline_s=serving.start_deadline_s,
+        env=plan.env,
+    )
+    with _files(plan.files), service:
+        yield endpoint
 
 
 def _existing(url: str, wanted: str) -> Endpoint:
@@ -111,7 +117,7 @@ def _reachable(host: str) -> str:
 
 
 @contextmanager
-def _files(files: dict[Path, str]) -> Iterator[None]:
+def _files(files: dict[Path, str]) -> Generator[None]:
     try:
         for path, text in files.items():
             _write_private(path, text)

@@ -1,0 +1,1 @@
+"""Evaluation of a policy on the held-out questions, through the episode loop of training."""

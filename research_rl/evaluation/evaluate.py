@@ -1,0 +1,188 @@
+"""Stages baseline and evaluate: play every held-out question with a served policy and measure it. Knows engine, searcher and
+files; leaves the episode to `agent` and the numbers to `summary`.
+
+Invariants: (1) a lost episode costs its own question alone and stays in the denominator; (2) past
+`evaluation.max_failures` lost questions nothing is published; (3) a killed evaluation repeats only unfinished questions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+from typing import Any
+
+from research_rl.agent import Engine, Limits, Searcher, run_episode
+from research_rl.config import Config
+from research_rl.errors import ConfigError, ServiceError
+from research_rl.evaluation.results import Journal, Question, Result, read_questions, to_result, write_results
+from research_rl.evaluation.summary import headline, summarise
+from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
+from research_rl.services import Endpoint
+from research_rl.stages import STAGES, Context
+from research_rl.trajectory import StopReason, Trajectory
+
+__all__ = ["evaluate", "run_baseline", "run_trained"]
+
+OnResult = Callable[[Result], None]
+
+
+def run_baseline(context: Context) -> None:
+    """Evaluate the policy before training."""
+    _run(context, context.parent("policy"))
+
+
+def run_trained(context: Context) -> None:
+    """Evaluate the policy after training."""
+    _run(context, context.parent("export"))
+
+
+async def evaluate(
+    config: Config, questions: Sequence[Question], engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer, on_result: OnResult
+) -> list[Result]:
+    """Play every question with at most `evaluation.concurrency` episodes in flight; return results in their order.
+
+    `on_result` is called for each as it ends. A question whose episode is lost gets a result that says so.
+    """
+    waiting = list(reversed(questions))
+    done: dict[int, Result] = {}
+
+    async def worker() -> None:
+        while waiting:
+            question = waiting.pop()
+            done[question.row] = result = await _play(config, question, engine, searcher, tokenizer)
+            on_result(result)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(config.evaluation.concurrency, len(questions))):
+            group.create_task(worker())
+    return [done[question.row] for question in questions]
+
+
+async def _play(config: Config, question: Question, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer) -> Result:
+    started = time.perf_counter()
+    trajectory = await _trajectory(config, question, engine, searcher, tokenizer)
+    return to_result(question, trajectory, tokenizer.eos_token, time.perf_counter() - started)
+
+
+async def _trajectory(config: Config, question: Question, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer) -> Trajectory:
+    try:
+        prompt = encode_prompt(tokenizer, question.question, config.prompt)
+    except ConfigError as error:  # one question that is too long must not end the evaluation of the others
+        return Trajectory((), stop=StopReason.ENGINE_FAILURE, error=str(error))
+    return await run_episode(prompt, engine, searcher, tokenizer, _limits(config))
+
+
+def _limits(config: Config) -> Limits:
+    episode = config.episode
+    return Limits(
+        top_k=episode.top_k,
+        max_searches=episode.max_searches,
+        max_result_tokens=episode.max_result_tokens,
+        max_response_tokens=episode.max_response_tokens,
+        wall_s=episode.wall_s,
+        search_timeout_s=episode.search_timeout_s,
+    )
+
+
+def _run(context: Context, model: Path) -> None:
+    config = context.config
+    questions = read_questions(context.parent("prepare") / "test.parquet", config.evaluation.rows)
+    work = context.workspace.work(f"{context.stage.name}-{_key(context)}")
+    journal = Journal(work / "results.jsonl")
+    missing = [question for question in questions if question.row not in journal.results]
+    if missing:
+        _evaluate_served(context, model, missing, journal, len(questions))
+    results = [journal.results[question.row] for question in questions if question.row in journal.results]
+    _publish(context, results)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _evaluate_served(context: Context, model: Path, missing: list[Question], journal: Journal, total: int) -> None:
+    """Start what is needed, play `missing`, once more what was lost, and keep what is still lost if it is little enough."""
+    from research_rl.retriever.serve import running as retriever_running
+    from research_rl.serving.serve import running as model_running
+
+    config, tokenizer = context.config, load_tokenizer(model)
+    context.progress(f"starting the servers for {len(missing):,} of {total:,} questions", 0.0)
+
+    def note(result: Result) -> None:
+        if not result.lost:
+            journal.add(result)
+            context.progress(f"{len(journal.results):,} of {total:,} questions", len(journal.results) / total)
+
+    with ExitStack() as services:
+        retriever = services.enter_context(retriever_running(config, context.workspace))
+        served = services.enter_context(model_running(config, context.workspace, model, name=f"{context.stage.name}-model"))
+        results = asyncio.run(_connected(config, missing, served, retriever, tokenizer, note))
+        again = [question for question, result in zip(missing, results, strict=True) if result.lost]
+        lost = [r for r in asyncio.run(_connected(config, again, served, retriever, tokenizer, note)) if r.lost] if again else []
+    _accept(lost, total, config.evaluation.max_failures)
+    for result in lost:
+        journal.add(result)
+
+
+async def _connected(
+    config: Config, questions: Sequence[Question], served: Endpoint, retriever: Endpoint, tokenizer: FolderTokenizer, on_result: OnResult
+) -> list[Result]:
+    from research_rl.retriever.client import RetrieverClient
+    from research_rl.serving.client import HttpEngine, Sampling
+
+    evaluation = config.evaluation
+    async with AsyncExitStack() as clients:
+        sampling = Sampling(evaluation.temperature, evaluation.seed)
+        engine = HttpEngine(
+            served, sampling, engine=config.serving.engine, timeout_s=config.episode.wall_s, connections=evaluation.concurrency
+        )
+        await clients.enter_async_context(engine)
+        searcher = RetrieverClient(retriever.url, token=retriever.token, timeout_s=config.episode.search_timeout_s)
+        return await evaluate(config, questions, engine, searcher, tokenizer, on_result)
+
+
+def _accept(lost: Sequence[Result], total: int, limit: float) -> None:
+    """Raise ServiceError when more than the share `limit` of the questions says nothing about the policy."""
+    if len(lost) <= limit * total:
+        return
+    reasons = [result.trajectory["error"] or next(s["error"] for s in result.trajectory["searches"] if s["error"]) for result in lost]
+    raise ServiceError(
+        f"{len(lost)} of {total} questions were lost to failures of the model server or the retriever, evaluation.max_failures={limit:g}; "
+        f"the first: {reasons[0]}. Run the stage again: finished questions are kept"
+    )
+
+
+def _publish(context: Context, results: Sequence[Result]) -> None:
+    evaluation = context.config.evaluation
+    metrics = summarise(results, evaluation.bootstrap, evaluation.seed)
+    with context.publish() as staging:
+        write_results(staging.path, results)
+        _write_json(staging.path / "metrics.json", metrics)
+        _write_json(staging.path / "parameters.json", _parameters(context))
+        staging.counts |= {"questions": len(results), "lost": sum(result.lost for result in results)}
+        staging.facts |= headline(metrics)
+
+
+def _parameters(context: Context) -> dict[str, Any]:
+    """Return the sections that decided this artifact: its own stage's and those of all stages before it."""
+    waiting, names, sections = [context.stage.name], set[str](), set[str]()
+    while waiting:
+        stage = STAGES[waiting.pop()]
+        sections.update(stage.sections)
+        waiting += [parent for parent in stage.parents if parent not in names]
+        names.update(stage.parents)
+    tree = context.config.model_dump(mode="json")
+    return {name: tree[name] for name in sorted(sections)}
+
+
+def _key(context: Context) -> str:
+    """Return a name that changes with the parameters and with every parent, so that old unfinished work is never reused."""
+    parts = [context.config_hash, *(f"{name}={parent.hash}" for name, parent in sorted(context.parents.items()))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,170 @@
+"""One question and what became of it: records, files and the journal of an unfinished evaluation. Grades trajectories;
+drives none.
+
+Invariant: every question of an evaluation has exactly one result, also when its episode was lost: a lost one scores 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from research_rl.errors import DataError
+from research_rl.metrics import recall
+from research_rl.reward import grade
+from research_rl.trajectory import Author, StopReason, Trajectory
+
+__all__ = ["Journal", "Question", "Result", "read_questions", "read_results", "to_result", "write_results"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out question; `row` is its place in the file, `supporting` the ids of the passages that answer it."""
+
+    row: int
+    id: str
+    data_source: str
+    question: str
+    golden_answers: tuple[str, ...]
+    supporting: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one question.
+
+    `hops` counts its supporting passages (0: unknown). `recall` is the share of them that was retrieved, None when
+    unknown. `tokens` were written by the model, `response_tokens` include results. `failed_searches` got no answer from
+    the retriever. `seconds` is wall time.
+    """
+
+    row: int
+    id: str
+    data_source: str
+    hops: int
+    question: str
+    golden_answers: tuple[str, ...]
+    prediction: str
+    em: float
+    f1: float
+    format: bool
+    fault: str
+    reward_paper: float
+    reward_repository: float
+    searches: int
+    failed_searches: int
+    recall: float | None
+    stop: str
+    tokens: int
+    response_tokens: int
+    seconds: float
+    trajectory: dict[str, Any]
+
+    @property
+    def lost(self) -> bool:
+        """Whether an engine or a retriever, not the model, decided this result."""
+        return self.stop == StopReason.ENGINE_FAILURE or self.failed_searches > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready record."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Result:
+        """Read a record back. Raises DataError when a field is missing or unknown."""
+        if set(record) != {field.name for field in fields(cls)}:
+            raise DataError(f"a result has the fields {sorted(record)}; evaluate again with this version")
+        values: dict[str, Any] = record | {"golden_answers": tuple(record["golden_answers"])}
+        return cls(**values)
+
+
+def to_result(question: Question, trajectory: Trajectory, eos_token: str, seconds: float) -> Result:
+    """Grade a trajectory by both reward rules and count what happened in it."""
+    paper = grade(trajectory, question.golden_answers, "paper", eos_token)
+    repository = grade(trajectory, question.golden_answers, "repository", eos_token)
+    found = [passage for search in trajectory.searches for passage in search.passage_ids]
+    return Result(
+        row=question.row,
+        id=question.id,
+        data_source=question.data_source,
+        hops=len(question.supporting),
+        question=question.question,
+        golden_answers=question.golden_answers,
+        prediction=repository.prediction,
+        em=repository.em,
+        f1=repository.f1,
+        format=repository.format_ok,
+        fault=repository.reason,
+        reward_paper=paper.score,
+        reward_repository=repository.score,
+        searches=len(trajectory.searches),
+        failed_searches=sum(search.error is not None and search.query != "" for search in trajectory.searches),
+        recall=recall(found, question.supporting),
+        stop=trajectory.stop.value,
+        tokens=sum(len(s.ids) for s in trajectory.segments if s.author is Author.MODEL),
+        response_tokens=len(trajectory.response_ids),
+        seconds=round(seconds, 3),
+        trajectory=trajectory.to_json(),
+    )
+
+
+def read_questions(path: Path, rows: int | None) -> list[Question]:
+    """Read the first `rows` questions of a prepared parquet file. Raises DataError when there is none."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["data_source", "extra_info"])
+    records = table.slice(0, rows if rows is not None else table.num_rows).to_pylist()
+    if not records:
+        raise DataError(f"{path} has no questions; raise prepare.test_rows or add test files to data.test")
+    return [_question(row, str(record["data_source"]), record["extra_info"]) for row, record in enumerate(records)]
+
+
+def _question(row: int, data_source: str, extra: dict[str, Any]) -> Question:
+    answers, supporting = tuple(extra["golden_answers"]), tuple(extra.get("supporting_passage_ids") or ())
+    return Question(row, str(extra["id"]), data_source, str(extra["question"]), answers, supporting)
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Read the results of an evaluation artifact, in the order of the questions."""
+    with (folder / "results.jsonl").open(encoding="utf-8") as lines:
+        return [Result.from_json(json.loads(line)) for line in lines]
+
+
+def write_results(folder: Path, results: Iterable[Result]) -> None:
+    """Write results.jsonl, one result a line."""
+    text = "".join(json.dumps(result.to_json(), ensure_ascii=False) + "\n" for result in results)
+    (folder / "results.jsonl").write_text(text, encoding="utf-8")
+
+
+class Journal:
+    """Finished results of an evaluation under way, one a line, so that a killed one repeats only what it had in flight."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self.results = self._read()
+
+    def add(self, result: Result) -> None:
+        """Append one result in one write."""
+        self.results[result.row] = result
+        line = (json.dumps(result.to_json(), ensure_ascii=False) + "\n").encode()
+        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line)
+        finally:
+            os.close(handle)
+
+    def _read(self) -> dict[int, Result]:
+        """Read whole lines and cut off a torn last one, so that the next line starts on its own."""
+        if not self._path.is_file():
+            return {}
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(self._path, len(whole))
+        found = [Result.from_json(json.loads(line)) for line in whole.splitlines()]
+        return {result.row: result for result in found}

@@ -1,0 +1,69 @@
+"""Aggregate results into metrics with 95 % intervals. Knows results; writes nothing.
+
+Every mean runs over all questions, lost episodes included; `recall` alone runs over the questions whose supporting
+passages are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from research_rl.evaluation.results import Result
+from research_rl.evaluation.statistics import interval
+from research_rl.trajectory import StopReason
+
+__all__ = ["HEADLINE", "METRICS", "headline", "summarise"]
+
+Metric = Callable[[Result], float | None]
+
+METRICS: dict[str, Metric] = {
+    "em": lambda r: r.em,
+    "f1": lambda r: r.f1,
+    "format": lambda r: float(r.format),
+    "reward_repository": lambda r: r.reward_repository,
+    "reward_paper": lambda r: r.reward_paper,
+    "searches": lambda r: float(r.searches),
+    "recall": lambda r: r.recall,
+    "tokens": lambda r: float(r.tokens),
+    "response_tokens": lambda r: float(r.response_tokens),
+    "failed_searches": lambda r: float(r.failed_searches),
+}
+"""Metric by name, each a number per question (None: not defined for it)."""
+
+HEADLINE = ("em", "f1", "format", "searches", "recall")
+
+
+def summarise(results: Sequence[Result], resamples: int, seed: int) -> dict[str, Any]:
+    """Return every metric as {mean, low, high, n}: overall, by data source and by number of supporting passages."""
+    return {
+        **_metrics(results, resamples, seed),
+        "by_data_source": _grouped(results, lambda r: r.data_source, resamples, seed),
+        "by_hops": _grouped(results, lambda r: str(r.hops), resamples, seed),
+    }
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the means that stand for an evaluation."""
+    return {"n": metrics["n"], **{name: metrics[name]["mean"] for name in HEADLINE if name in metrics}}
+
+
+def _metrics(results: Sequence[Result], resamples: int, seed: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"n": len(results)}
+    for name, metric in METRICS.items():
+        values = _defined(metric(result) for result in results)
+        if values:
+            found[name] = interval(values, resamples, seed).to_json()
+    found["stop"] = {
+        reason.value: interval([float(result.stop == reason) for result in results], resamples, seed).to_json() for reason in StopReason
+    }
+    return found
+
+
+def _grouped(results: Sequence[Result], key: Callable[[Result], str], resamples: int, seed: int) -> dict[str, Any]:
+    groups = sorted({key(result) for result in results})
+    return {group: _metrics([result for result in results if key(result) == group], resamples, seed) for group in groups}
+
+
+def _defined(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
