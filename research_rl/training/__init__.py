@@ -1,0 +1,1 @@
+"""Everything that makes and trains a policy: initial model, verl's configuration, supervision, export."""

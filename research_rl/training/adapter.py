@@ -1,0 +1,172 @@
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false, reportUnknownParameterType=false
+"""verl's agent loop around `research_rl.agent.run_episode`. Turns verl's server client into an Engine and a Trajectory into
+verl's output; holds no loop of its own. Runs inside verl's agent workers.
+
+Named by the agent file, not by verl's `@register`: the decorator would run at first import and drop the file's settings.
+Invariant: `run` raises nothing for a lost search or a broken engine, so no group is ever dropped for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
+
+from research_rl.agent import Completion, Limits, Searcher, run_episode
+from research_rl.config import PromptConfig
+from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
+from research_rl.reward import Grade, Rule, grade
+from research_rl.training import episodes
+from research_rl.training.overrides import RETRIEVER_TOKEN
+from research_rl.trajectory import Trajectory
+
+__all__ = ["SearchAgentLoop", "VerlEngine", "eos_ids"]
+
+_SEARCHERS: dict[str, Searcher] = {}
+
+
+class VerlEngine:
+    """An Engine over verl's server client; one per episode, so that its turns share a server and its prefix cache.
+
+    `versions` holds the oldest and the newest weights (global steps) that wrote a turn.
+    """
+
+    def __init__(self, client: Any, tokenizer: FolderTokenizer, eos: frozenset[int], sampling: Mapping[str, Any]) -> None:
+        self._client = client
+        self._tokenizer = tokenizer
+        self._eos = eos
+        self._sampling = dict(sampling)
+        self._request_id = uuid4().hex
+        self.versions: list[int] = []
+
+    async def generate(self, prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: int) -> Completion:
+        """Continue `prompt_ids`; ids and log-probabilities come back as the engine sampled them."""
+        sampling = {**self._sampling, "stop": list(stop), "max_tokens": max_tokens}
+        out = await self._client.generate(request_id=self._request_id, prompt_ids=list(prompt_ids), sampling_params=sampling)
+        self.versions += [v for v in (out.extra_fields.get("min_global_steps"), out.extra_fields.get("max_global_steps")) if v is not None]
+        ids = tuple(int(token) for token in out.token_ids)
+        logprobs = tuple(float(value) for value in out.log_probs or (0.0,) * len(ids))
+        return Completion(ids, logprobs, self._finished_by(ids, stop))
+
+    def _finished_by(self, ids: Sequence[int], stop: Sequence[str]) -> Literal["stop", "eos", "length"]:
+        """verl reports "completed" for a stop string and for the length limit alike, so the ids themselves decide."""
+        if ids and ids[-1] in self._eos:
+            return "eos"
+        text = self._tokenizer.decode(ids)
+        return "stop" if any(string in text for string in stop) else "length"
+
+
+class SearchAgentLoop(AgentLoopBase):
+    """One reason-with-search episode per call, graded where it was played.
+
+    Settings come from the agent file: `retriever_url`, `episodes` (folder of records), `rule`, `engine`, `prompt`, `limits`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        retriever_url: str,
+        episodes: str,
+        rule: Rule,
+        engine: Literal["vllm", "sglang"],
+        prompt: Mapping[str, Any],
+        limits: Mapping[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        model = Path(str(self.config.actor_rollout_ref.model.path))
+        self._tokenizer = load_tokenizer(model)
+        self._eos = eos_ids(model, self._tokenizer)
+        self._prompt = PromptConfig(**prompt)
+        self._limits = Limits(**limits)
+        self._searcher = _searcher(retriever_url, self._limits.search_timeout_s)
+        self._episodes = Path(episodes)
+        self._rule: Rule = rule
+        self._engine = engine
+
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
+        """Play and grade one episode of a dataset row; return ids, mask, log-probabilities and reward."""
+        engine = VerlEngine(self.server_manager, self._tokenizer, self._eos, {**sampling_params, **_STOPPING[self._engine]})
+        prompt_ids = encode_prompt(self._tokenizer, question(row), self._prompt)
+        trajectory = await run_episode(prompt_ids, engine, self._searcher, self._tokenizer, self._limits)
+        graded = grade(trajectory, golds(row), self._rule, self._tokenizer.eos_token)
+        self._keep(row, trajectory, graded)
+        return _output(trajectory, graded, engine.versions or [int(row["global_steps"]) - 1], self._tokenizer.eos_id)
+
+    def _keep(self, row: Mapping[str, Any], trajectory: Trajectory, graded: Grade) -> None:
+        info: Mapping[str, Any] = row["extra_info"]
+        step = int(row["global_steps"])
+        names = {
+            "step": step,
+            "id": str(info["id"]),
+            "uid": str(row["uid"]),
+            "rollout": int(row["session_id"]),
+            "data_source": str(row["data_source"]),
+            "question": question(row),
+            "golds": golds(row),
+        }
+        episodes.append(self._episodes, step, str(info["split"]), {**names, **episodes.record(trajectory, graded)})
+
+
+_STOPPING: dict[str, dict[str, Any]] = {
+    # Tags may be special tokens of a vocabulary; the engine must see them to stop at one.
+    "vllm": {"include_stop_str_in_output": True, "skip_special_tokens": False, "spaces_between_special_tokens": False},
+    "sglang": {"no_stop_trim": True, "skip_special_tokens": False, "spaces_between_special_tokens": False},
+}
+
+
+def question(row: Mapping[str, Any]) -> str:
+    """Return a row's question."""
+    return str(row["extra_info"]["question"])
+
+
+def golds(row: Mapping[str, Any]) -> list[str]:
+    """Return a row's gold answers."""
+    return [str(answer) for answer in row["reward_model"]["ground_truth"]["target"]]
+
+
+def eos_ids(model: Path, tokenizer: FolderTokenizer) -> frozenset[int]:
+    """Return every id that ends a turn: the tokenizer's, and those of generation_config.json, at which engines stop too."""
+    path = model / "generation_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return frozenset({tokenizer.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])})
+
+
+def _searcher(url: str, timeout_s: float) -> Searcher:
+    """Return this process's client of the retriever; its connections are shared by all episodes."""
+    from research_rl.retriever.client import RetrieverClient
+
+    if url not in _SEARCHERS:
+        _SEARCHERS[url] = RetrieverClient(url, token=os.environ.get(RETRIEVER_TOKEN), timeout_s=timeout_s)
+    return _SEARCHERS[url]
+
+
+def _output(trajectory: Trajectory, graded: Grade, versions: Sequence[int], eos_id: int) -> AgentLoopOutput:
+    """Return verl's view of a trajectory. An empty response becomes one masked token: verl needs a place for the reward."""
+    ids, mask, logprobs = trajectory.response_ids, trajectory.response_mask, trajectory.response_logprobs
+    if not ids:
+        ids, mask, logprobs = [eos_id], [0], [0.0]
+    return AgentLoopOutput(
+        prompt_ids=list(trajectory.prompt_ids),
+        response_ids=ids,
+        response_mask=mask,
+        response_logprobs=logprobs,
+        reward_score=graded.score,
+        num_turns=1 + len(trajectory.segments),
+        metrics=AgentLoopMetrics(generate_sequences=trajectory.engine_seconds, tool_calls=trajectory.search_seconds),
+        extra_fields={
+            "min_global_steps": min(versions),
+            "max_global_steps": max(versions),
+            "reward_extra_info": {
+                "f1": graded.f1,
+                "em": graded.em,
+                "format": float(graded.format_ok),
+                "searches": float(len(trajectory.searches)),
+            },
+        },
+    )

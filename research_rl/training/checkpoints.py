@@ -1,0 +1,112 @@
+"""Find the checkpoints of a verl run that are whole. Knows verl 0.9.1's folder layout and file formats; needs no torch.
+
+A trainer killed while saving leaves a folder that looks like a checkpoint. Here a checkpoint is complete when every
+rank's files, the data loader's state and the Hugging Face folder are there and none of them is cut short.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Checkpoint", "complete", "discard_after", "fault", "latest", "prune", "safetensors_fault"]
+
+_STEP = re.compile(r"global_step_(\d+)")
+_PER_RANK = ("model", "optim", "extra_state")
+
+
+@dataclass(frozen=True, order=True)
+class Checkpoint:
+    """One `global_step_N` folder."""
+
+    step: int
+    path: Path
+
+    @property
+    def huggingface(self) -> Path:
+        """The policy in Hugging Face format."""
+        return self.path / "actor" / "huggingface"
+
+
+def complete(folder: Path) -> list[Checkpoint]:
+    """Return the whole checkpoints below `folder`, oldest first."""
+    return [checkpoint for checkpoint in _all(folder) if fault(checkpoint.path) is None]
+
+
+def latest(folder: Path, at_most: int | None = None) -> Checkpoint | None:
+    """Return the newest whole checkpoint, of step `at_most` or before; cut ones are passed over."""
+    wanted = (c for c in reversed(_all(folder)) if at_most is None or c.step <= at_most)
+    return next((checkpoint for checkpoint in wanted if fault(checkpoint.path) is None), None)
+
+
+def fault(path: Path) -> str | None:
+    """Return what is missing or cut in a `global_step_N` folder, None when it is whole."""
+    world_size = _world_size(path / "actor" / "fsdp_config.json")
+    if world_size is None:
+        return "actor/fsdp_config.json is missing or cut"
+    names = [f"actor/{part}_world_size_{world_size}_rank_{rank}.pt" for part in _PER_RANK for rank in range(world_size)]
+    for name in (*names, "data.pt"):
+        if not _is_whole_archive(path / name):
+            return f"{name} is missing or cut"
+    huggingface = path / "actor" / "huggingface"
+    if not (huggingface / "config.json").is_file():
+        return "actor/huggingface/config.json is missing"
+    weights = sorted(huggingface.glob("*.safetensors"))
+    return next((why for why in map(safetensors_fault, weights) if why), None) if weights else "actor/huggingface has no *.safetensors"
+
+
+def safetensors_fault(path: Path) -> str | None:
+    """Return why a safetensors file cannot be whole, by its header and its size; None when it can."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            return f"{path.name} is cut in its header"
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return f"{path.name} has no readable header"
+    end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    return None if size == 8 + length + end else f"{path.name} has {size} bytes, its header says {8 + length + end}"
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` whole checkpoints, and older folders that are not whole."""
+    kept = complete(folder)[-keep:]
+    for checkpoint in _all(folder):
+        if checkpoint not in kept and checkpoint.step < (kept[-1].step if kept else 0):
+            shutil.rmtree(checkpoint.path)
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Remove checkpoints of later steps, whole or not: these steps are about to be done again."""
+    for checkpoint in _all(folder):
+        if checkpoint.step > step:
+            shutil.rmtree(checkpoint.path)
+
+
+def _all(folder: Path) -> list[Checkpoint]:
+    found = [(match, path) for path in folder.glob("global_step_*") if (match := _STEP.fullmatch(path.name))]
+    return sorted(Checkpoint(int(match[1]), path) for match, path in found)
+
+
+def _world_size(path: Path) -> int | None:
+    try:
+        return int(json.loads(path.read_text())["world_size"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """torch.save writes a zip file, whose directory stands at its end."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return bool(archive.namelist())
+    except (FileNotFoundError, zipfile.BadZipFile):
+        return False

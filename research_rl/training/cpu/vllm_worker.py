@@ -1,0 +1,24 @@
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+"""verl's vLLM worker extension for the CPU backend: keeps plain weights, so that they can be loaded again each step.
+
+vLLM's CPU backend packs every linear weight for oneDNN and drops the original, after which `load_weights` has nothing
+to copy into. With packing off the rest of verl's extension works unchanged.
+"""
+
+from __future__ import annotations
+
+import vllm._custom_ops as ops
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+from research_rl.training.cpu.transfer import private_address
+
+__all__ = ["CpuWorkerExtension"]
+
+ops._supports_onednn = False
+
+
+class CpuWorkerExtension(vLLMColocateWorkerExtension):
+    """Receives weights from the trainer of this run, and of no other on the same machine."""
+
+    def _get_zmq_handle(self) -> str:
+        return private_address(str(super()._get_zmq_handle()))

@@ -1,0 +1,117 @@
+"""The record of one training episode, and the metrics of a step's episodes. Knows JSON lines; knows no verl.
+
+The agent workers append records while a step runs; the supervisor gathers them when the step is done. Every stop reason
+is a metric of its own, and they sum to 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from research_rl.reward import Grade
+from research_rl.trajectory import Author, StopReason, Trajectory
+
+__all__ = ["append", "discard_after", "gather", "record", "steps", "summarise"]
+
+_TRAIN, _DEV = "train", "dev"
+
+
+def record(trajectory: Trajectory, grade: Grade) -> dict[str, Any]:
+    """Return what is kept of one graded episode: segments, searches, grade and token counts."""
+    tokens = {author: sum(len(s.ids) for s in trajectory.segments if s.author is author) for author in Author}
+    return {
+        "score": grade.score,
+        "f1": grade.f1,
+        "em": grade.em,
+        "format_ok": grade.format_ok,
+        "reason": grade.reason,
+        "prediction": grade.prediction,
+        "prompt_tokens": len(trajectory.prompt_ids),
+        "model_tokens": tokens[Author.MODEL],
+        "result_tokens": tokens[Author.SEARCH],
+        **trajectory.to_json(),
+    }
+
+
+def append(folder: Path, step: int, split: str, row: dict[str, Any]) -> None:
+    """Add one record to this process's file of the step, in one write, so that a reader never sees half a line."""
+    part = folder / (_TRAIN if split == _TRAIN else _DEV) / f"{step:06d}" / f"{os.getpid()}.jsonl"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    handle = os.open(part, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line)
+    finally:
+        os.close(handle)
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps that have training episodes, in order."""
+    return sorted(int(path.name) for path in (folder / _TRAIN).glob("[0-9]*"))
+
+
+def gather(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Return a step's training episodes, ordered by question and rollout; a line cut by a crash is left out."""
+    rows = [row for part in sorted((folder / _TRAIN / f"{step:06d}").glob("*.jsonl")) for row in _rows(part)]
+    return sorted(rows, key=lambda row: (str(row["id"]), int(row["rollout"])))
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Remove episodes of later steps: they are about to be played again."""
+    import shutil
+
+    for split in (_TRAIN, _DEV):
+        for path in (folder / split).glob("[0-9]*"):
+            if int(path.name) > step:
+                shutil.rmtree(path)
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return a step's means under `episode/`: reward, F1, EM, format, searches, tokens and the share of each stop reason."""
+    if not rows:
+        return {}
+    metrics = {f"episode/{name}": _mean([float(row[field]) for row in rows]) for name, field in _FIELDS.items()}
+    metrics["episode/searches"] = _mean([float(len(row["searches"])) for row in rows])
+    metrics["episode/failed_searches"] = _mean([float(sum(search["error"] is not None for search in row["searches"])) for row in rows])
+    for reason in StopReason:
+        metrics[f"episode/stop/{reason.value}"] = _mean([float(row["stop"] == reason.value) for row in rows])
+    metrics["episode/mixed_groups"] = _mixed_groups(rows)
+    metrics["episode/count"] = float(len(rows))
+    return metrics
+
+
+_FIELDS = {
+    "reward": "score",
+    "f1": "f1",
+    "em": "em",
+    "format": "format_ok",
+    "prompt_tokens": "prompt_tokens",
+    "model_tokens": "model_tokens",
+    "result_tokens": "result_tokens",
+    "engine_s": "engine_seconds",
+    "search_s": "search_seconds",
+}
+
+
+def _mixed_groups(rows: Sequence[dict[str, Any]]) -> float:
+    """Return the share of questions whose rollouts differ in reward: only these carry a gradient in GRPO."""
+    groups: dict[str, set[float]] = {}
+    for row in rows:
+        groups.setdefault(str(row["uid"]), set()).add(float(row["score"]))
+    return _mean([float(len(scores) > 1) for scores in groups.values()])
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

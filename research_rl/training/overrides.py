@@ -1,0 +1,293 @@
+"""Render verl 0.9.1's Hydra overrides and process environment from our configuration. Knows verl's option names, runs nothing.
+
+One common block, one named block per hardware (`cpu`, `gpu`), then the user's `train.extra`. GPU and CPU differ by their
+block and by nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from research_rl.config import CHECKOUT, Config
+from research_rl.training.cpu.transfer import TOKEN_VARIABLE
+
+__all__ = ["RETRIEVER_TOKEN", "Paths", "agent_yaml", "environment", "render", "resolved"]
+
+RETRIEVER_TOKEN = "RESEARCH_RETRIEVER_TOKEN"
+_ADAPTER = "research_rl.training.adapter.SearchAgentLoop"
+_CPU = "research_rl.training.cpu"
+_MODEL, _ACTOR, _REF, _ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("model", "actor", "ref", "rollout"))
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where one training run reads and writes; all absolute. `resume` is a `global_step_N` folder or None."""
+
+    model: Path
+    train: Path
+    dev: Path
+    work: Path
+    ray: Path
+    resume: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of verl's `global_step_N` folders."""
+        return self.work / "checkpoints"
+
+    @property
+    def episodes(self) -> Path:
+        """Folder of one file of episodes per step and agent worker."""
+        return self.work / "episodes"
+
+    @property
+    def agent(self) -> Path:
+        """The agent loop's settings."""
+        return self.work / "agent.yaml"
+
+
+def render(config: Config, paths: Paths) -> list[str]:
+    """Return the command-line overrides for `verl.trainer.main_ppo`, in the order Hydra applies them."""
+    return [f"{name}={_value(value)}" for name, value in resolved(config, paths).items()]
+
+
+def resolved(config: Config, paths: Paths) -> dict[str, Any]:
+    """Return the overrides as a mapping; a later block replaces an earlier block's value of the same name."""
+    hardware = _cpu(config, paths) if config.train.hardware == "cpu" else _gpu(config)
+    merged = {**_data(config, paths), **_policy(config, paths), **_rollout(config, paths), **_trainer(config, paths), **hardware}
+    for name, value in config.train.extra.items():
+        bare = name.lstrip("+")
+        for spelled in (bare, f"+{bare}", f"++{bare}"):
+            merged.pop(spelled, None)
+        merged[name] = value
+    return merged
+
+
+def agent_yaml(config: Config, paths: Paths, retriever_url: str) -> str:
+    """Return the agent loop file: which class drives an episode, and with which limits. The token stays out of it."""
+    agent = {
+        "name": "search_agent",
+        "_target_": _ADAPTER,
+        "retriever_url": retriever_url,
+        "episodes": str(paths.episodes),
+        "rule": config.reward.rule,
+        "engine": config.train.engine,
+        "prompt": config.prompt.model_dump(mode="json"),
+        "limits": config.episode.model_dump(mode="json"),
+    }
+    return yaml.safe_dump([agent], sort_keys=False)
+
+
+def environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
+    """Return variables for the trainer's process tree; `token` is this attempt's secret, never written to disk."""
+    common = {
+        "PYTHONPATH": str(CHECKOUT),
+        "PYTHONUNBUFFERED": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HYDRA_FULL_ERROR": "1",
+    }
+    return {**common, **(_cpu_environment(config, token) if config.train.hardware == "cpu" else {})}
+
+
+def _data(config: Config, paths: Paths) -> dict[str, Any]:
+    return {
+        "data.train_files": [str(paths.train)],
+        "data.val_files": [str(paths.dev)],
+        "data.prompt_key": "prompt",
+        "data.train_batch_size": config.train.prompts,
+        "data.max_prompt_length": config.prompt.max_tokens,
+        "data.max_response_length": config.episode.max_response_tokens,
+        # The agent renders its own prompt from our template; verl would measure the chat template's instead.
+        "data.filter_overlong_prompts": False,
+        "data.seed": config.seed,
+    }
+
+
+def _policy(config: Config, paths: Paths) -> dict[str, Any]:
+    train = config.train
+    return {
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.use_kl_in_reward": False,
+        "algorithm.norm_adv_by_std_in_grpo": True,
+        f"{_MODEL}.path": str(paths.model),
+        f"{_MODEL}.enable_gradient_checkpointing": train.gradient_checkpointing,
+        f"{_ACTOR}.strategy": "fsdp2",
+        f"{_ACTOR}.fsdp_config.strategy": "fsdp2",
+        f"{_ACTOR}.optim.lr": train.lr,
+        f"{_ACTOR}.optim.weight_decay": train.weight_decay,
+        f"{_ACTOR}.optim.lr_warmup_steps": train.lr_warmup_steps,
+        f"{_ACTOR}.ppo_mini_batch_size": train.mini_batch or train.prompts,
+        f"{_ACTOR}.clip_ratio": train.clip_ratio,
+        f"{_ACTOR}.clip_ratio_low": train.clip_ratio,
+        f"{_ACTOR}.clip_ratio_high": train.clip_ratio,
+        f"{_ACTOR}.entropy_coeff": train.entropy_coef,
+        f"{_ACTOR}.calculate_entropy": True,
+        f"{_ACTOR}.use_kl_loss": train.kl_coef > 0,
+        f"{_ACTOR}.kl_loss_coef": train.kl_coef,
+        f"{_ACTOR}.kl_loss_type": "low_var_kl",
+        f"{_ACTOR}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+        f"{_ACTOR}.checkpoint.load_contents": ["model", "optimizer", "extra"],
+        f"{_REF}.strategy": "fsdp2",
+        f"{_REF}.fsdp_config.strategy": "fsdp2",
+    }
+
+
+def _rollout(config: Config, paths: Paths) -> dict[str, Any]:
+    train = config.train
+    return {
+        f"{_ROLLOUT}.name": train.engine,
+        f"{_ROLLOUT}.mode": "async",
+        f"{_ROLLOUT}.n": train.group,
+        f"{_ROLLOUT}.temperature": train.temperature,
+        f"{_ROLLOUT}.tensor_model_parallel_size": train.tensor_parallel,
+        f"{_ROLLOUT}.max_model_len": config.prompt.max_tokens + config.episode.max_response_tokens,
+        f"{_ROLLOUT}.calculate_log_probs": True,
+        f"{_ROLLOUT}.seed": config.seed,
+        f"{_ROLLOUT}.agent.default_agent_loop": "search_agent",
+        f"{_ROLLOUT}.agent.agent_loop_config_path": str(paths.agent),
+        # The agent loop grades its own trajectory, which knows who wrote what; verl's reward workers would stay idle.
+        "reward.num_workers": 0,
+    }
+
+
+def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
+    train = config.train
+    return {
+        "trainer.use_v1": True,
+        "trainer.v1.trainer_mode": "sync",
+        "trainer.logger": ["console", "file"],
+        "trainer.project_name": "research-rl",
+        "trainer.experiment_name": config.profile,
+        "trainer.nnodes": train.nodes,
+        "trainer.n_gpus_per_node": train.gpus_per_node,
+        "trainer.default_local_dir": str(paths.checkpoints),
+        "trainer.save_freq": train.save_every,
+        # One more than asked for: verl removes the oldest before the newest is whole.
+        "trainer.max_actor_ckpt_to_keep": train.keep_checkpoints + 1,
+        "trainer.resume_mode": "resume_path" if paths.resume else "disable",
+        "trainer.resume_from_path": str(paths.resume) if paths.resume else None,
+        "trainer.test_freq": train.validate_every or -1,
+        "trainer.val_before_train": train.validate_every is not None,
+        "trainer.total_epochs": train.steps + 1,
+        "trainer.total_training_steps": train.steps,
+    }
+
+
+def _gpu(config: Config) -> dict[str, Any]:
+    """FSDP2 on accelerators: packed sequences by flash attention, dynamic batches, optional offload."""
+    train = config.train
+    tokens = train.max_tokens_per_gpu or 2 * (config.prompt.max_tokens + config.episode.max_response_tokens)
+    return {
+        f"{_MODEL}.use_remove_padding": True,
+        f"+{_MODEL}.override_config.attn_implementation": "flash_attention_2",
+        f"{_ACTOR}.use_dynamic_bsz": True,
+        f"{_ACTOR}.ppo_max_token_len_per_gpu": tokens,
+        f"{_ROLLOUT}.log_prob_use_dynamic_bsz": True,
+        f"{_ROLLOUT}.log_prob_max_token_len_per_gpu": 2 * tokens,
+        f"{_REF}.log_prob_use_dynamic_bsz": True,
+        f"{_REF}.log_prob_max_token_len_per_gpu": 2 * tokens,
+        f"{_ACTOR}.fsdp_config.param_offload": train.offload,
+        f"{_ACTOR}.fsdp_config.optimizer_offload": train.offload,
+        f"{_REF}.fsdp_config.param_offload": True,
+        f"{_ROLLOUT}.gpu_memory_utilization": train.gpu_memory_utilization,
+        f"{_ROLLOUT}.max_num_batched_tokens": max(8192, config.prompt.max_tokens + config.episode.max_response_tokens),
+        f"{_ROLLOUT}.agent.num_workers": max(1, min(8 * train.nodes, train.prompts)),
+        "trainer.device": "cuda",
+    }
+
+
+def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
+    """One CPU worker and one vLLM CPU engine, as few processes as verl allows."""
+    train = config.train
+    length = config.prompt.max_tokens + config.episode.max_response_tokens
+    precision = {"param_dtype": _SHORT[train.cpu_dtype], "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    return {
+        f"{_MODEL}.external_lib": f"{_CPU}.engine",
+        f"{_MODEL}.use_remove_padding": False,
+        f"+{_MODEL}.override_config.attn_implementation": "sdpa",
+        f"{_ACTOR}.use_torch_compile": False,
+        f"{_ACTOR}.fsdp_config.use_torch_compile": False,
+        f"{_ACTOR}.fsdp_config.dtype": train.cpu_dtype,
+        f"+{_ACTOR}.fsdp_config.mixed_precision": precision,
+        f"{_REF}.fsdp_config.dtype": train.cpu_dtype,
+        f"+{_REF}.fsdp_config.mixed_precision": precision,
+        f"{_ACTOR}.use_dynamic_bsz": True,
+        f"{_ACTOR}.ppo_max_token_len_per_gpu": train.micro_batch * length,
+        # The engine's log-probabilities of one step's trajectories are the old policy's: equal to 1e-6 in float32.
+        "algorithm.rollout_correction.bypass_mode": train.cpu_dtype == "float32",
+        f"{_ROLLOUT}.dtype": train.cpu_dtype,
+        f"{_ROLLOUT}.enforce_eager": True,
+        f"{_ROLLOUT}.free_cache_engine": False,
+        f"+{_ROLLOUT}.enable_sleep_mode": False,
+        f"{_ROLLOUT}.max_num_seqs": min(256, train.prompts * train.group),
+        f"{_ROLLOUT}.max_num_batched_tokens": max(4096, length),
+        f"{_ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": 256,
+        f"+{_ROLLOUT}.engine_kwargs.vllm.worker_extension_cls": f"{_CPU}.vllm_worker.CpuWorkerExtension",
+        f"+{_ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni",
+        f"{_ROLLOUT}.agent.num_workers": 1,
+        "data.dataloader_num_workers": 0,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+        "trainer.v1.sampler.custom_sampler.path": f"pkg://{_CPU}.sampler",
+        "trainer.v1.sampler.custom_sampler.name": "EagerReplayBuffer",
+        "trainer.device": "cpu",
+        # verl's bundles ask for 3 CPUs and each of its actors for 1, whatever the machine has.
+        "ray_kwargs.ray_init.num_cpus": 12,
+        "+ray_kwargs.ray_init.num_gpus": 1,
+        "+ray_kwargs.ray_init.include_dashboard": False,
+        "+ray_kwargs.ray_init.object_store_memory": 512 * 2**20,
+        "+ray_kwargs.ray_init._temp_dir": str(paths.ray),
+        "+ray_kwargs.ray_init._node_ip_address": "127.0.0.1",
+    }
+
+
+_SHORT: dict[Literal["float32", "bfloat16"], str] = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def _cpu_environment(config: Config, token: str) -> dict[str, str]:
+    threads = str(os.cpu_count() or 1)
+    return {
+        "VERL_USE_EXTERNAL_MODULES": f"{_CPU}.platform",
+        TOKEN_VARIABLE: token[:12],
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_CPU_KVCACHE_SPACE": str(config.serving.kv_cache_gib),
+        "OMP_NUM_THREADS": threads,
+        "TQ_NUM_THREADS": threads,
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_enable_worker_prestart": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _value(value: Any) -> str:
+    """Write a value in Hydra's override grammar; text is always quoted."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{_value(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_value(item) for item in value) + "]"
+    # In Hydra's quotes a backslash is an escape only before a quote and at the end.
+    quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value))
+    return f"'{quoted}'"

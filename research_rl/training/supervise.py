@@ -1,0 +1,326 @@
+"""Run verl's trainer as a watched subprocess until every step is done. Knows processes, files and deadlines; knows no stage.
+
+Invariants: (1) nothing an attempt started outlives it (`services.spawn`), Ray's daemons included; (2) an attempt that is
+silent past its deadline is ended and the next resumes from the last whole checkpoint; (3) `metrics.jsonl` and `rollouts/`
+hold each step exactly once, whatever was killed in between.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from research_rl import services
+from research_rl.config import CHECKOUT, Config
+from research_rl.errors import TrainingError
+from research_rl.stages import Progress
+from research_rl.training import checkpoints, episodes, overrides
+from research_rl.training.checkpoints import Checkpoint
+from research_rl.training.metrics_log import MetricsLog, Tail, numbers
+from research_rl.training.overrides import Paths
+from research_rl.trajectory import StopReason
+
+__all__ = ["Outcome", "Run", "TrainHooks", "interpreter", "ray_folder", "supervise"]
+
+MAX_LOST = 0.1
+"""Largest share of a step's trajectories that may be missing before training on the rest is refused."""
+MAX_FAILED_SEARCHES = 0.5
+"""Largest share of a step's searches that may get no answer before the retriever counts as lost."""
+_POLL_S = 0.2
+_TAIL_LINES = 30
+_PADDED = re.compile(r"Upsampled batch from (\d+) to (\d+) with (\d+) synthetic padding samples")
+
+
+class TrainHooks:
+    """What a caller wants to hear while training runs; each call comes from the supervising thread, in order of steps.
+
+    A run that resumes in a new process repeats the calls of the steps it keeps, so that a fresh listener sees them all.
+    """
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Hear a finished step's metrics."""
+
+    def on_rollouts(self, step: int, path: Path) -> None:
+        """Hear where a step's episodes lie: gzip, one JSON object a line."""
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        """Hear of a whole checkpoint; its folder is removed when newer ones take its place."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what to train, where to work, whom to search. `services` holds the trainer's pid file."""
+
+    config: Config
+    paths: Paths
+    services: Path
+    retriever_url: str
+    retriever_token: str | None = None
+
+    @property
+    def metrics(self) -> Path:
+        """The merged metrics, one line a step."""
+        return self.paths.work / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        """One compressed file of episodes per step."""
+        return self.paths.work / "rollouts"
+
+    @property
+    def logs(self) -> Path:
+        """One log and one raw metrics file per attempt."""
+        return self.paths.work / "logs"
+
+
+@dataclass
+class Outcome:
+    """How a run ended: its last checkpoint, the attempts it took and the trajectories lost on the way."""
+
+    checkpoint: Checkpoint
+    attempts: int
+    lost: int
+
+
+def interpreter(config: Config) -> Path:
+    """Return the policy environment's interpreter. Raises TrainingError when it is not there."""
+    path = Path(config.environments.policy)
+    path = path if path.is_absolute() else CHECKOUT / path
+    if not path.is_file():
+        raise TrainingError(f"environments.policy={config.environments.policy!r} does not exist ({path}); run `make setup` or set it")
+    return path
+
+
+def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> Outcome:
+    """Train until `train.steps` are done; resume after a failure. Raises TrainingError with the last log lines."""
+    services.reap(run.services)
+    _make_folders(run)
+    state = _State(run, hooks, progress, MetricsLog(run.metrics))
+    state.replay()
+    failures: list[_Failure] = []
+    while (checkpoint := state.rewind()) is None or checkpoint.step < run.config.train.steps:
+        if len(failures) >= run.config.train.max_attempts or [f.progressed for f in failures[-2:]] == [False, False]:
+            raise TrainingError(_explain(run, failures))
+        failure = _Attempt(state, checkpoint).run()
+        failures += [failure] if failure else []
+    checkpoints.prune(run.paths.checkpoints, run.config.train.keep_checkpoints)
+    return Outcome(checkpoint, state.attempts(), state.lost)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    attempt: int
+    why: str
+    progressed: bool
+    tail: str
+
+
+@dataclass
+class _State:
+    """What is known of a run over all its attempts."""
+
+    run: Run
+    hooks: TrainHooks
+    progress: Progress
+    log: MetricsLog
+    lost: int = 0
+
+    def attempts(self) -> int:
+        """Return how often the trainer was started for this run, earlier processes included."""
+        return len(list(self.run.logs.glob("attempt_*.log")))
+
+    def replay(self) -> None:
+        """Tell the hooks of the steps an earlier process finished and this one keeps."""
+        found = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps)
+        for step in sorted(self.log.rows):
+            if found and step <= found.step:
+                self._tell(step)
+
+    def rewind(self) -> Checkpoint | None:
+        """Return the checkpoint to go on from, after forgetting everything later than it."""
+        found = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps)
+        step = found.step if found else 0
+        checkpoints.discard_after(self.run.paths.checkpoints, step)
+        episodes.discard_after(self.run.paths.episodes, step)
+        for path in self.run.rollouts.glob("*.jsonl.gz"):
+            if int(path.name.split(".")[0]) > step:
+                path.unlink()
+        self.log.rewind(step)
+        for missing in self.log.missing(step):
+            # A trainer killed between saving step n and logging it leaves the episodes as the only witness.
+            self.finish(missing, {})
+        return found
+
+    def finish(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a done step: merge the episodes' metrics, keep its episodes, tell the hooks. Raises TrainingError."""
+        rows = episodes.gather(self.run.paths.episodes, step)
+        _write_rollouts(self.run.rollouts / f"{step:06d}.jsonl.gz", rows)
+        shutil.rmtree(self.run.paths.episodes / "train" / f"{step:06d}", ignore_errors=True)
+        self.log.put(step, {**metrics, **episodes.summarise(rows)})
+        self._tell(step)
+        self._require_whole(step, rows)
+
+    def padded(self, line: str) -> None:
+        """Count trajectories that verl replaced by padding. Raises TrainingError past the limit."""
+        if found := _PADDED.search(line):
+            size, padding = int(found[2]), int(found[3])
+            self._lose(padding, size, "verl replaced them by padding; the agent loop raised, see the log")
+
+    def _tell(self, step: int) -> None:
+        metrics, steps = self.log.rows[step], self.run.config.train.steps
+        self.hooks.on_step(step, metrics)
+        self.hooks.on_rollouts(step, self.run.rollouts / f"{step:06d}.jsonl.gz")
+        reward = metrics.get("episode/reward", metrics.get("critic/score/mean", 0.0))
+        self.progress(f"step {step} of {steps}, reward {reward:.3f}", min(1.0, step / steps))
+
+    def _require_whole(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        train = self.run.config.train
+        broken = [row for row in rows if row["stop"] == StopReason.ENGINE_FAILURE.value]
+        example = f", the first with {broken[0]['error']}" if broken else ""
+        self._lose(len(broken), train.prompts * train.group, f"the engine failed in step {step}{example}")
+        searches = [search for row in rows for search in row["searches"] if search["error"] != "empty query"]
+        failed = [search["error"] for search in searches if search["error"] is not None]
+        if len(failed) > MAX_FAILED_SEARCHES * max(len(searches), 1):
+            raise TrainingError(
+                f"{len(failed)} of {len(searches)} searches of step {step} failed (limit {MAX_FAILED_SEARCHES:.0%}), "
+                f"the first with {failed[0]!r}; check the retriever at {self.run.retriever_url}"
+            )
+
+    def _lose(self, count: int, expected: int, why: str) -> None:
+        self.lost += count
+        if count > MAX_LOST * expected:
+            raise TrainingError(f"{count} of {expected} trajectories of a step were lost (limit {MAX_LOST:.0%}): {why}")
+
+
+@dataclass
+class _Attempt:
+    """One start of the trainer."""
+
+    state: _State
+    resume: Checkpoint | None
+    number: int = 0
+    steps: int = 0
+    last: float = 0.0
+    announced: int = 0
+
+    def run(self) -> _Failure | None:
+        """Start, watch and end the trainer; return why it must be started again, None when all steps are done."""
+        self.number = self.state.attempts() + 1
+        self.announced = self.resume.step if self.resume else 0
+        paths = replace(self.state.run.paths, resume=self.resume.path if self.resume else None)
+        shutil.rmtree(paths.ray, ignore_errors=True)
+        process = self._start(paths)
+        try:
+            why = self._watch(process)
+        finally:
+            process.stop()
+            shutil.rmtree(paths.ray, ignore_errors=True)
+        return _Failure(self.number, why, self.steps > 0, process.tail(_TAIL_LINES)) if why else None
+
+    def _start(self, paths: Paths) -> services.Process:
+        run = self.state.run
+        paths.agent.write_text(overrides.agent_yaml(run.config, paths, run.retriever_url))
+        env = overrides.environment(run.config, paths, secrets.token_hex(32))
+        env["VERL_FILE_LOGGER_PATH"] = str(self._raw_metrics)
+        env["RESEARCH_GRACE_S"] = "3"
+        if run.retriever_token:
+            env[overrides.RETRIEVER_TOKEN] = run.retriever_token
+        command = [str(interpreter(run.config)), "-m", "verl.trainer.main_ppo", *overrides.render(run.config, paths)]
+        command.append(f"hydra.run.dir={paths.work / 'hydra'}")
+        return services.spawn("train", command, folder=run.services, env=env, cwd=paths.work, log=self._log)
+
+    @property
+    def _log(self) -> Path:
+        return self.state.run.logs / f"attempt_{self.number}.log"
+
+    @property
+    def _raw_metrics(self) -> Path:
+        return self.state.run.logs / f"attempt_{self.number}.metrics.jsonl"
+
+    def _watch(self, process: services.Process) -> str | None:
+        metrics, log = Tail(self._raw_metrics), Tail(self._log)
+        self.last = time.monotonic()
+        while True:
+            ended = process.poll()
+            for line in log.lines():
+                self.state.padded(line)
+            for line in metrics.lines():
+                self._step(json.loads(line))
+            self._announce()
+            if self._done():
+                return None
+            if ended is not None:
+                return f"ended with code {ended}"
+            if why := self._silent():
+                return why
+            time.sleep(_POLL_S)
+
+    def _step(self, row: dict[str, Any]) -> None:
+        step = int(row["step"])
+        if step == (self.resume.step if self.resume else 0):
+            return  # the validation before the first step
+        self.state.finish(step, numbers(row["data"]))
+        self.steps += 1
+        self.last = time.monotonic()
+
+    def _announce(self) -> None:
+        """Tell the hooks of a checkpoint once verl's tracker, which it writes last, names it."""
+        folder = self.state.run.paths.checkpoints
+        step = _tracked(folder / "latest_checkpointed_iteration.txt")
+        path = folder / f"global_step_{step}"
+        if step > self.announced and checkpoints.fault(path) is None:
+            self.announced = step
+            checkpoints.prune(folder, self.state.run.config.train.keep_checkpoints)
+            self.state.hooks.on_checkpoint(step, path)
+
+    def _done(self) -> bool:
+        return self.announced >= self.state.run.config.train.steps and self.state.log.last >= self.state.run.config.train.steps
+
+    def _silent(self) -> str | None:
+        train = self.state.run.config.train
+        name, limit = ("train.step_deadline_s", train.step_deadline_s) if self.steps else ("train.start_deadline_s", train.start_deadline_s)
+        silence = time.monotonic() - self.last
+        return f"made no step for {silence:.0f} s ({name}={limit:g}; raise it if steps really take longer)" if silence > limit else None
+
+
+def _explain(run: Run, failures: Sequence[_Failure]) -> str:
+    last = failures[-1]
+    history = "; ".join(f"attempt {f.attempt} {f.why}" for f in failures)
+    return (
+        f"the trainer did not finish: {history} (train.max_attempts={run.config.train.max_attempts}, two in a row without a step end it). "
+        f"The log {run.logs / f'attempt_{last.attempt}.log'} ends with:\n{last.tail}"
+    )
+
+
+def _make_folders(run: Run) -> None:
+    for folder in (run.paths.work, run.rollouts, run.logs, run.paths.checkpoints, run.paths.episodes):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+    temporary.replace(path)
+
+
+def _tracked(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def ray_folder(work: Path) -> Path:
+    """Return Ray's private folder for a work folder: short, since a socket's path may have 107 bytes only."""
+    return Path(tempfile.gettempdir()) / f"rr-{hashlib.sha256(str(work).encode()).hexdigest()[:10]}"

@@ -1,0 +1,127 @@
+"""The stage `train`: GRPO by stock verl against a live retriever. Ties configuration, data, supervision and publication.
+
+Unfinished work lies in a folder named after everything that shapes the run but not its length, so that raising
+`train.steps` or restarting after a crash continues it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from research_rl.config import Config
+from research_rl.errors import ConfigError
+from research_rl.manifest import Manifest
+from research_rl.prompts import load_tokenizer, render
+from research_rl.services import Endpoint
+from research_rl.stages import Context
+from research_rl.training import overrides
+from research_rl.training.metrics_log import MetricsLog
+from research_rl.training.supervise import Outcome, Run, TrainHooks, ray_folder, supervise
+
+__all__ = ["TrainHooks", "run", "run_with", "work_key"]
+
+_NOT_IN_KEY = ("steps", "save_every", "keep_checkpoints", "validate_every", "step_deadline_s", "start_deadline_s", "max_attempts")
+
+
+def run(context: Context) -> None:
+    """Train the policy and publish its last checkpoint, metrics and rollouts. Raises TrainingError."""
+    run_with(context, TrainHooks())
+
+
+def run_with(context: Context, hooks: TrainHooks) -> None:
+    """Do what `run` does and tell `hooks` of every step, its rollouts and every checkpoint as they happen."""
+    config, model, prepared = context.config, context.parent("policy"), context.parent("prepare")
+    work = context.workspace.work(f"train-{work_key(config, context.parents)}")
+    work.mkdir(parents=True, exist_ok=True)
+    train, dropped = _fitting(config, model, prepared / "train.parquet", work / "train.parquet")
+    dev, _ = _fitting(config, model, prepared / "dev.parquet", work / "dev.parquet")
+    _require_rows(config, train)
+    paths = overrides.Paths(model, train, dev, work, ray_folder(work))
+    with _retriever(context) as endpoint:
+        training = Run(config, paths, context.workspace.services / "train", endpoint.url, endpoint.token)
+        outcome = supervise(training, hooks, context.progress)
+    _publish(context, training, outcome, dropped)
+
+
+def work_key(config: Config, parents: dict[str, Manifest]) -> str:
+    """Return the name of a run: its parameters without those that only say how long and how patiently it runs."""
+    tree = config.model_dump(mode="json")
+    train = {name: value for name, value in tree["train"].items() if name not in _NOT_IN_KEY}
+    shape = {**{name: tree[name] for name in ("seed", "prompt", "episode", "reward")}, "train": train}
+    shape["parents"] = {name: parent.hash for name, parent in sorted(parents.items())}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _retriever(context: Context) -> Generator[Endpoint]:
+    """Use the configured retriever, or run one for as long as training lasts."""
+    if url := context.config.retriever.url:
+        yield Endpoint(url, os.environ.get(overrides.RETRIEVER_TOKEN))
+        return
+    from research_rl.retriever.serve import running
+
+    with running(context.config, context.workspace) as endpoint:
+        yield endpoint
+
+
+def _fitting(config: Config, model: Path, source: Path, target: Path) -> tuple[Path, int]:
+    """Return a parquet file whose prompts all fit `prompt.max_tokens`, and how many rows of `source` do not.
+
+    It is `source` itself when all fit; else the rest is written to `target`. The tokenizer decides, so this is done here.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    table, tokenizer = parquet.read_table(source), load_tokenizer(model)
+    prompts = (render(question, config.prompt, tokenizer.chat_template) for question in table["question"].to_pylist())
+    fits = [len(tokenizer.encode(prompt)) <= config.prompt.max_tokens for prompt in prompts]
+    if not any(fits):
+        raise ConfigError(f"no prompt of {source} fits prompt.max_tokens={config.prompt.max_tokens}; raise it or shorten the template")
+    if all(fits):
+        return source, 0
+    parquet.write_table(table.filter(pa.array(fits)), target)
+    return target, fits.count(False)
+
+
+def _require_rows(config: Config, path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    rows = parquet.read_metadata(path).num_rows
+    if rows < config.train.prompts:
+        raise ConfigError(f"train.prompts={config.train.prompts} exceeds the {rows} questions of {path}; lower it or prepare more rows")
+
+
+def _publish(context: Context, training: Run, outcome: Outcome, dropped: int) -> None:
+    log = MetricsLog(training.metrics)
+    with context.publish() as staging:
+        _link(outcome.checkpoint.path, staging.path / "checkpoint")
+        _link(training.rollouts, staging.path / "rollouts")
+        _link(training.metrics, staging.path / "metrics.jsonl")
+        (staging.path / "overrides.json").write_text(json.dumps(_portable_overrides(context.config), indent=1) + "\n")
+        staging.counts.update(
+            steps=outcome.checkpoint.step, attempts=outcome.attempts, lost_trajectories=outcome.lost, prompts_too_long=dropped
+        )
+        staging.facts.update(first=log.rows.get(1, {}), last=log.rows.get(outcome.checkpoint.step, {}))
+
+
+def _portable_overrides(config: Config) -> dict[str, Any]:
+    """Return verl's overrides with names in the place of this machine's folders."""
+    names = (Path(f"<{name}>") for name in ("policy", "prepare/train.parquet", "prepare/dev.parquet", "work", "ray"))
+    return overrides.resolved(config, overrides.Paths(*names))
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a finished file, or a folder's files, a second name: nothing writes to them again."""
+    if source.is_file():
+        os.link(source, target)
+        return
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, place)
