@@ -1,0 +1,5 @@
+"""Order, concurrency and parameters of the pipeline. The work is in `tasks`, the method in `research_rl`."""
+
+from tasks import settings
+
+settings.apply()

@@ -1,0 +1,47 @@
+"""Flow research-data: from the source to a searchable index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from tasks.download import download
+from tasks.index import corpus, embed, index
+from tasks.job import opened, stop_services
+from tasks.prepare import prepare
+from tasks.validate import validate
+from tasks.versions import commit
+
+__all__ = ["research_data"]
+
+
+@flow(name="research-data", on_failure=[stop_services], on_cancellation=[stop_services], on_crashed=[stop_services], log_prints=True)
+def research_data(
+    workspace: str = ".",
+    profile: str | None = None,
+    overrides: dict[str, Any] = {},  # noqa: B006
+    force: list[str] = [],  # noqa: B006
+) -> None:
+    """Download, validate and prepare the questions; store, encode and index the passages; commit to DVC.
+
+    Args:
+        workspace: Folder with params.yaml, data/ and artifacts/; relative to the checkout.
+        profile: Profile to start from (laptop, smollm, paper-7b, paper-32b); empty keeps the workspace's params.yaml.
+        overrides: Parameters by dotted name, for example {"data.generated.entities": 800}; written to params.yaml.
+        force: Stages to build even when nothing changed.
+    """
+    with opened(workspace, profile, overrides, flow=flow_run.flow_name, run_id=flow_run.id, force=frozenset(force)) as job:
+        download(job)
+        validate(job)
+        questions = prepare.submit(job)
+        corpus(job)
+        embed(job)
+        index(job)
+        questions.result()
+        commit(job)
+
+
+if __name__ == "__main__":
+    research_data()

@@ -1,0 +1,41 @@
+"""Flow research-eval: measure the trained policy again on the held-out questions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from tasks.evaluate import baseline, evaluate, report
+from tasks.job import opened, stop_services
+from tasks.retriever import retriever
+from tasks.versions import commit
+
+__all__ = ["research_eval"]
+
+
+@flow(name="research-eval", on_failure=[stop_services], on_cancellation=[stop_services], on_crashed=[stop_services], log_prints=True)
+def research_eval(
+    workspace: str = ".",
+    overrides: dict[str, Any] = {},  # noqa: B006
+    again: bool = False,
+) -> None:
+    """Evaluate the policy before and after training and compare the two; needs a finished research-train.
+
+    Args:
+        workspace: Folder with params.yaml, data/ and artifacts/; relative to the checkout.
+        overrides: Parameters by dotted name, for example {"evaluation.rows": 512}; written to params.yaml.
+        again: Measure even when both evaluations stand.
+    """
+    force = frozenset({"baseline", "evaluate"} if again else ())
+    with opened(workspace, None, overrides, flow=flow_run.flow_name, run_id=flow_run.id, force=force) as job:
+        with retriever(job, ("baseline", "evaluate")) as searching:
+            baseline(searching)
+            evaluate(searching)
+        report(job)
+        commit(job)
+
+
+if __name__ == "__main__":
+    research_eval()

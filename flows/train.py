@@ -1,0 +1,76 @@
+"""Flow research-train: the whole chain, from the source of the data to the evaluation of the trained policy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from research_rl.errors import ResearchError
+from tasks.download import download
+from tasks.evaluate import baseline, evaluate, report
+from tasks.index import corpus, embed, index
+from tasks.job import opened, stop_services
+from tasks.policy import policy
+from tasks.prepare import prepare
+from tasks.retriever import retriever
+from tasks.train import export, train
+from tasks.validate import validate
+from tasks.versions import commit
+
+__all__ = ["research_train"]
+
+
+@flow(name="research-train", on_failure=[stop_services], on_cancellation=[stop_services], on_crashed=[stop_services], log_prints=True)
+def research_train(
+    workspace: str = ".",
+    profile: str | None = None,
+    overrides: dict[str, Any] = {},  # noqa: B006
+    force: list[str] = [],  # noqa: B006
+) -> None:
+    """Build data, index and initial policy, train it by GRPO with search in the rollout, and evaluate it before and after.
+
+    Finished stages are skipped; an interrupted training goes on from its last complete step.
+
+    Args:
+        workspace: Folder with params.yaml, data/ and artifacts/; relative to the checkout.
+        profile: Profile to start from (laptop, smollm, paper-7b, paper-32b); empty keeps the workspace's params.yaml.
+        overrides: Parameters by dotted name, for example {"train.steps": 40}; written to params.yaml.
+        force: Stages to build even when nothing changed.
+    """
+    with opened(workspace, profile, overrides, flow=flow_run.flow_name, run_id=flow_run.id, force=frozenset(force)) as job:
+        initial = policy.submit(job)
+        download(job)
+        validate(job)
+        questions = prepare.submit(job)
+        corpus(job)
+        embed(job)
+        index(job)
+        questions.result()
+        initial.result()
+        with retriever(job, ("baseline", "train", "evaluate")) as searching:
+            baseline(searching)
+            train(searching)
+            export(searching)
+            evaluate(searching)
+        report(job)
+        commit(job)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the flow in this folder with `section.key=value` arguments; return the exit code."""
+    import yaml
+
+    pairs = (item.partition("=") for item in arguments)
+    try:
+        research_train(overrides={name: yaml.safe_load(value) for name, _, value in pairs})
+    except ResearchError as error:
+        print(f"research-train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""I/O policy round the stages of `research_rl`: retries, caching, artifacts, tracking, versions, services."""

@@ -1,0 +1,145 @@
+"""What a run shows in Prefect: tables, cards and images. Reads manifests and artifacts; computes nothing.
+
+An unreachable Prefect server costs the picture, never the stage.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prefect import get_run_logger
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.exceptions import PrefectException
+
+from research_rl import manifest
+from research_rl.manifest import Manifest
+from research_rl.stages import STAGES
+from tasks.job import Job
+from tasks.track import FLOW, StageRun
+
+__all__ = ["evaluation_table", "index_card", "quality_table", "report_page"]
+
+_ENDS = {"mean": "", "low": "_low", "high": "_high"}
+_RUNS = {"this run": FLOW, "evaluation before training": "baseline", "evaluation after training": "evaluate", "training": "train"}
+
+
+@contextmanager
+def showing(what: str) -> Generator[None]:
+    """Report a failure to show `what` instead of raising it."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as error:
+        get_run_logger().warning("%s is not shown: %s", what, error)
+
+
+def quality_table(job: Job, found: Manifest, run: StageRun) -> None:
+    """Publish the data-quality table; with MLflow the same report as a file."""
+    rows = [
+        {
+            "suite": item["suite"],
+            "expectation": item["expectation"].removeprefix("expect_").replace("_", " "),
+            "column": item["column"],
+            "limit": item["limit"][:80],
+            "observed": item["observed"][:80],
+            "result": "passed" if item["passed"] else item["severity"],
+            "first rows": ", ".join(item["rows"]),
+        }
+        for item in found.facts["checks"]
+    ]
+    warnings = found.counts.get("warnings", 0)
+    with showing("the data-quality table"):
+        create_table_artifact(rows, key="data-quality", description=f"{len(rows)} checks, {warnings} warnings; report {found.hash[:12]}")
+    if run.begun:
+        run.artifact(job.workspace.folder("validate") / "report.json")
+
+
+def index_card(job: Job, found: Manifest, run: StageRun) -> None:
+    """Publish a card that says what the index is made of."""
+    lines = ["# Index", "", "| part | property | value |", "|---|---|---|"]
+    for name in ("corpus", "embed", "index"):
+        part = found if name == "index" else manifest.load(job.workspace.folder(name), verify=False)
+        lines += [f"| {name} | {key} | {value} |" for key, value in _properties(part)]
+    sections = STAGES["embed"].sections + STAGES["index"].sections
+    tree = job.config.model_dump(mode="json")
+    lines += ["", "Parameters:", "", "```json", *(f"{name}: {tree[name]}" for name in sections), "```"]
+    with showing("the index card"):
+        create_markdown_artifact("\n".join(lines), key="index-card", description=f"Index {found.hash[:12]}")
+
+
+def _properties(part: Manifest) -> list[tuple[str, str]]:
+    counts = [(name, f"{value:,}") for name, value in part.counts.items()]
+    facts = [(name, _short(value)) for name, value in part.facts.items()]
+    size = sum(entry.size for entry in part.files)
+    return [*counts, *facts, ("size", f"{size / 1e6:,.1f} MB in {len(part.files)} files"), ("hash", f"`{part.hash[:12]}`")]
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
+    return text.replace("|", "\\|")[:200]
+
+
+def evaluation_table(job: Job, found: Manifest, run: StageRun) -> None:
+    """Publish one evaluation's metrics with their intervals; MLflow gets the same names for every evaluation, and sampled episodes."""
+    folder = job.workspace.folder(found.stage)
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    intervals = _intervals(metrics)
+    run.metrics({f"{name}{end}": value[key] for name, value in intervals.items() for key, end in _ENDS.items()})
+    run.tags({"evaluation": "before training" if found.stage == "baseline" else "after training", "manifest": found.hash})
+    run.artifact(folder / "metrics.json")
+    run.artifact(folder / "results.jsonl")
+    run.traces([_episode(line) for line in _spread(folder / "results.jsonl", job.config.tracking.traces)])
+    rows = [{"metric": name, **{key: round(value[key], 4) for key in _ENDS}} for name, value in intervals.items()]
+    with showing("the evaluation table"):
+        create_table_artifact(rows, key=f"{found.stage}-evaluation", description=f"{metrics['n']} questions, 95 % intervals")
+
+
+def report_page(job: Job, found: Manifest, run: StageRun) -> None:
+    """Publish the comparison before / after with links to MLflow, and the training curves as an image."""
+    folder = job.workspace.folder("report")
+    for name in ("training.png", "report.html", "trajectories.html", "metrics.json"):
+        run.artifact(folder / name)
+    differences = found.facts["difference"]
+    run.metrics({f"difference/{name}{end}": value[key] for name, value in differences.items() for key, end in _ENDS.items()})
+    run.tags({"manifest": found.hash})
+    rows = [
+        f"| {name} | {found.facts['before'][name]:.3f} | {found.facts['after'][name]:.3f} | {value['mean']:+.3f} | "
+        f"{value['low']:+.3f} to {value['high']:+.3f} |"
+        for name, value in differences.items()
+    ]
+    table = ["| metric | before | after | difference | 95 % interval, paired |", "|---|---|---|---|---|", *rows]
+    links = [f"- [{text}]({link})" for text, key in _RUNS.items() if (link := job.tracker.link(key))]
+    curve = _image(folder / "training.png")
+    text = "\n".join(["# Before and after training", "", *table, "", "MLflow:", *(links or ["- not reached yet"])])
+    with showing("the report"):
+        create_markdown_artifact(text, key="evaluation-report", description="The same held-out questions before and after training")
+        create_image_artifact(curve, key="training-curves", description="Reward, format and searches per training step")
+
+
+def _intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return every {mean, low, high} of an evaluation by name; stop reasons as stop/<reason>."""
+    found = {name: value for name, value in metrics.items() if isinstance(value, Mapping) and "mean" in value}
+    return {**found, **{f"stop/{name}": value for name, value in metrics.get("stop", {}).items()}}
+
+
+def _spread(path: Path, count: int) -> list[str]:
+    """Return up to `count` lines, evenly spread over a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [lines[round(place * (len(lines) - 1) / max(1, count - 1))] for place in range(min(count, len(lines)))]
+
+
+def _episode(line: str) -> dict[str, Any]:
+    """Return a result as the record `traces` understands."""
+    result = json.loads(line)
+    scores = {name: float(result[name]) for name in ("em", "f1", "searches")}
+    return {**result["trajectory"], **{name: result[name] for name in ("question", "golden_answers")}, "scores": scores}
+
+
+def _image(path: Path) -> str:
+    """Return a picture as a data address: a Prefect image artifact shows it without a server for files."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

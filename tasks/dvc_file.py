@@ -1,0 +1,51 @@
+"""Render dvc.yaml from the stage table, so that DVC and the flows share one definition of every stage.
+
+`download` is absent: its artifact is the snapshot that data.dvc versions as a whole. `python -m tasks.dvc_file` writes
+the checkout's file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from research_rl.config import CHECKOUT
+from research_rl.stages import STAGES, Stage
+
+__all__ = ["SNAPSHOT", "render", "write"]
+
+SNAPSHOT = "download"
+_HEADER = "# Written by `python -m tasks.dvc_file` from the stage table in research_rl/stages.py.\n"
+# A checkout's own environment comes first; elsewhere the caller's PATH decides.
+_COMMAND = "PATH=.venv/bin:$PATH python -m research_rl run {name}"
+
+
+def render() -> str:
+    """Return the text of dvc.yaml."""
+    stages = {stage.name: _stage(stage) for stage in STAGES.values() if stage.name != SNAPSHOT}
+    return _HEADER + yaml.safe_dump({"stages": stages}, sort_keys=False, width=120)
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    found: dict[str, Any] = {"desc": stage.summary, "cmd": _COMMAND.format(name=stage.name)}
+    if stage.parents:
+        found["deps"] = [STAGES[parent].folder for parent in stage.parents]
+    if stage.sections:
+        found["params"] = list(stage.sections)
+    found["outs"] = [stage.folder]
+    return found
+
+
+def write(folder: Path) -> bool:
+    """Write `folder`/dvc.yaml; return False when it already says the same."""
+    path, text = folder / "dvc.yaml", render()
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.write_text(text, encoding="utf-8")
+    return True
+
+
+if __name__ == "__main__":
+    print("dvc.yaml written" if write(CHECKOUT) else "dvc.yaml is current")

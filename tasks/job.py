@@ -1,0 +1,116 @@
+"""One run over one workspace: its resolved configuration, its lock, its tracker. Knows no stage and no flow.
+
+Invariants: (1) params.yaml says what runs before anything runs; (2) one run at a time per workspace; (3) services that
+an earlier run left behind are ended before and after, never those of a run that still holds the lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from research_rl import config as configuration
+from research_rl.config import Config
+from research_rl.errors import ServiceError
+from research_rl.services import reap
+from research_rl.stages import Workspace
+from tasks.settings import stack_folder
+from tasks.track import Tracker
+
+__all__ = ["Job", "locked", "opened", "resolve", "stop_services"]
+
+_LOCK = "run.lock"
+_LOCK_WAIT_S = 15.0
+
+
+class Job:
+    """What every task of a run is given. `force` names stages that are built even when current."""
+
+    def __init__(self, config: Config, workspace: Workspace, tracker: Tracker, force: frozenset[str] = frozenset()) -> None:
+        self.config, self.workspace, self.tracker, self.force = config, workspace, tracker, force
+
+    def using(self, **sections: Any) -> Job:
+        """Return the same job with some configuration sections replaced."""
+        return Job(self.config.model_copy(update=sections), self.workspace, self.tracker, self.force)
+
+
+def resolve(folder: Path, profile: str | None, overrides: Mapping[str, Any]) -> Config:
+    """Return the configuration of a run: a profile, else the workspace's params.yaml, else laptop; then the overrides.
+
+    Raises ConfigError for an unknown profile or parameter.
+    """
+    items = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
+    if profile is None and (folder / "params.yaml").is_file():
+        return configuration.load(folder / "params.yaml", items)
+    return configuration.load_profile(profile or "laptop", items)
+
+
+@contextmanager
+def opened(
+    workspace: str, profile: str | None, overrides: Mapping[str, Any], *, flow: str, run_id: str, force: frozenset[str] = frozenset()
+) -> Generator[Job]:
+    """Lock the workspace, write params.yaml, start tracking; close all of it on any exit."""
+    root = Path(workspace).expanduser().resolve()
+    config = resolve(root, profile, overrides)
+    root.mkdir(parents=True, exist_ok=True)
+    space = Workspace(root)
+    with locked(space, 0.0):
+        reap_all(space)
+        configuration.save(config, root / "params.yaml")
+        tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
+        status = "FAILED"
+        try:
+            yield Job(config, space, tracker, force)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            tracker.close(status)
+
+
+@contextmanager
+def locked(workspace: Workspace, wait_s: float) -> Generator[None]:
+    """Hold the workspace's lock; the system frees it however the holder ends. Raises ServiceError when another run has it."""
+    workspace.services.mkdir(parents=True, exist_ok=True)
+    path, deadline = workspace.services / _LOCK, time.monotonic() + wait_s
+    with path.open("a+") as stream:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    holder = path.read_text().strip() or "unknown"
+                    raise ServiceError(f"{workspace.root} is in use by process {holder}; wait for it or use another workspace") from None
+                time.sleep(0.2)
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def reap_all(workspace: Workspace) -> list[str]:
+    """End what an earlier run left behind in a workspace, never what `make up` started; return the names."""
+    folders = [workspace.services, *sorted(item for item in workspace.services.iterdir() if item.is_dir())]
+    return [name for folder in folders if folder.name != stack_folder().name for name in reap(folder)]
+
+
+def stop_services(flow: Any, flow_run: Any, state: Any) -> None:
+    """Flow hook: end what a failed, cancelled or crashed run left behind. Leaves the workspace alone while a run holds it."""
+    workspace = Workspace(Path(str(flow_run.parameters.get("workspace", "."))).expanduser().resolve())
+    if not workspace.services.is_dir():
+        return
+    try:
+        with locked(workspace, _LOCK_WAIT_S):
+            for name in reap_all(workspace):
+                logging.getLogger("prefect.flow_runs").warning("ended %s, left behind by %s", name, flow_run.name)
+    except ServiceError as error:
+        logging.getLogger("prefect.flow_runs").warning("services were left alone: %s", error)

@@ -1,0 +1,123 @@
+"""Turn a stage into a Prefect task: retries, skipping, progress, tracking. Knows no stage's work.
+
+The manifest is the cache: a stage whose artifact fits configuration and parents ends as `Cached` without running.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import httpx
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import PrefectException
+from prefect.states import Completed, State
+from prefect.tasks import Task, exponential_backoff
+
+from research_rl import manifest
+from research_rl.errors import ServiceError
+from research_rl.manifest import Manifest
+from research_rl.stages import STAGES, Context, current, run_stage
+from tasks.job import Job
+from tasks.track import StageRun
+
+__all__ = ["StageTask", "is_transient", "stage_task"]
+
+RETRIES = 2
+BACKOFF_S = 2
+_UPDATE_S = 2.0
+_LOG_S = 20.0
+
+StageTask = Task[[Job], State[Manifest]]
+After = Callable[[Job, Manifest, StageRun], None]
+Build = Callable[[Context, StageRun], None]
+
+
+def stage_task(name: str, *, after: After | None = None, build: Build | None = None) -> StageTask:
+    """Return the task of stage `name`. `after` shows what stands; `build` does the stage's work where tracking takes part in it."""
+    stage = STAGES[name]
+
+    @task(
+        name=name,
+        description=stage.summary,
+        retries=RETRIES,
+        retry_delay_seconds=exponential_backoff(BACKOFF_S),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=is_transient,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+    def run(job: Job) -> State[Manifest]:
+        logger = get_run_logger()
+        with job.tracker.stage(name, job.config, stage.sections) as run:
+            started = time.monotonic()
+            progress = Progress(name, logger.info)
+            if build:
+                found, built = _watched(name, job, progress, partial(build, run=run))
+            else:
+                found, built = run_stage(name, job.config, job.workspace, force=name in job.force, progress=progress)
+            run.finished(found, built)
+            if after:
+                after(job, found, run)
+        if not built:
+            return Completed(name="Cached", message=f"skipped, current: {found.hash[:12]}", data=found)
+        counts = ", ".join(f"{key} {value:,}" for key, value in found.counts.items())
+        return Completed(message=f"built in {time.monotonic() - started:.1f} s: {counts}; {found.hash[:12]}", data=found)
+
+    return run  # type: ignore[return-value]
+
+
+def _watched(name: str, job: Job, progress: Progress, build: Callable[[Context], None]) -> tuple[Manifest, bool]:
+    """Do what `run_stage` does with another function for the work. Raises as it does."""
+    stage, config, workspace = STAGES[name], job.config, job.workspace
+    manifest.sweep(workspace.folder(name))
+    if name not in job.force and (found := current(name, config, workspace)):
+        return found, False
+    parents = {parent: current(parent, config, workspace) for parent in stage.parents}
+    whole = {parent: found for parent, found in parents.items() if found is not None}
+    if len(whole) < len(parents):
+        return run_stage(name, config, workspace, progress=progress)
+    build(Context(stage, config, workspace, whole, progress))
+    return manifest.load(workspace.folder(name), verify=False), True
+
+
+def is_transient(task: Any, run: Any, state: State[Any]) -> bool:
+    """Return whether a failed task is worth another try: a service or a connection failed, not a parameter or the data."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, ServiceError | ConnectionError | TimeoutError | httpx.TransportError)
+
+
+class Progress:
+    """Progress of a stage as a Prefect progress artifact, made only once a stage takes longer than two seconds.
+
+    An unreachable Prefect server ends the showing, never the stage.
+    """
+
+    def __init__(self, stage: str, log: Callable[[str], None]) -> None:
+        self.stage, self.log = stage, log
+        self.started = self.updated = self.logged = time.monotonic()
+        self.artifact: Any = None
+        self.lost = False
+
+    def __call__(self, text: str, share: float) -> None:
+        now = time.monotonic()
+        if now - self.logged > _LOG_S:
+            self.logged = now
+            self.log(f"{self.stage} {share:.0%}: {text}")
+        if not self.lost and now - self.updated > _UPDATE_S:
+            self.updated = now
+            self._show(text, round(100 * min(1.0, max(0.0, share)), 1))
+
+    def _show(self, text: str, percent: float) -> None:
+        try:
+            if self.artifact is None:
+                self.artifact = create_progress_artifact(percent, key=f"{self.stage}-progress", description=text)
+            else:
+                update_progress_artifact(self.artifact, progress=percent, description=text)
+        except (httpx.HTTPError, PrefectException) as error:
+            self.lost = True
+            self.log(f"progress of {self.stage} is no longer shown: {error}")

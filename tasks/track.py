@@ -1,0 +1,213 @@
+"""Tracking off the critical path: events go to a journal on disk; a separate process (`sender`) passes them to MLflow.
+
+Invariants: (1) no run waits for MLflow, and none fails because of it; (2) what MLflow missed stays in the journal and is
+sent by the next run or by `python -m tasks.track`; (3) this module never imports mlflow.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from research_rl.config import CHECKOUT, Config
+from research_rl.manifest import Manifest
+from research_rl.services import Process, spawn
+from research_rl.stages import Workspace
+from tasks.journal import Journal, Place
+
+__all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "main", "tracking_uri"]
+
+FLOW = "flow"
+_PARAM_CHARS = 500
+_DRAIN_S = 90.0
+logger = logging.getLogger("prefect.tasks.track")
+
+
+def tracking_uri(config: Config, workspace: Workspace) -> str:
+    """Return the MLflow address: MLFLOW_TRACKING_URI, else tracking.mlflow_uri, else a sqlite file in the workspace."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.mlflow_uri or f"sqlite:///{workspace.root}/mlflow.db"
+
+
+def journals(workspace: Workspace) -> Path:
+    """Return the folder that holds one journal per run."""
+    return workspace.work("tracking")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested parameters as dotted names; values are cut to 500 characters, MLflow's limit on old servers."""
+    leaves: dict[str, str] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves.update(flat(value, f"{prefix}{name}."))
+        else:
+            leaves[f"{prefix}{name}"] = str(value)[:_PARAM_CHARS]
+    return leaves
+
+
+class StageRun:
+    """The nested MLflow run of one stage; it comes into being with the first thing said about it."""
+
+    def __init__(self, tracker: Tracker, key: str, params: dict[str, str]) -> None:
+        self.tracker, self.key, self.params = tracker, key, params
+        self.started = int(time.time() * 1000)
+        self.begun = False
+
+    def begin(self) -> None:
+        """Make the run unless it is there."""
+        if not self.begun:
+            self.begun = True
+            self.tracker.journal.write("begin", key=self.key, parent=FLOW, name=self.key, start=self.started, params=self.params)
+
+    def finished(self, found: Manifest, built: bool) -> None:
+        """Record what the stage left: counts as metrics, hashes as tags. A skipped stage leaves its lineage on the parent alone."""
+        self.tracker.tags(FLOW, {f"manifest.{self.key}": found.hash, f"stage.{self.key}": "built" if built else "cached"})
+        if built:
+            self.metrics({f"count/{name}": value for name, value in found.counts.items()})
+            self.metrics({"seconds": (time.time() * 1000 - self.started) / 1000})
+            self.tags({"manifest": found.hash, **{f"parent.{name}": value for name, value in found.parents.items()}})
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log metrics of one step."""
+        self.begin()
+        self.tracker.journal.write("metrics", key=self.key, step=step, values=dict(values))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        self.begin()
+        self.tracker.tags(self.key, values)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Upload a file, below `folder` of the run's artifacts."""
+        self.begin()
+        self.tracker.journal.write("artifact", key=self.key, path=str(path), folder=folder)
+
+    def traces(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Log episodes as MLflow traces; see `sender` for the record's form."""
+        self.begin()
+        for record in records:
+            self.tracker.journal.write("trace", key=self.key, record=dict(record))
+
+    def end(self, status: str) -> None:
+        """End the run if it was ever begun."""
+        if self.begun:
+            self.tracker.journal.write("end", key=self.key, status=status)
+
+    def child(self, name: str) -> StageRun:
+        """Return a run nested below this one, for one attempt of the trainer."""
+        self.begin()
+        run = StageRun(self.tracker, f"{self.key}/{name}", {})
+        self.tracker.journal.write("begin", key=run.key, parent=self.key, name=run.key, start=run.started, params={})
+        run.begun = True
+        return run
+
+
+class Tracker:
+    """Writes the journal of one run and owns the sender."""
+
+    def __init__(self, journal: Journal, sender: Process | None, uri: str) -> None:
+        self.journal, self.sender, self.uri = journal, sender, uri
+
+    @classmethod
+    def start(cls, config: Config, workspace: Workspace, *, flow: str, run_id: str) -> Tracker:
+        """Open a journal for this run and start the sender, which also sends what earlier runs left."""
+        journal = Journal(journals(workspace) / f"{time.time_ns()}-{run_id[:8]}")
+        uri = tracking_uri(config, workspace)
+        tags = {"flow": flow, "profile": config.profile, "prefect_flow_run_id": run_id, **_git()}
+        journal.write(
+            "open",
+            name=f"{flow}-{run_id[:8]}",
+            experiment=config.tracking.experiment,
+            uri=uri,
+            artifacts=str(workspace.root / "mlartifacts"),
+            tags=tags,
+            params=flat(config.model_dump(mode="json")),
+        )
+        sender = spawn(
+            "mlflow-sender",
+            [sys.executable, "-m", "tasks.sender", "--live", journal.folder.name, str(journals(workspace))],
+            folder=workspace.services,
+            cwd=CHECKOUT,
+            env={"MLFLOW_TRACKING_URI": uri},
+            log=journals(workspace) / "sender.log",
+        )
+        return cls(journal, sender, uri)
+
+    @contextmanager
+    def stage(self, name: str, config: Config, sections: Sequence[str]) -> Generator[StageRun]:
+        """Enclose one stage; an exception ends its run as FAILED with the reason as a tag."""
+        tree = config.model_dump(mode="json")
+        run = StageRun(self, name, flat({section: tree[section] for section in sections}))
+        try:
+            yield run
+        except BaseException as error:
+            run.tags({"error": f"{type(error).__name__}: {error}"[:_PARAM_CHARS]})
+            run.end("FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
+        run.end("FINISHED")
+
+    def tags(self, key: str, values: Mapping[str, str]) -> None:
+        """Set tags of the run `key`."""
+        self.journal.write("tags", key=key, values=dict(values))
+
+    def link(self, key: str = FLOW, wait_s: float = 30.0) -> str | None:
+        """Return the page of a run in MLflow's interface; None when MLflow has not answered within `wait_s`."""
+        deadline = time.monotonic() + wait_s
+        while (place := Place.load(self.journal.folder)) and key not in place.runs:
+            if time.monotonic() > deadline or self.sender is None or self.sender.poll() is not None:
+                return None
+            time.sleep(0.2)
+        base = self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        return f"{base}/#/experiments/{place.experiment}/runs/{place.runs[key]}"
+
+    def close(self, status: str) -> bool:
+        """End the run; wait until the sender is through or its deadline is over. Return whether everything was sent."""
+        self.journal.write("close", status=status)
+        if self.sender is None:
+            return False
+        deadline = time.monotonic() + _DRAIN_S
+        while self.sender.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self.sender.stop()
+        sent = Place.load(self.journal.folder).done
+        if not sent:
+            logger.warning(
+                "MLflow at %s took no events in time; they are kept in %s and go out with the next run or `python -m tasks.track`",
+                self.uri,
+                self.journal.folder,
+            )
+        return sent
+
+
+def _git() -> dict[str, str]:
+    """Return commit and state of the checkout; nothing where there is no git."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return {}
+    return {"git_commit": commit, "git_changed": str(bool(changed.strip())).lower()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Send what earlier runs of a workspace could not; return the exit code."""
+    import argparse
+
+    parser = argparse.ArgumentParser("tasks.track", description="Send tracking journals that MLflow missed.")
+    parser.add_argument("-w", "--workspace", type=Path, default=Path())
+    workspace = Workspace(parser.parse_args(arguments).workspace.resolve())
+    from tasks.job import locked
+    from tasks.sender import send_all
+
+    with locked(workspace, 0.0):
+        return send_all(journals(workspace), live=None)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

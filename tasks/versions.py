@@ -1,0 +1,79 @@
+"""Hand finished stages to DVC, so that `dvc status` is clean and `dvc repro` is a no-op after a flow. Knows the command line of DVC.
+
+A workspace outside git gets a repository without source control. Nothing is run by DVC here: the artifacts stand.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from research_rl.errors import ServiceError
+from research_rl.stages import STAGES, Workspace, current
+from tasks import dvc_file
+from tasks.dvc_file import SNAPSHOT
+from tasks.job import Job
+
+__all__ = ["commit", "dvc", "environment", "prepare_repository", "record"]
+
+_BUSY_TRIES = 5
+_OPTIONS = {
+    "core.analytics": "false",
+    "core.check_update": "false",
+    "core.autostage": "false",
+    "cache.type": "hardlink,symlink,copy",
+}
+
+
+@task(name="dvc-commit", cache_policy=NO_CACHE, persist_result=False)
+def commit(job: Job) -> list[str]:
+    """Commit every stage that is current; return their names. A failure of DVC is reported, not raised: the artifacts stand."""
+    if not job.config.tracking.dvc:
+        return []
+    finished = [name for name in STAGES if current(name, job.config, job.workspace, verify=False)]
+    try:
+        record(job.workspace, finished)
+    except ServiceError as error:
+        get_run_logger().warning("DVC did not take the artifacts: %s", error)
+        return []
+    return finished
+
+
+def record(workspace: Workspace, finished: Sequence[str]) -> None:
+    """Make DVC know the artifacts of `finished`. Raises ServiceError."""
+    prepare_repository(workspace.root)
+    targets = [name for name in finished if name != SNAPSHOT]
+    if SNAPSHOT in finished:
+        dvc(workspace.root, "add", "--quiet", STAGES[SNAPSHOT].folder)
+    if targets:
+        dvc(workspace.root, "commit", "--quiet", "--force", *targets)
+
+
+def prepare_repository(root: Path) -> None:
+    """Give `root` a DVC repository and the rendered dvc.yaml unless it has them. Raises ServiceError."""
+    if not (root / ".dvc").is_dir():
+        dvc(root, "init", "--quiet", "--no-scm")
+        for name, value in _OPTIONS.items():
+            dvc(root, "config", "--quiet", name, value)
+    dvc_file.write(root)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a DVC process: this interpreter's commands first on PATH, no usage reports."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}", "DVC_NO_ANALYTICS": "1"}
+
+
+def dvc(root: Path, *arguments: str, env: Mapping[str, str] | None = None) -> str:
+    """Run one DVC command in `root` and return its output. Raises ServiceError with what DVC said."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(command, cwd=root, env={**environment(), **(env or {})}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()
+        raise ServiceError(f"`dvc {' '.join(arguments)}` in {root} ended with code {done.returncode}: {said[-800:]}")
+    return done.stdout
