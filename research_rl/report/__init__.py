@@ -1,0 +1,1 @@
+"""What a run amounts to: curves, paired differences, pages to look at."""

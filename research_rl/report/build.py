@@ -1,0 +1,96 @@
+"""Stage report: curves, paired differences and pages over one run. Knows the three parents; evaluates nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from research_rl.evaluation.results import read_results
+from research_rl.report import figure, html
+from research_rl.report.format import difference_rows, metric_head, verdict
+from research_rl.report.pairs import Pair, PairedMetric, by_group, compare_metrics, match, outcome
+from research_rl.report.training import Curves, read_curves, read_rollouts, rollout_files
+from research_rl.report.viewer import evaluated, rolled_out, spread, viewer
+from research_rl.stages import Context
+from research_rl.trajectory import StopReason
+
+__all__ = ["run"]
+
+
+def run(context: Context) -> None:
+    """Publish metrics.json, training.png, report.html and trajectories.html."""
+    settings = context.config.evaluation
+    train = context.parent("train")
+    curves = read_curves(train)
+    pairs = match(read_results(context.parent("baseline")), read_results(context.parent("evaluate")))
+    metrics = compare_metrics(pairs, settings.bootstrap, settings.seed)
+    hops = by_group(pairs, lambda result: str(result.hops), settings.bootstrap, settings.seed)
+    with context.publish() as staging:
+        figure.draw(curves, staging.path / "training.png", f"GRPO, profile {context.config.profile}")
+        _write(staging.path / "metrics.json", json.dumps(_numbers(metrics, curves), indent=1, sort_keys=True) + "\n")
+        _write(staging.path / "report.html", _page(context.config.profile, staging.path / "training.png", pairs, metrics, hops, curves))
+        files = rollout_files(train)
+        groups = evaluated(pairs) + rolled_out(read_rollouts({step: files[step] for step in spread(list(files))}))
+        _write(staging.path / "trajectories.html", viewer(groups, "Trajectories"))
+        staging.counts |= {"questions": len(pairs), "steps": curves.steps, **_outcomes(pairs)}
+        staging.facts |= _numbers(metrics, curves)
+
+
+def _outcomes(pairs: Sequence[Pair]) -> dict[str, int]:
+    found = [outcome(pair) for pair in pairs]
+    return {"wins": found.count("win"), "losses": found.count("loss"), "ties": found.count("tie")}
+
+
+def _numbers(metrics: Sequence[PairedMetric], curves: Curves) -> dict[str, Any]:
+    first, last = curves.ends("reward")
+    return {
+        "before": {metric.name: round(metric.before, 6) for metric in metrics},
+        "after": {metric.name: round(metric.after, 6) for metric in metrics},
+        "difference": {metric.name: metric.difference.to_json() for metric in metrics},
+        "train": {"steps": curves.steps, "reward_first": round(first, 6), "reward_last": round(last, 6)},
+    }
+
+
+def _page(
+    profile: str, png: Path, pairs: Sequence[Pair], metrics: Sequence[PairedMetric], hops: dict[str, list[PairedMetric]], curves: Curves
+) -> str:
+    first, last = curves.ends("reward")
+    body = (
+        html.heading("Before and after training", 1)
+        + html.paragraph(f"Profile {profile}: {len(pairs)} held-out questions, {curves.steps} steps of GRPO.", "lead")
+        + html.paragraph(verdict(metrics, "f1"), "verdict")
+        + html.paragraph(html.Html('<a href="trajectories.html">Look at the trajectories</a>'))
+        + html.heading("Held-out questions")
+        + html.paragraph("Difference: after minus before, question by question, with its 95 % interval (paired bootstrap).")
+        + html.table(metric_head("before", "after"), difference_rows(metrics))
+        + html.heading("By number of supporting passages")
+        + html.table(("passages", *metric_head("before", "after")[1:]), _hop_rows(hops))
+        + html.heading("Why episodes ended")
+        + html.table(("stop reason", "before", "after"), _stop_rows(pairs))
+        + html.heading("Training")
+        + html.paragraph(f"Mean reward {first:.3f} over the first tenth of the steps, {last:.3f} over the last tenth.")
+        + html.figure(png.read_bytes(), "reward, F1, format, searches and response length over the training step")
+    )
+    return html.page("Before and after training", body)
+
+
+def _hop_rows(hops: dict[str, list[PairedMetric]]) -> list[list[str | html.Html]]:
+    rows: list[list[str | html.Html]] = []
+    for group, metrics in hops.items():
+        chosen = [metric for metric in metrics if metric.name in {"f1", "searches", "recall"}]
+        rows += [[f"{group}: {row[0]}", *row[1:]] for row in difference_rows(chosen)]
+    return rows
+
+
+def _stop_rows(pairs: Sequence[Pair]) -> list[list[str]]:
+    def share(side: int, reason: StopReason) -> str:
+        return f"{sum(pair[side].stop == reason for pair in pairs) / max(1, len(pairs)):.1%}"
+
+    rows = [[reason.value.replace("_", " "), share(0, reason), share(1, reason)] for reason in StopReason]
+    return [row for row in rows if row[1:] != ["0.0%", "0.0%"]]
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

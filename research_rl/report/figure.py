@@ -1,0 +1,65 @@
+"""Draw the training curves as a PNG. Knows curves; equal curves give equal bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from research_rl.report.training import Curves
+
+__all__ = ["draw"]
+
+_PANELS = (
+    ("Reward", "mean reward per rollout", (("reward", "reward", "#1f5fa8"),)),
+    (
+        "Answers and format",
+        "share of rollouts",
+        (("f1", "F1", "#1f5fa8"), ("em", "exact match", "#2e8540"), ("format", "right format", "#b35c00")),
+    ),
+    ("Searches", "searches per rollout", (("searches", "searches", "#6b4c9a"),)),
+    ("Response length", "tokens written by the model", (("tokens", "tokens", "#555555"),)),
+)
+
+
+def draw(curves: Curves, path: Path, title: str) -> None:
+    """Write four panels over the training step; a thin line per step, a bold one for the moving average."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True)
+        for axis, panel in zip(axes.flat, _PANELS, strict=True):
+            _panel(axis, curves, *panel)
+        for axis in axes[1]:
+            axis.set_xlabel("training step")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        figure.suptitle(title)
+        figure.tight_layout()
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+
+
+def _panel(axis: Any, curves: Curves, title: str, label: str, lines: tuple[tuple[str, str, str], ...]) -> None:
+    axis.set_title(title, loc="left", fontweight="bold")
+    axis.set_ylabel(label)
+    drawn = [line for line in lines if line[0] in curves.series]
+    for name, text, colour in drawn:
+        steps, values = curves.series[name]
+        axis.plot(steps, values, color=colour, alpha=0.35, linewidth=1, marker="o", markersize=2.5)
+        axis.plot(steps, _smooth(values), color=colour, linewidth=2.2, label=text)
+    if not drawn:
+        axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes, color="#888888")
+    if len(drawn) > 1:
+        axis.legend(frameon=False, loc="best")
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(0.0, low), high + 0.05 * (high - min(0.0, low)))
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Return the centred moving average over a tenth of the run, narrower at both ends."""
+    half = max(1, len(values) // 20)
+    windows = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

@@ -1,0 +1,83 @@
+"""Read what training left behind: step metrics and rollouts. Knows the names under which they are logged; draws nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SERIES", "Curves", "read_curves", "read_rollouts", "rollout_files"]
+
+SERIES: dict[str, tuple[str, ...]] = {
+    "reward": ("episode/reward", "critic/score/mean", "critic/rewards/mean", "reward"),
+    "f1": ("episode/f1", "f1"),
+    "em": ("episode/em", "em"),
+    "format": ("episode/format", "format"),
+    "searches": ("episode/searches", "searches", "num_turns/mean"),
+    "tokens": ("episode/model_tokens", "response_length/mean"),
+    "answered": ("episode/stop/answered",),
+    "mixed_groups": ("episode/mixed_groups",),
+}
+"""Series by name, with the metric names that may carry it, best first."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Training curves: for each series the steps that have it and their values, in order of steps."""
+
+    series: dict[str, tuple[list[int], list[float]]]
+
+    @property
+    def steps(self) -> int:
+        """The last step."""
+        return max((steps[-1] for steps, _ in self.series.values()), default=0)
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """Return the mean of the first and of the last tenth of a series (at least one step each); zeros when it is absent."""
+        _, values = self.series.get(name, ([], []))
+        if not values:
+            return 0.0, 0.0
+        part = max(1, len(values) // 10)
+        return sum(values[:part]) / part, sum(values[-part:]) / part
+
+
+def read_curves(folder: Path) -> Curves:
+    """Read metrics.jsonl of a train artifact: one object per step, its metrics below `metrics` or `data`, or beside `step`."""
+    rows = {int(row["step"]): row for row in _lines(folder / "metrics.jsonl")}
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for name, keys in SERIES.items():
+        values = {step: _first(_flat(rows[step]), keys) for step in sorted(rows)}
+        found = {step: value for step, value in values.items() if value is not None}
+        if found:
+            series[name] = (list(found), list(found.values()))
+    return Curves(series)
+
+
+def rollout_files(folder: Path) -> dict[int, Path]:
+    """Return the files of rollouts of a train artifact by step, in order; none when none were kept."""
+    files = {int(path.name.partition(".")[0]): path for path in (folder / "rollouts").glob("[0-9]*.jsonl*")}
+    return dict(sorted(files.items()))
+
+
+def read_rollouts(files: Mapping[int, Path]) -> Iterator[dict[str, Any]]:
+    """Yield the rollouts of these files, each with its `step`."""
+    for step, path in files.items():
+        for row in _lines(path):
+            yield {**row, "step": step}
+
+
+def _flat(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return row.get("metrics") or row.get("data") or row
+
+
+def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
+    return next((float(row[key]) for key in keys if row.get(key) is not None), None)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
+            yield from (json.loads(line) for line in stream if line.strip())

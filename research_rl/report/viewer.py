@@ -1,0 +1,150 @@
+"""Build the trajectory viewer: one page, no network. Knows results and rollouts; leaves drawing to viewer.js.
+
+Invariant: the page stays small however long the run was: questions, steps, rollouts and characters are bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from research_rl.evaluation.results import Result
+from research_rl.report.html import Html, data_block, heading, page, paragraph
+from research_rl.report.pairs import Pair, outcome
+
+__all__ = ["evaluated", "rolled_out", "spread", "viewer"]
+
+QUESTIONS = 180
+STEPS = 12
+QUESTIONS_PER_STEP = 4
+ROLLOUTS_PER_QUESTION = 4
+SEGMENT_CHARS = 4000
+
+Group = dict[str, Any]
+
+_CONTROLS = """
+<div class="bar">
+<fieldset>show<span class="chips" id="phases"></span></fieldset>
+<label>F1 after against before<select id="outcome"><option value="">all</option></select></label>
+<label>reward<span class="pair"><input type="number" step="0.1" id="reward-low" aria-label="least reward" placeholder="from">
+<input type="number" step="0.1" id="reward-high" aria-label="largest reward" placeholder="to"></span></label>
+<label>searches<span class="pair"><input type="number" min="0" id="searches-low" aria-label="fewest searches" placeholder="from">
+<input type="number" min="0" id="searches-high" aria-label="most searches" placeholder="to"></span></label>
+<label>stop reason<select id="stop"><option value="">all</option></select></label>
+<label>text<input type="search" id="words" placeholder="in question, answer or trajectory"></label>
+</div>
+<p class="soft" id="count"></p>
+<div class="legend">written by the model: <span class="think">think</span><span class="search">search</span>
+<span class="answer">answer</span><span class="forged">a result tag of its own</span>
+written by search: <span class="result">result</span></div>
+<div id="list"></div>
+<button id="more" type="button">show more</button>
+<noscript><p>This page lists its trajectories with a script that is part of it.</p></noscript>
+"""
+
+
+def viewer(groups: Sequence[Group], title: str) -> str:
+    """Return the page of the groups that `evaluated` and `rolled_out` made."""
+    text = f"Trajectories of {len(groups)} questions. Dimmed ones miss the filters; the same question stands in one row."
+    body = heading(title, 1) + paragraph(text, "lead") + Html(_CONTROLS) + data_block("trajectories", groups)
+    return page(title, body, (Path(__file__).parent / "viewer.js").read_text(encoding="utf-8"))
+
+
+def evaluated(pairs: Sequence[Pair], limit: int = QUESTIONS) -> list[Group]:
+    """Return one group a question with its trajectories before and after; wins, losses and ties in equal parts if there are."""
+    kinds = {name: [pair for pair in pairs if outcome(pair) == name] for name in ("win", "loss", "tie")}
+    return [_pair_group(pair) for pair in _interleave(list(kinds.values()), limit)]
+
+
+def rolled_out(rows: Iterable[dict[str, Any]]) -> list[Group]:
+    """Return groups of training rollouts: the first questions of each step in `rows`, some rollouts of each."""
+    steps: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        if "segments" in row:
+            steps.setdefault(int(row["step"]), {}).setdefault(str(row.get("question", "")), []).append(row)
+    groups: dict[str, Group] = {}
+    for step in sorted(steps):
+        for question, rollouts in islice(steps[step].items(), QUESTIONS_PER_STEP):
+            group = groups.setdefault(question, _rollout_group(question, rollouts[0]))
+            group["items"] += [_rollout(step, row) for row in rollouts[:ROLLOUTS_PER_QUESTION]]
+    return list(groups.values())
+
+
+def spread(values: Sequence[int], count: int = STEPS) -> list[int]:
+    """Return at most `count` of the values, evenly spread, the first and the last among them."""
+    if len(values) <= count:
+        return list(values)
+    return [values[round(place * (len(values) - 1) / (count - 1))] for place in range(count)]
+
+
+def _pair_group(pair: Pair) -> Group:
+    before, after = pair
+    return {
+        "question": before.question,
+        "golds": list(before.golden_answers),
+        "source": before.data_source,
+        "hops": before.hops,
+        "outcome": outcome(pair),
+        "items": [_result("before training", before), _result("after training", after)],
+    }
+
+
+def _result(phase: str, result: Result) -> dict[str, Any]:
+    return {
+        "phase": phase,
+        "kind": phase,
+        "reward": result.reward_repository,
+        "f1": result.f1,
+        "fault": result.fault,
+        "stop": result.stop,
+        "searches": result.searches,
+        "recall": result.recall,
+        "tokens": result.tokens,
+        "prediction": result.prediction,
+        "error": result.trajectory["error"],
+        "segments": _segments(result.trajectory["segments"]),
+    }
+
+
+def _rollout_group(question: str, row: dict[str, Any]) -> Group:
+    return {
+        "question": question,
+        "golds": [str(gold) for gold in row.get("golds", [])],
+        "source": str(row.get("data_source", "train")),
+        "hops": 0,
+        "outcome": "",
+        "items": [],
+    }
+
+
+def _rollout(step: int, row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "phase": f"step {step}, rollout {row.get('rollout', 0)}",
+        "kind": f"step {step}",
+        "reward": float(row.get("score", 0.0)),
+        "f1": float(row.get("f1", 0.0)),
+        "fault": str(row.get("reason", "ok")),
+        "stop": str(row.get("stop", "unknown")),
+        "searches": len(row.get("searches", [])),
+        "recall": None,
+        "tokens": int(row.get("model_tokens", 0)),
+        "prediction": str(row.get("prediction", "")),
+        "error": row.get("error"),
+        "segments": _segments(row["segments"]),
+    }
+
+
+def _segments(segments: Iterable[dict[str, Any]]) -> list[list[str]]:
+    return [[str(segment["author"]), _cut(str(segment["text"]))] for segment in segments]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SEGMENT_CHARS else f"{text[:SEGMENT_CHARS]} […{len(text) - SEGMENT_CHARS} more characters]"
+
+
+def _interleave(lists: Sequence[list[Pair]], limit: int) -> list[Pair]:
+    """Take from each list in turn until all are empty or `limit` is reached."""
+    longest = max((len(part) for part in lists), default=0)
+    return [part[place] for place in range(longest) for part in lists if place < len(part)][:limit]
