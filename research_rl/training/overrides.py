@@ -97,6 +97,7 @@ def environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_API_KEY": token,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HYDRA_FULL_ERROR": "1",
@@ -220,6 +221,9 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_MODEL}.external_lib": f"{_CPU}.engine",
         f"{_MODEL}.use_remove_padding": False,
         f"+{_MODEL}.override_config.attn_implementation": "sdpa",
+        # Without flash attention verl's plain path takes one logsumexp per token; its fused one works on whole chunks.
+        f"{_MODEL}.use_fused_kernels": True,
+        f"{_MODEL}.fused_kernel_options.impl_backend": "torch",
         f"{_ACTOR}.use_torch_compile": False,
         f"{_ACTOR}.fsdp_config.use_torch_compile": False,
         f"{_ACTOR}.fsdp_config.dtype": train.cpu_dtype,
@@ -238,7 +242,6 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ROLLOUT}.max_num_batched_tokens": max(4096, length),
         f"{_ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": 256,
         f"+{_ROLLOUT}.engine_kwargs.vllm.worker_extension_cls": f"{_CPU}.vllm_worker.CpuWorkerExtension",
-        f"+{_ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni",
         f"{_ROLLOUT}.agent.num_workers": 1,
         "data.dataloader_num_workers": 0,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
@@ -251,7 +254,6 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         "+ray_kwargs.ray_init.include_dashboard": False,
         "+ray_kwargs.ray_init.object_store_memory": 512 * 2**20,
         "+ray_kwargs.ray_init._temp_dir": str(paths.ray),
-        "+ray_kwargs.ray_init._node_ip_address": "127.0.0.1",
     }
 
 

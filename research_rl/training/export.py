@@ -1,0 +1,133 @@
+"""The stage `export`: the trained policy as a Hugging Face folder. Knows file formats; needs no torch and no verl.
+
+verl writes the whole policy beside its shards (save content `hf_model`). What is published was compared with the initial
+policy: the same tensors of the same shapes, every number finite.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research_rl.errors import ModelError
+from research_rl.prompts import load_tokenizer
+from research_rl.stages import Context
+
+__all__ = ["Tensor", "run", "tensors", "verify"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+)
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a safetensors file: its place in the file, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+
+def run(context: Context) -> None:
+    """Publish config, tokenizer and weights of the last checkpoint. Raises ModelError when they do not fit the policy."""
+    policy, trained = context.parent("policy"), context.parent("train") / "checkpoint" / "actor" / "huggingface"
+    with context.publish() as staging:
+        # The trainer reads the tokenizer and writes it again in its library's words; the policy's own files are the truth.
+        for name in _TOKENIZER_FILES:
+            if (policy / name).is_file():
+                shutil.copyfile(policy / name, staging.path / name)
+        for path in (trained / "config.json", *sorted(trained.glob("*.safetensors*"))):
+            shutil.copyfile(path, staging.path / path.name)
+        staging.counts.update(verify(staging.path, policy), step=context.parents["train"].counts["steps"])
+        context.progress("the trained policy is whole", 1.0)
+
+
+def verify(folder: Path, policy: Path) -> dict[str, int]:
+    """Compare an exported model with the policy it came from; return the counts of tensors and parameters.
+
+    Raises ModelError for a missing or foreign tensor, another shape, a number that is not finite, or another vocabulary.
+    """
+    found, wanted = tensors(folder), tensors(policy)
+    tied = _tied(folder)
+    if missing := sorted(set(wanted) - set(found) - tied):
+        raise ModelError(f"{folder} lacks {len(missing)} of the policy's {len(wanted)} tensors, the first {missing[0]!r}; export again")
+    if foreign := sorted(set(found) - set(wanted) - tied):
+        raise ModelError(f"{folder} holds {len(foreign)} tensors the policy does not have, the first {foreign[0]!r}; export again")
+    for name, tensor in found.items():
+        if name in wanted and tensor.shape != wanted[name].shape:
+            raise ModelError(f"{name} has shape {tensor.shape} in {folder}, {wanted[name].shape} in the policy; export again")
+        if not _finite(tensor):
+            raise ModelError(f"{name} in {tensor.file} holds numbers that are not finite; train again with a lower train.lr")
+    config, tokenizer = _config(folder), load_tokenizer(folder)
+    if len(tokenizer) > config["vocab_size"]:
+        raise ModelError(f"the tokenizer of {folder} has {len(tokenizer)} tokens, the model {config['vocab_size']}; export again")
+    return {"tensors": len(found), "parameters": sum(int(np.prod(t.shape)) for t in found.values())}
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of all safetensors files of a folder by name. Raises ModelError when there is none."""
+    found = {tensor.name: tensor for path in sorted(folder.glob("*.safetensors")) for tensor in _read(path)}
+    if not found:
+        raise ModelError(f"{folder} has no *.safetensors; a Hugging Face model folder is needed")
+    return found
+
+
+def _read(path: Path) -> Iterator[Tensor]:
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield Tensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + start, 8 + length + end)
+
+
+def _tied(folder: Path) -> set[str]:
+    """Return the tensors that may be left out because another one stands for them."""
+    return {"lm_head.weight"} if _config(folder).get("tie_word_embeddings") else set()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Look at the exponent bits of a floating-point tensor, block by block; bfloat16 needs no numpy type for that."""
+    if tensor.dtype not in _EXPONENT:
+        return True
+    kind, mask = _EXPONENT[tensor.dtype]
+    values = np.memmap(tensor.file, dtype=np.uint8, mode="r", offset=tensor.start, shape=(tensor.end - tensor.start,))
+    return all(not np.any((block.view(kind) & mask) == mask) for block in _blocks(values))
+
+
+_EXPONENT = {
+    "F64": (np.dtype("<u8"), 0x7FF0000000000000),
+    "F32": (np.dtype("<u4"), 0x7F800000),
+    "F16": (np.dtype("<u2"), 0x7C00),
+    "BF16": (np.dtype("<u2"), 0x7F80),
+}
+
+
+def _blocks(values: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+    for start in range(0, len(values), _BLOCK):
+        # A copy is aligned for the view; the file's bytes need not be.
+        yield np.array(values[start : start + _BLOCK])
