@@ -1,0 +1,216 @@
+"""The report counts right, its pages are safe and self-contained, and equal inputs give equal bytes."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from research_rl import manifest
+from research_rl.config import Config
+from research_rl.errors import DataError
+from research_rl.evaluation.results import Question, Result, to_result, write_results
+from research_rl.manifest import Manifest
+from research_rl.report import html
+from research_rl.report.build import run
+from research_rl.report.compare import compare, load
+from research_rl.report.pairs import compare_metrics, match, outcome
+from research_rl.report.training import read_curves, read_rollouts, rollout_files
+from research_rl.report.viewer import QUESTIONS, SEGMENT_CHARS, evaluated, rolled_out, spread
+from research_rl.stages import STAGES, Context, Workspace
+from research_rl.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028"
+
+
+def segment(author: Author, text: str) -> Segment:
+    ids = tuple(range(len(text.split())))
+    return Segment(author, ids, (0.0,) * len(ids), text)
+
+
+def result(row: int, answer: str, searches: int = 1) -> Result:
+    trajectory = Trajectory((1, 2), stop=StopReason.ANSWERED, ended_by_eos=True)
+    for number in range(searches):
+        trajectory.segments.append(segment(Author.MODEL, f"<think>t</think><search>query {number}</search>"))
+        trajectory.segments.append(segment(Author.SEARCH, f" <result>\n{EVIL}\n</result>"))
+        trajectory.searches.append(SearchRecord(f"query {number}", (f"p{number}",), 0.01))
+    trajectory.segments.append(segment(Author.MODEL, f"<think>so</think><answer>\\boxed{{{answer}}}</answer>"))
+    return to_result(
+        Question(row, f"q{row}", "made", f"Question {row}? {EVIL}", ("Ada",), ("p0", "p1")[: 1 + row % 2]), trajectory, "<eos>", 0.1
+    )
+
+
+def evaluation(folder: Path, results: list[Result], **parameters: object) -> Manifest:
+    stage = "baseline" if folder.name == "baseline" else "evaluate"
+    with manifest.publish(folder, stage, "hash", {}) as staging:
+        write_results(staging.path, results)
+        (staging.path / "parameters.json").write_text(json.dumps(parameters))
+    return manifest.load(folder)
+
+
+def training(folder: Path, steps: int = 20) -> Manifest:
+    with manifest.publish(folder, "train", "hash", {}) as staging:
+        rows = [
+            {"step": n, "metrics": {"episode/reward": n / steps, "episode/format": 1.0, "episode/searches": 2.0}}
+            for n in range(1, steps + 1)
+        ]
+        (staging.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (staging.path / "rollouts").mkdir()
+        for n in range(1, steps + 1):
+            row = {"question": f"train {n % 3} {EVIL}", "golds": ["Ada"], "rollout": 0, "score": 0.1, **result(n, "Ada").trajectory}
+            (staging.path / "rollouts" / f"{n:06d}.jsonl.gz").write_bytes(gzip.compress((json.dumps(row) + "\n").encode()))
+    return manifest.load(folder)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    workspace = Workspace(tmp_path)
+    parents = {
+        "train": training(workspace.folder("train")),
+        "baseline": evaluation(workspace.folder("baseline"), [result(n, "Bob" if n < 8 else "Ada") for n in range(10)]),
+        "evaluate": evaluation(workspace.folder("evaluate"), [result(n, "Ada" if n < 9 else "Bob", 2) for n in range(10)]),
+    }
+    return Context(STAGES["report"], Config(), workspace, parents, lambda text, share: None)
+
+
+def test_the_numbers_of_a_report(context: Context) -> None:
+    run(context)
+    folder = context.workspace.folder("report")
+    found = manifest.load(folder)
+    assert found.counts == {"questions": 10, "steps": 20, "wins": 8, "losses": 1, "ties": 1}
+    numbers = json.loads((folder / "metrics.json").read_text())
+    assert (numbers["before"]["f1"], numbers["after"]["f1"]) == (0.2, 0.9)
+    assert numbers["difference"]["f1"]["mean"] == pytest.approx(0.7)
+    assert numbers["difference"]["f1"]["low"] > 0
+    assert numbers["difference"]["searches"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "wins": 10, "losses": 0, "ties": 0, "n": 10}
+    assert numbers["train"] == {"steps": 20, "reward_first": 0.075, "reward_last": 0.975}
+    page = (folder / "report.html").read_text()
+    assert "F1 0.200 before, 0.900 after: +0.700" in page and "better, and the interval leaves out 0" in page
+    assert (folder / "training.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_equal_inputs_give_equal_bytes(context: Context) -> None:
+    run(context)
+    first = manifest.load(context.workspace.folder("report"))
+    run(context)
+    assert manifest.load(context.workspace.folder("report")) == first
+
+
+class Page(HTMLParser):
+    """Collects scripts and every address or handler a page names."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.scripts: list[tuple[str | None, str]] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.policy = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "href", "action"} or name.startswith("on")]
+        if tag == "script":
+            self.scripts.append((found.get("type"), ""))
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self.policy = found.get("content") or ""
+
+    def handle_data(self, data: str) -> None:
+        if self.lasttag == "script" and self.scripts and not self.scripts[-1][1]:
+            self.scripts[-1] = (self.scripts[-1][0], data)
+
+
+@pytest.mark.parametrize("name", ["report.html", "trajectories.html", "compare.html"])
+def test_no_text_of_a_passage_or_question_becomes_markup_and_nothing_is_loaded(context: Context, name: str) -> None:
+    run(context)
+    folder = context.workspace.folder("report")
+    compare(context.parent("baseline"), context.parent("evaluate"), folder / "compare.html")
+    page = Page((folder / name).read_text())
+    assert all(address.startswith("data:image/png") or address == "trajectories.html" for address in page.addresses)
+    programs = [text for kind, text in page.scripts if kind is None]
+    assert len(programs) == (1 if name == "trajectories.html" else 0)
+    assert "alert" not in "".join(programs) and page.tags.count("img") <= 1
+    allowed = re.findall(r"'sha256-([^']+)'", page.policy)
+    assert allowed == [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in programs]
+    assert "default-src 'none'" in page.policy
+
+
+def test_the_viewer_holds_both_sides_of_a_question_and_training_steps(context: Context) -> None:
+    run(context)
+    page = Page((context.workspace.folder("report") / "trajectories.html").read_text())
+    groups = json.loads(next(text for kind, text in page.scripts if kind == "application/json"))
+    assert [item["phase"] for item in groups[0]["items"]] == ["before training", "after training"]
+    assert groups[0]["question"] == f"Question 0? {EVIL}"
+    assert groups[0]["items"][0]["segments"][1] == ["search", f" <result>\n{EVIL}\n</result>"]
+    steps = sorted({int(item["kind"].split()[1]) for group in groups for item in group["items"] if item["kind"].startswith("step")})
+    assert (steps[0], steps[-1], len(steps)) == (1, 20, 12)
+    assert len([group for group in groups if group["question"].startswith("train")]) == 3
+
+
+def test_the_viewer_is_bounded() -> None:
+    pairs = [(result(n, "Bob"), result(n, "Ada" if n % 3 else "Bob")) for n in range(600)]
+    groups = evaluated(pairs)
+    assert len(groups) == QUESTIONS
+    assert sum(group["outcome"] == "win" for group in groups) == QUESTIONS / 2
+    rows = [{"step": 1, "question": "q", "segments": [{"author": "model", "text": "x" * 9000}]} for _ in range(50)]
+    (group,) = rolled_out(rows)
+    assert len(group["items"]) == 4
+    assert len(group["items"][0]["segments"][0][1]) < SEGMENT_CHARS + 40
+    assert spread(range(1, 1001), 5) == [1, 251, 501, 750, 1000]
+
+
+def test_a_wide_window_of_metric_names_is_understood(tmp_path: Path) -> None:
+    rows = [{"step": 2, "data": {"critic/score/mean": 0.5}}, {"step": 1, "critic/rewards/mean": 0.25, "response_length/mean": 7}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    curves = read_curves(tmp_path)
+    assert curves.series == {"reward": ([1, 2], [0.25, 0.5]), "tokens": ([1], [7.0])}
+    assert (curves.steps, curves.ends("f1")) == (2, (0.0, 0.0))
+
+
+def test_rollouts_are_read_in_the_order_of_steps(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    for step in (10, 9):
+        (tmp_path / "rollouts" / f"{step}.jsonl").write_text(json.dumps({"score": step}) + "\n")
+    assert [row["step"] for row in read_rollouts(rollout_files(tmp_path))] == [9, 10]
+
+
+def test_pairs_are_matched_by_question_not_by_place() -> None:
+    before, after = [result(n, "Bob") for n in range(4)], [result(n, "Ada") for n in (3, 1, 9)]
+    pairs = match(before, after)
+    assert [(a.id, b.id) for a, b in pairs] == [("q1", "q1"), ("q3", "q3")]
+    assert [outcome(pair) for pair in pairs] == ["win", "win"]
+    assert {metric.name: metric.difference.n for metric in compare_metrics(pairs, 200, 1)}["f1"] == 2
+
+
+def test_compare_names_what_was_set_differently_and_what_came_of_it(tmp_path: Path) -> None:
+    common = {"evaluation": {"rows": None}, "episode": {"top_k": 3, "wall_s": 1}}
+    evaluation(tmp_path / "a", [result(n, "Bob") for n in range(6)], **common)
+    evaluation(tmp_path / "b", [result(n, "Ada") for n in range(5)], **{**common, "episode": {"top_k": 5, "wall_s": 1}}, train={"lr": 1})
+    text = compare(tmp_path / "a", tmp_path / "b", tmp_path / "page.html")
+    assert "5 questions in both, 1 only in A, 0 only in B." in text
+    assert "| episode.top_k | 3 | 5 |" in text and "wall_s" not in text
+    assert "| train (all) | not used | used |" in text
+    assert "| F1 | 0.000 | 1.000 | +1.000 | +1.000 to +1.000 | 5 | 0 | 0 | 5 |" in text
+    assert "F1 0.000 in A, 1.000 in B" in (tmp_path / "page.html").read_text()
+    assert len(load(tmp_path / "a", tmp_path / "b").pairs) == 5
+
+
+def test_compare_refuses_evaluations_of_different_questions(tmp_path: Path) -> None:
+    evaluation(tmp_path / "a", [result(1, "Bob")])
+    evaluation(tmp_path / "b", [result(2, "Ada")])
+    with pytest.raises(DataError, match="share no question"):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_plain_text_is_escaped_everywhere() -> None:
+    made = html.heading(EVIL) + html.paragraph(EVIL) + html.table([EVIL], [[EVIL, EVIL]]) + html.data_block("data", [EVIL])
+    assert set(Page(made.text).tags) == {"h2", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "script"}
+    data = re.search(r'id="data">(.*)</script>', made.text)
+    assert data and json.loads(data[1]) == [EVIL]
