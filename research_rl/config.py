@@ -111,27 +111,31 @@ class EncoderConfig(Section):
     """What turns text into vectors."""
 
     kind: Literal["lexical", "sentence"] = Field(
-        "lexical", description="lexical: hashed word tf-idf, no model needed; sentence: a sentence-transformers model."
+        default="lexical", description="lexical: hashed word tf-idf, no model needed; sentence: a sentence-transformers model."
     )
-    model: str | None = Field(None, description="kind sentence: model folder, hub name or pypi:<package>[==<version>][/<folder>].")
-    dim: int = Field(1024, ge=16, le=8192, description="Vector length of the lexical encoder; a sentence model brings its own.")
-    query_prefix: str = Field("", description="Put before each query (e5: 'query: '); kind sentence.")
-    passage_prefix: str = Field("", description="Put before each passage (e5: 'passage: '); kind sentence.")
-    max_tokens: int = Field(256, ge=16, description="Longest text in tokens; the rest is cut.")
-    batch_tokens: int = Field(8192, ge=256, description="Tokens per encoding batch, after sorting by length.")
+    model: str | None = Field(default=None, description="kind sentence: model folder, hub name or pypi:<package>[==<version>][/<folder>].")
+    dim: int = Field(default=1024, ge=16, le=8192, description="Vector length of the lexical encoder; a sentence model brings its own.")
+    query_prefix: str = Field(default="", description="Put before each query (e5: 'query: '); kind sentence.")
+    passage_prefix: str = Field(default="", description="Put before each passage (e5: 'passage: '); kind sentence.")
+    max_tokens: int = Field(default=256, ge=16, description="Longest text in tokens; the rest is cut.")
+    batch_tokens: int = Field(default=8192, ge=256, description="Tokens per encoding batch, after sorting by length.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Number format of passage encoding; auto: bfloat16 where the processor or GPU has matrix instructions for it."
+        default="auto",
+        description="Number format of passage encoding; auto: bfloat16 where the processor or GPU has matrix instructions for it.",
     )
-    shard_rows: int = Field(8192, ge=100, description="Passages per vector file; a killed run repeats at most one.")
+    shard_rows: int = Field(default=8192, ge=100, description="Passages per vector file; a killed run repeats at most one.")
 
 
 class IndexConfig(Section):
     """The vector index."""
 
-    factory: str = Field("Flat", description="faiss index_factory string; Flat is exact.")
-    metric: Literal["ip"] = Field("ip", description="Inner product over normalised vectors.")
-    train_rows: int = Field(100_000, ge=1, description="Most vectors a trained index (IVF, PQ) learns from, spread over the corpus.")
-    sample: int = Field(256, ge=1, description="Passages used as queries to measure recall@10 of an index that is not exact.")
+    factory: str = Field(default="Flat", description="faiss index_factory string; Flat is exact.")
+    metric: Literal["ip"] = Field(default="ip", description="Inner product over normalised vectors.")
+    search: str = Field(default="", description="faiss search parameters kept with the index, such as nprobe=16.")
+    train_rows: int = Field(
+        default=100_000, ge=1, description="Most vectors a trained index (IVF, PQ) learns from, spread over the corpus."
+    )
+    sample: int = Field(default=256, ge=1, description="Passages used as queries to measure recall@10 of an index that is not exact.")
 
 
 class PolicyConfig(Section):
@@ -144,12 +148,12 @@ class PolicyConfig(Section):
     path: str | None = Field(default=None, description="Model folder (folder) or repository name (hub).")
     revision: str = Field(default="main", description="Branch, tag or commit of the repository (hub).")
     hidden: int = Field(default=128, ge=32, description="tiny: hidden size.")
-    layers: int = Field(default=4, ge=1, description="tiny: transformer layers.")
+    layers: int = Field(default=3, ge=1, description="tiny: transformer layers.")
     warmup_world: EncyclopediaConfig = Field(
         default_factory=EncyclopediaConfig,
         description="tiny: the worlds the warm-up traces come from; as hard as data.generated, under names that never occur there.",
     )
-    warmup_drills: int = Field(default=100, ge=0, description="tiny: optimizer steps of copying drills before the traces.")
+    warmup_drills: int = Field(default=30, ge=0, description="tiny: optimizer steps of copying drills before the traces.")
     warmup_steps: int = Field(
         default=500, ge=1, description="tiny: optimizer steps of the supervised warm-up on protocol traces (ReSearch itself uses none)."
     )
@@ -249,18 +253,20 @@ class EvaluationConfig(Section):
 class RetrieverConfig(Section):
     """The retriever service. Changes no artifact."""
 
-    host: str = Field("127.0.0.1", description="Address to bind; any other than loopback needs RESEARCH_RETRIEVER_TOKEN.")
-    port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
+    host: str = Field(default="127.0.0.1", description="Address to bind; any other than loopback needs RESEARCH_RETRIEVER_TOKEN.")
+    port: int = Field(default=0, ge=0, le=65535, description="Port; 0 takes a free one.")
     url: str | None = Field(
-        None, description="An already running retriever; none is started when set. Its token comes from RESEARCH_RETRIEVER_TOKEN."
+        default=None, description="An already running retriever; none is started when set. Its token comes from RESEARCH_RETRIEVER_TOKEN."
     )
-    start_deadline_s: float = Field(120.0, gt=0, description="Seconds until /health must answer.")
-    max_batch: int = Field(512, ge=1, description="Most queries accepted in one request.")
-    max_top_k: int = Field(100, ge=1, description="Most passages a query may ask for.")
-    max_query_chars: int = Field(4096, ge=16, description="Longest query accepted, in characters.")
-    max_queue: int = Field(2048, ge=1, description="Queries waiting before new ones are turned away with 503.")
-    threads: int = Field(0, ge=0, description="CPU threads of a search; 0 takes one for a small index and all cores for a large one.")
-    verify: bool = Field(True, description="Compare every byte of corpus and index with its manifest at start.")
+    start_deadline_s: float = Field(default=120.0, gt=0, description="Seconds until /health must answer.")
+    max_batch: int = Field(default=512, ge=1, description="Most queries accepted in one request.")
+    max_top_k: int = Field(default=100, ge=1, description="Most passages a query may ask for.")
+    max_query_chars: int = Field(default=4096, ge=16, description="Longest query accepted, in characters.")
+    max_queue: int = Field(default=2048, ge=1, description="Queries waiting before new ones are turned away with 503.")
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads of a search; 0 takes one for a small index and all cores for a large one."
+    )
+    verify: bool = Field(default=True, description="Compare every byte of corpus and index with its manifest at start.")
 
 
 class ServingConfig(Section):

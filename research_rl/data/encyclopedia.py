@@ -272,11 +272,11 @@ def generate(config: EncyclopediaConfig, seed: int, folder: Path) -> None:
     rng = random.Random(f"encyclopedia {seed}")
     world = build_world(config, rng, Side.ENCYCLOPEDIA)
     wanted = {"train": config.train_questions, "dev": config.dev_questions, "test": config.test_questions}
+    drawn = {split: questions(world, split, number, config, rng) for split, number in wanted.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "corpus.jsonl", ({"id": str(row), "contents": text} for row, text in enumerate(world.passages)))
-    for split, number in wanted.items():
-        drawn = questions(world, split, number, config, rng)
-        _write(folder / f"{split}.jsonl", (_row(f"{split}_{row}", question) for row, question in enumerate(drawn)))
+    for split, found in drawn.items():
+        _write(folder / f"{split}.jsonl", (_row(f"{split}_{row}", question) for row, question in enumerate(found)))
 
 
 def build_world(config: EncyclopediaConfig, rng: random.Random, half: Side) -> World:

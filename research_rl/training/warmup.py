@@ -1,0 +1,154 @@
+"""Warm a tiny policy up on protocol traces with transformers' Trainer. A process of the policy environment.
+
+ReSearch itself uses no supervised traces; this belongs to tiny policies alone. Invariants: (1) a trace is laid out token
+by token as `agent.run_episode` lays out an episode; (2) the loss reads the policy's own tokens only; (3) one thread
+computes and one worker writes traces, so equal parameters give equal weights on equal processors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from research_rl.config import PolicyConfig, PromptConfig
+from research_rl.training import tiny, traces
+from research_rl.training.traces import Trace
+
+__all__ = ["Collator", "Lesson", "Spec", "encode", "main", "train"]
+
+_IGNORED = -100
+_REPORT_EVERY = 10
+Row = dict[str, list[int]]
+
+
+class Spec(BaseModel):
+    """What the process is told: parameters and the folder the model goes to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    policy: PolicyConfig
+    prompt: PromptConfig
+    seed: int
+    folder: Path
+
+
+def encode(trace: Trace, tokenizer: PreTrainedTokenizerFast) -> Row:
+    """Return `input_ids` and `labels` of one trace, each piece encoded by itself; labels are -100 outside the policy's words."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, own in trace.pieces:
+        piece: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        ids += piece
+        labels += piece if own else [_IGNORED] * len(piece)
+    return {"input_ids": ids, "labels": labels}
+
+
+class Lesson(IterableDataset[Row]):
+    """First the copying drills, then the traces; ends after `drill_steps + steps` batches."""
+
+    def __init__(self, spec: Spec, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._spec, self._tokenizer = spec, tokenizer
+
+    def __iter__(self) -> Iterator[Row]:
+        spec, batch = self._spec, self._spec.policy.warmup_batch
+        first = itertools.islice(traces.drills(spec.policy, spec.seed), spec.policy.warmup_drills * batch)
+        then = itertools.islice(traces.traces(spec.policy, spec.prompt, spec.seed), spec.policy.warmup_steps * batch)
+        for trace in itertools.chain(first, then):
+            yield encode(trace, self._tokenizer)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows on the right. No attention mask is needed: attention is causal and padding comes last."""
+
+    pad: int
+
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `labels`, each [batch, longest row]."""
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(key: str, fill: int) -> torch.Tensor:
+            return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+
+        return {"input_ids": padded("input_ids", self.pad), "labels": padded("labels", _IGNORED)}
+
+
+class _Reporter(TrainerCallback):
+    """Says each logged loss as a JSON line on standard output."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            print(json.dumps({"step": state.global_step, "of": state.max_steps, "loss": round(float(logs["loss"]), 4)}), flush=True)
+
+
+def train(spec: Spec) -> dict[str, Any]:
+    """Make the policy, warm it up, write its folder; return facts: parameters, vocabulary, steps, tokens, final loss."""
+    torch.set_num_threads(1)
+    tokenizer = tiny.build_tokenizer(traces.lexicon(spec.policy, spec.prompt))
+    model = tiny.build_model(tokenizer, spec.policy.hidden, spec.policy.layers, spec.seed)
+    model.set_attn_implementation("eager")
+    trainer = Trainer(
+        model=model,
+        args=_arguments(spec),
+        train_dataset=Lesson(spec, tokenizer),
+        data_collator=Collator(tiny.token_id(tokenizer, tiny.PAD)),
+        callbacks=[_Reporter()],
+    )
+    trainer.train()
+    model.save_pretrained(spec.folder)
+    tokenizer.save_pretrained(spec.folder)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "warmup_steps": trainer.state.global_step,
+        "warmup_tokens": int(trainer.state.num_input_tokens_seen),
+        "warmup_loss": round(float(losses[-1]), 4) if losses else None,
+    }
+
+
+def _arguments(spec: Spec) -> TrainingArguments:
+    steps = spec.policy.warmup_drills + spec.policy.warmup_steps
+    return TrainingArguments(
+        output_dir=str(spec.folder),
+        per_device_train_batch_size=spec.policy.warmup_batch,
+        max_steps=steps,
+        learning_rate=spec.policy.warmup_lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=max(1, steps // 20),
+        adam_beta2=0.95,
+        weight_decay=0.01,
+        bf16=True,
+        use_cpu=True,
+        logging_steps=_REPORT_EVERY,
+        include_num_input_tokens_seen=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=spec.seed,
+        dataloader_num_workers=1,
+        remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},
+    )
+
+
+def main(path: str) -> None:
+    """Warm up as the JSON file at `path` says; the last line of standard output holds the facts."""
+    spec = Spec.model_validate_json(Path(path).read_bytes())
+    print(json.dumps({"facts": train(spec)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
