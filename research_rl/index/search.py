@@ -1,0 +1,67 @@
+"""Search a built index. Knows vectors, rows and scores; knows no text.
+
+Deviation from faiss's defaults: batches of four or more queries go through matrix multiplication. The library's own
+threshold leaves batches of up to some hundred queries on the slow path, the very sizes a micro-batching service sees;
+below four queries the plain scan stays faster.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from research_rl.embedding import Vectors
+from research_rl.errors import ManifestError
+
+__all__ = ["INDEX", "VectorIndex", "tune"]
+
+INDEX = "index.faiss"
+_BLAS_FROM = 4
+"""Smallest batch that is faster as a matrix product."""
+_SMALL_BYTES = 64 << 20
+
+Rows = npt.NDArray[np.int64]
+
+
+class VectorIndex:
+    """A faiss index with its row count and dimension; searches from one thread at a time."""
+
+    def __init__(self, index: Any, threads: int = 0) -> None:
+        self._index = index
+        small = self.rows * self.dim * 4 < _SMALL_BYTES
+        tune(self.dim, threads or (1 if small else os.cpu_count() or 1))
+
+    @classmethod
+    def open(cls, path: Path, threads: int = 0) -> VectorIndex:
+        """Open an index file, memory-mapped where its kind allows it. Raises ManifestError."""
+        try:
+            return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), threads)
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or ["unknown"])[-1]
+            raise ManifestError(f"{path} cannot be opened as a faiss index ({reason}); run the index stage again") from None
+
+    @property
+    def rows(self) -> int:
+        """Vectors in the index."""
+        return int(self._index.ntotal)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return int(self._index.d)
+
+    def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
+        """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows); row -1 where too few were found."""
+        scores, rows = self._index.search(np.ascontiguousarray(queries, np.float32), min(top_k, self.rows))
+        return scores, rows
+
+
+def tune(dim: int, threads: int) -> None:
+    """Set faiss's process-wide switches: threads, and the batch size from which a search is a matrix product."""
+    faiss.omp_set_num_threads(threads)
+    faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM * dim

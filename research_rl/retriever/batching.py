@@ -1,0 +1,116 @@
+"""Join waiting searches into one. Knows a blocking search function, a queue and one worker thread; knows no HTTP.
+
+Invariants: (1) the event loop never waits for a search; (2) at most `max_queue` queries wait, the next is refused;
+(3) a search that fails or whose caller left costs no other caller anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from research_rl.trajectory import Passage
+
+__all__ = ["Busy", "MicroBatcher"]
+
+Found = list[list[Passage]]
+Search = Callable[[Sequence[str], int], Found]
+
+
+class Busy(Exception):
+    """The queue is full; try again later."""
+
+
+@dataclass
+class _Job:
+    queries: Sequence[str]
+    top_k: int
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Found]
+
+
+class MicroBatcher:
+    """Runs `search` in one thread; whatever waits when it becomes free is searched together, up to `max_batch` queries."""
+
+    def __init__(self, search: Search, max_batch: int, max_queue: int) -> None:
+        self._search, self._max_batch, self._max_queue = search, max_batch, max_queue
+        self._jobs: deque[_Job] = deque()
+        self._waiting = 0
+        self._working = self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._drain, name="search", daemon=True)
+        self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no search runs or waits."""
+        return not (self._working or self._jobs)
+
+    async def search(self, queries: Sequence[str], top_k: int) -> Found:
+        """Return what `search` returns for these queries. Raises Busy, or whatever `search` raised."""
+        loop = asyncio.get_running_loop()
+        job = _Job(queries, top_k, loop, loop.create_future())
+        with self._changed:
+            if self._closed or self._waiting + len(queries) > self._max_queue:
+                raise Busy(f"{self._waiting} queries wait")
+            self._jobs.append(job)
+            self._waiting += len(queries)
+            self._changed.notify()
+        return await job.future
+
+    def close(self) -> None:
+        """Finish what waits, then end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _drain(self) -> None:
+        while jobs := self._take():
+            wanted = [job for job in jobs if not job.future.cancelled()]
+            if wanted:
+                self._run(wanted)
+            with self._changed:
+                self._working = False
+
+    def _take(self) -> list[_Job]:
+        """Wait for work and take as much as fits one batch; empty once closed and drained."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._jobs) or self._closed)
+            taken: list[_Job] = []
+            size = 0
+            while self._jobs and (not taken or size + len(self._jobs[0].queries) <= self._max_batch):
+                taken.append(self._jobs.popleft())
+                size += len(taken[-1].queries)
+            self._waiting -= size
+            self._working = bool(taken)
+            return taken
+
+    def _run(self, jobs: list[_Job]) -> None:
+        queries = list(dict.fromkeys(query for job in jobs for query in job.queries))
+        try:
+            found = dict(zip(queries, self._search(queries, max(job.top_k for job in jobs)), strict=True))
+        except Exception as error:  # noqa: BLE001  (the boundary: a failed batch is told to its callers, the worker lives on)
+            for job in jobs:
+                _settle(job, error)
+            return
+        for job in jobs:
+            _settle(job, [found[query][: job.top_k] for query in job.queries])
+
+
+def _settle(job: _Job, outcome: Found | Exception) -> None:
+    def deliver() -> None:
+        if job.future.done():
+            return
+        if isinstance(outcome, Exception):
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)
+
+    try:
+        job.loop.call_soon_threadsafe(deliver)
+    except RuntimeError:  # the loop closed while the search ran: nobody waits any more
+        return

@@ -1,0 +1,158 @@
+"""Ask a retriever over HTTP. Knows the wire format and time; never raises for what a server does or fails to do.
+
+Invariants: (1) `search` answers within `timeout_s`, retries included; (2) a reply of the wrong shape is a SearchFailure;
+(3) equal searches in flight are sent once, and failures are never kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+import httpx
+
+from research_rl.agent import SearchFailure
+from research_rl.trajectory import Passage
+
+__all__ = ["RetrieverClient"]
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
+_CACHED = 4096
+
+Found = list[list[Passage]]
+
+
+class _Again(Exception):
+    """A failure worth another try, after `pause` seconds where the server named them."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+class RetrieverClient:
+    """A `Searcher` over a retriever service; for one event loop, any number of tasks."""
+
+    def __init__(self, url: str, token: str | None = None, timeout_s: float = 20.0) -> None:
+        self.url, self.timeout_s = url.rstrip("/"), timeout_s
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
+        self._http = httpx.AsyncClient(headers=headers, limits=limits, trust_env=False)
+        self._flying: dict[tuple[tuple[str, ...], int], asyncio.Task[Found | SearchFailure]] = {}
+        self._kept: OrderedDict[tuple[tuple[str, ...], int], Found] = OrderedDict()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        for task in list(self._flying.values()):
+            task.cancel()
+        await self._http.aclose()
+
+    async def search(self, queries: Sequence[str], top_k: int) -> Found | SearchFailure:
+        """Return up to `top_k` passages for each query, best first, or a SearchFailure within `timeout_s`."""
+        if not queries:
+            return []
+        key = (tuple(queries), top_k)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return [list(passages) for passages in self._kept[key]]
+        task = self._flying.get(key)
+        if task is None:
+            task = self._flying[key] = asyncio.create_task(self._ask(key))
+            task.add_done_callback(lambda _: self._flying.pop(key, None))
+        found = await asyncio.shield(task)
+        return found if isinstance(found, SearchFailure) else [list(passages) for passages in found]
+
+    async def health(self) -> dict[str, Any] | SearchFailure:
+        """Return what /health says, or a SearchFailure."""
+        try:
+            response = await self._http.get(f"{self.url}/health", timeout=self.timeout_s)
+            return cast(dict[str, Any], response.raise_for_status().json())
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            return SearchFailure(_reason(error))
+
+    async def _ask(self, key: tuple[tuple[str, ...], int]) -> Found | SearchFailure:
+        deadline = time.monotonic() + self.timeout_s
+        pause, tries = _FIRST_PAUSE_S, 0
+        while True:
+            tries += 1
+            try:
+                found = await self._once(*key, deadline - time.monotonic())
+            except _Again as error:
+                wait = max(error.pause, random.uniform(pause / 2, pause))
+                if time.monotonic() + wait >= deadline:
+                    return SearchFailure(f"{error} ({tries} tries in {self.timeout_s:g} s)")
+                await asyncio.sleep(wait)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                continue
+            if not isinstance(found, SearchFailure):
+                self._keep(key, found)
+            return found
+
+    async def _once(self, queries: tuple[str, ...], top_k: int, seconds: float) -> Found | SearchFailure:
+        body = {"query": list(queries), "top_n": top_k, "return_score": True}
+        try:
+            async with asyncio.timeout(max(seconds, 0.001)):
+                response = await self._http.post(f"{self.url}/batch_search", json=body, timeout=max(seconds, 0.001))
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise _Again(_reason(error)) from None
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:
+            return SearchFailure(_reason(error))
+        if response.status_code >= 500 or response.status_code == 429:
+            raise _Again(f"retriever answered {response.status_code}", _retry_after(response))
+        if response.status_code != 200:
+            return SearchFailure(f"retriever answered {response.status_code}: {_detail(response)}")
+        return _parse(response, len(queries))
+
+    def _keep(self, key: tuple[tuple[str, ...], int], found: Found) -> None:
+        self._kept[key] = found
+        while len(self._kept) > _CACHED:
+            self._kept.popitem(last=False)
+
+
+def _parse(response: httpx.Response, queries: int) -> Found | SearchFailure:
+    """Read `[[[{id, contents}]], [[score]]]`."""
+    try:
+        documents, scores = response.json()
+        found = [
+            [Passage(_text(document["id"]), _text(document["contents"]), float(score)) for document, score in zip(*pair, strict=True)]
+            for pair in zip(documents, scores, strict=True)
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        return SearchFailure(f"retriever's reply is not understood ({type(error).__name__})")
+    return found if len(found) == queries else SearchFailure(f"retriever gave {len(found)} replies to {queries} queries")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _retry_after(response: httpx.Response) -> float:
+    try:
+        return min(max(float(response.headers.get("retry-after", 0)), 0.0), _LONGEST_PAUSE_S)
+    except ValueError:
+        return 0.0
+
+
+def _detail(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["detail"])[:200]
+    except (ValueError, TypeError, KeyError):
+        return response.text[:200]
+
+
+def _reason(error: BaseException) -> str:
+    return f"retriever cannot be reached ({type(error).__name__})"

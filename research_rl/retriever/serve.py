@@ -1,0 +1,125 @@
+"""Run the retriever: as a process of its own (`python -m research_rl.retriever.serve`), or guarded for a block.
+
+Importing this module is cheap: faiss, FastAPI and the encoder load when a service starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from research_rl import services
+from research_rl.config import CHECKOUT, Config, RetrieverConfig, load
+from research_rl.errors import ConfigError, ResearchError, ServiceError
+from research_rl.services import Endpoint
+from research_rl.stages import Workspace
+
+__all__ = ["TOKEN", "main", "running", "serve"]
+
+TOKEN = "RESEARCH_RETRIEVER_TOKEN"
+_DRAIN_S = 10
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@contextmanager
+def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
+    """Yield a retriever for the workspace's index: the one of `retriever.url`, else one started for this block.
+
+    Raises ServiceError when it does not start in `retriever.start_deadline_s`; its message ends with the service's own.
+    """
+    wanted, token = config.retriever, os.environ.get(TOKEN)
+    if wanted.url:
+        yield Endpoint(wanted.url, token)
+        return
+    port = services.require_free(wanted.host, wanted.port, "retriever.port")
+    url = f"http://{wanted.host}:{port}"
+    command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--port", str(port)]
+    command += ["--config", wanted.model_dump_json()]
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
+    with services.guarded(
+        "retriever", command, folder=workspace.services, health_url=f"{url}/health", deadline_s=wanted.start_deadline_s, env=env
+    ):
+        yield Endpoint(url, token)
+
+
+def serve(config: Config, workspace: Workspace) -> None:
+    """Serve the workspace's index until SIGTERM or SIGINT. Raises ServiceError, ManifestError or ConfigError."""
+    _serve(config.retriever, workspace, os.environ.get(TOKEN))
+
+
+def _serve(config: RetrieverConfig, workspace: Workspace, token: str | None) -> None:
+    if config.host not in _LOOPBACK and not token:
+        raise ConfigError(f"retriever.host={config.host} is reachable from outside but no token is set; set {TOKEN} or bind 127.0.0.1")
+    with _bound(config) as listener:
+        import uvicorn
+
+        from research_rl.retriever.engine import Retriever
+        from research_rl.retriever.service import create_app
+
+        retriever = Retriever.open(workspace, config)
+        app = create_app(retriever, config, token)
+        host, port = listener.getsockname()[:2]
+        print(f"retriever: {retriever.facts['rows']:,} passages at http://{host}:{port}", flush=True)
+        options = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S)
+        uvicorn.Server(options).run(sockets=[listener])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service from the command line; return the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config = _config(arguments)
+        token = arguments.token_file.read_text().strip() if arguments.token_file else os.environ.get(TOKEN)
+        _serve(config, Workspace(arguments.workspace.resolve()), token or None)
+    except ResearchError as error:
+        print(f"retriever: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"retriever: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m research_rl.retriever.serve", description="Serve a workspace's index over HTTP.")
+    parser.add_argument("--workspace", type=Path, default=Path(), help="folder with artifacts/ (default: here)")
+    parser.add_argument("--host", help="address to bind (default: retriever.host)")
+    parser.add_argument("--port", type=int, help="port; 0 takes a free one (default: retriever.port)")
+    parser.add_argument("--token-file", type=Path, help=f"file with the bearer token (default: ${TOKEN})")
+    parser.add_argument("--config", help="the section retriever as JSON (default: params.yaml of the workspace, if any)")
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> RetrieverConfig:
+    params = arguments.workspace / "params.yaml"
+    if arguments.config:
+        config = RetrieverConfig.model_validate_json(arguments.config)
+    else:
+        config = load(params).retriever if params.is_file() else RetrieverConfig()
+    given = {name: getattr(arguments, name) for name in ("host", "port") if getattr(arguments, name) is not None}
+    return RetrieverConfig.model_validate({**config.model_dump(), **given})
+
+
+@contextmanager
+def _bound(config: RetrieverConfig) -> Generator[socket.socket]:
+    """Take the port before the long start, so that a port in use is told at once."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+        except OSError as error:
+            raise ServiceError(
+                f"retriever.port={config.port} on {config.host} cannot be bound ({error.strerror}); "
+                "set retriever.port to a free port or to 0, or stop what listens there"
+            ) from None
+        yield listener
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
