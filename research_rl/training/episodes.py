@@ -57,7 +57,7 @@ def steps(folder: Path) -> list[int]:
 def gather(folder: Path, step: int) -> list[dict[str, Any]]:
     """Return a step's training episodes, ordered by question and rollout; a line cut by a crash is left out."""
     rows = [row for part in sorted((folder / _TRAIN / f"{step:06d}").glob("*.jsonl")) for row in _rows(part)]
-    return sorted(rows, key=lambda row: (str(row["id"]), int(row["rollout"])))
+    return sorted(rows, key=lambda row: (str(row["id"]), str(row["uid"]), int(row["rollout"])))
 
 
 def discard_after(folder: Path, step: int) -> None:

@@ -1,7 +1,8 @@
 """The stage `export`: the trained policy as a Hugging Face folder. Knows file formats; needs no torch and no verl.
 
-verl writes the whole policy beside its shards (save content `hf_model`). What is published was compared with the initial
-policy: the same tensors of the same shapes, every number finite.
+verl writes the whole policy beside its shards (save content `hf_model`), in the optimizer's float32 and with a config that
+says bfloat16. What is published has the initial policy's config, tokenizer and number format, the same tensors of the same
+shapes, and every number is finite.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from research_rl.errors import ModelError
 from research_rl.prompts import load_tokenizer
 from research_rl.stages import Context
 
-__all__ = ["Tensor", "run", "tensors", "verify"]
+__all__ = ["Tensor", "run", "tensors", "verify", "write_like"]
 
-_TOKENIZER_FILES = (
+_COPIED = (
+    "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -51,14 +53,22 @@ def run(context: Context) -> None:
     """Publish config, tokenizer and weights of the last checkpoint. Raises ModelError when they do not fit the policy."""
     policy, trained = context.parent("policy"), context.parent("train") / "checkpoint" / "actor" / "huggingface"
     with context.publish() as staging:
-        # The trainer reads the tokenizer and writes it again in its library's words; the policy's own files are the truth.
-        for name in _TOKENIZER_FILES:
+        # The trainer reads these files and writes them again in its library's words; the policy's own are the truth.
+        for name in _COPIED:
             if (policy / name).is_file():
                 shutil.copyfile(policy / name, staging.path / name)
-        for path in (trained / "config.json", *sorted(trained.glob("*.safetensors*"))):
-            shutil.copyfile(path, staging.path / path.name)
+        write_like(trained, policy, staging.path)
         staging.counts.update(verify(staging.path, policy), step=context.parents["train"].counts["steps"])
         context.progress("the trained policy is whole", 1.0)
+
+
+def write_like(trained: Path, policy: Path, target: Path) -> None:
+    """Write `trained`'s tensors below `target`, file by file, in the number format they have in `policy`."""
+    formats = {name: tensor.dtype for name, tensor in tensors(policy).items()}
+    for path in sorted(trained.glob("*.safetensors")):
+        _rewrite(path, target / path.name, formats)
+    for index in trained.glob("*.safetensors.index.json"):
+        shutil.copyfile(index, target / index.name)
 
 
 def verify(folder: Path, policy: Path) -> dict[str, int]:
@@ -101,6 +111,31 @@ def _read(path: Path) -> Iterator[Tensor]:
             yield Tensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + start, 8 + length + end)
 
 
+def _rewrite(source: Path, target: Path, formats: dict[str, str]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    found = sorted(_read(source), key=lambda tensor: tensor.start)
+    for tensor in found:
+        halved = tensor.dtype == "F32" and formats.get(tensor.name) == "BF16"
+        dtype, size = ("BF16", (tensor.end - tensor.start) // 2) if halved else (tensor.dtype, tensor.end - tensor.start)
+        header[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in found:
+            for block in _blocks(_bytes(tensor)):
+                stream.write(_to_bfloat16(block) if header[tensor.name]["dtype"] != tensor.dtype else block.tobytes())
+
+
+def _to_bfloat16(block: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """Round float32 bytes to the nearest bfloat16, ties to even, as torch does; a NaN stays a NaN."""
+    bits = block.view(np.dtype("<u4")).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).astype("<u2").tobytes()
+
+
 def _tied(folder: Path) -> set[str]:
     """Return the tensors that may be left out because another one stands for them."""
     return {"lm_head.weight"} if _config(folder).get("tie_word_embeddings") else set()
@@ -115,8 +150,11 @@ def _finite(tensor: Tensor) -> bool:
     if tensor.dtype not in _EXPONENT:
         return True
     kind, mask = _EXPONENT[tensor.dtype]
-    values = np.memmap(tensor.file, dtype=np.uint8, mode="r", offset=tensor.start, shape=(tensor.end - tensor.start,))
-    return all(not np.any((block.view(kind) & mask) == mask) for block in _blocks(values))
+    return all(not np.any((block.view(kind) & mask) == mask) for block in _blocks(_bytes(tensor)))
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.memmap(tensor.file, dtype=np.uint8, mode="r", offset=tensor.start, shape=(tensor.end - tensor.start,))
 
 
 _EXPONENT = {

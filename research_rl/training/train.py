@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from research_rl.config import Config
 from research_rl.errors import ConfigError
 from research_rl.manifest import Manifest
 from research_rl.prompts import load_tokenizer, render
-from research_rl.services import Endpoint
+from research_rl.retriever.serve import running
 from research_rl.stages import Context
 from research_rl.training import overrides
 from research_rl.training.metrics_log import MetricsLog
@@ -43,7 +41,7 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
     dev, _ = _fitting(config, model, prepared / "dev.parquet", work / "dev.parquet")
     _require_rows(config, train)
     paths = overrides.Paths(model, train, dev, work, ray_folder(work))
-    with _retriever(context) as endpoint:
+    with running(config, context.workspace) as endpoint:
         training = Run(config, paths, context.workspace.services / "train", endpoint.url, endpoint.token)
         outcome = supervise(training, hooks, context.progress)
     _publish(context, training, outcome, dropped)
@@ -56,18 +54,6 @@ def work_key(config: Config, parents: dict[str, Manifest]) -> str:
     shape = {**{name: tree[name] for name in ("seed", "prompt", "episode", "reward")}, "train": train}
     shape["parents"] = {name: parent.hash for name, parent in sorted(parents.items())}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _retriever(context: Context) -> Generator[Endpoint]:
-    """Use the configured retriever, or run one for as long as training lasts."""
-    if url := context.config.retriever.url:
-        yield Endpoint(url, os.environ.get(overrides.RETRIEVER_TOKEN))
-        return
-    from research_rl.retriever.serve import running
-
-    with running(context.config, context.workspace) as endpoint:
-        yield endpoint
 
 
 def _fitting(config: Config, model: Path, source: Path, target: Path) -> tuple[Path, int]:

@@ -1,0 +1,71 @@
+"""The overrides say what the configuration says; hardware blocks and the user's extras replace, nothing else does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from research_rl.config import Config
+from research_rl.training import overrides
+from research_rl.training.overrides import Paths
+from research_rl.training.train import work_key
+
+PATHS = Paths(Path("/m"), Path("/d/train.parquet"), Path("/d/dev.parquet"), Path("/w"), Path("/r"))
+
+
+def config(**train: Any) -> Config:
+    return Config.model_validate({"train": train})
+
+
+def test_values_reach_verl_under_its_names() -> None:
+    found = overrides.resolved(config(prompts=12, group=5, lr=2e-5, clip_ratio=0.3, temperature=0.7), PATHS)
+    assert found["data.train_batch_size"] == found["actor_rollout_ref.actor.ppo_mini_batch_size"] == 12
+    assert found["actor_rollout_ref.rollout.n"] == 5
+    assert found["actor_rollout_ref.actor.optim.lr"] == 2e-5
+    assert {found[f"actor_rollout_ref.actor.clip_ratio{end}"] for end in ("", "_low", "_high")} == {0.3}
+    assert found["actor_rollout_ref.rollout.temperature"] == 0.7
+
+
+def test_no_kl_leaves_the_reference_model_out() -> None:
+    assert overrides.resolved(config(kl_coef=0.0), PATHS)["actor_rollout_ref.actor.use_kl_loss"] is False
+    assert overrides.resolved(config(kl_coef=0.001), PATHS)["actor_rollout_ref.actor.use_kl_loss"] is True
+
+
+def test_hardware_decides_the_platform_and_nothing_of_the_method() -> None:
+    cpu, gpu = (overrides.resolved(config(hardware=name), PATHS) for name in ("cpu", "gpu"))
+    method = ("algorithm.", "data.train", "data.max", "actor_rollout_ref.actor.optim", "actor_rollout_ref.actor.clip", "trainer.total")
+    names = [name for name in cpu if name.startswith(method) and name != "algorithm.rollout_correction.bypass_mode"]
+    assert names and all(cpu[name] == gpu[name] for name in names)
+    assert not any("research_rl.training.cpu" in str(value) for value in gpu.values())
+    assert "VERL_USE_EXTERNAL_MODULES" not in overrides.environment(config(hardware="gpu"), PATHS, "0" * 64)
+
+
+def test_extra_is_applied_last_however_it_is_spelled() -> None:
+    attention = "actor_rollout_ref.model.override_config.attn_implementation"
+    found = overrides.resolved(config(extra={"data.seed": 7, f"++{attention}": "eager"}), PATHS)
+    assert found["data.seed"] == 7
+    assert [name for name in found if attention in name] == [f"++{attention}"]
+    assert list(found)[-2:] == ["data.seed", f"++{attention}"]
+
+
+def test_resume_is_our_own_choice() -> None:
+    assert overrides.resolved(config(), PATHS)["trainer.resume_mode"] == "disable"
+    resumed = overrides.resolved(config(), Paths(*(Path(name) for name in "abcde"), resume=Path("/c/global_step_3")))
+    assert (resumed["trainer.resume_mode"], resumed["trainer.resume_from_path"]) == ("resume_path", "/c/global_step_3")
+
+
+def test_agent_file_holds_limits_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(overrides.RETRIEVER_TOKEN, "hidden")
+    text = overrides.agent_yaml(config(), PATHS, "http://127.0.0.1:1")
+    (agent,) = yaml.safe_load(text)
+    assert agent["limits"]["max_searches"] == Config().episode.max_searches
+    assert agent["name"] == "search_agent" and "hidden" not in text
+
+
+def test_the_work_folder_outlives_a_longer_run_but_not_other_parameters() -> None:
+    base = work_key(config(steps=10), {})
+    assert base == work_key(config(steps=20, save_every=3, step_deadline_s=5.0, max_attempts=9), {})
+    assert base != work_key(config(steps=10, lr=1e-3), {})
