@@ -7,7 +7,6 @@ an earlier run left behind are ended before and after, never those of a run that
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import time
@@ -15,6 +14,8 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from research_rl import config as configuration
 from research_rl.config import Config
@@ -46,7 +47,7 @@ def resolve(folder: Path, profile: str | None, overrides: Mapping[str, Any]) -> 
 
     Raises ConfigError for an unknown profile or parameter.
     """
-    items = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
+    items = [f"{name}={yaml.safe_dump([value], default_flow_style=True, width=10**9).strip()[1:-1]}" for name, value in overrides.items()]
     if profile is None and (folder / "params.yaml").is_file():
         return configuration.load(folder / "params.yaml", items)
     return configuration.load_profile(profile or "laptop", items)

@@ -24,7 +24,7 @@ __all__ = ["main", "metric_name", "send_all"]
 
 FLOW = "flow"
 _POLL_S = 0.3
-_PATIENCE_S = 20.0
+PATIENCE_S = 20.0
 _LONGEST_WAIT_S = 10.0
 _BATCH = 1000
 logger = logging.getLogger("sender")
@@ -37,22 +37,25 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name)
 
 
-def send_all(folder: Path, live: str | None) -> int:
-    """Send every unfinished journal below `folder`, oldest first, then follow `live` until it is closed. Return 1 if some is left."""
+def send_all(folder: Path, live: str | None, patience_s: float = PATIENCE_S) -> int:
+    """Send every unfinished journal below `folder`, oldest first, then follow `live` until it is closed.
+
+    A silent MLflow is waited for while `live` is open and for at least `patience_s` in all. Return 1 if some is left.
+    """
     left = 0
     for path in sorted(item for item in folder.iterdir() if item.is_dir() and item.name != live):
         if not Place.load(path).done:
-            left += not _Sender(path, live=False).run()
+            left += not _Sender(path, 0.0, live=False).run()
     if live:
-        left += not _Sender(folder / live, live=True).run()
+        left += not _Sender(folder / live, patience_s, live=True).run()
     return int(left > 0)
 
 
 class _Sender:
     """Sends one journal."""
 
-    def __init__(self, folder: Path, *, live: bool) -> None:
-        self.folder, self.live = folder, live
+    def __init__(self, folder: Path, patience_s: float, *, live: bool) -> None:
+        self.folder, self.patience_s, self.live = folder, patience_s, live
         self.place = Place.load(folder)
         self.client: MlflowClient | None = None
         self.closed = False
@@ -75,7 +78,7 @@ class _Sender:
             except _Unreachable as error:
                 failing_since = failing_since or time.monotonic()
                 logger.warning("MLflow cannot be reached: %s", error)
-                if (self.closed or not self.live) and time.monotonic() - failing_since > (_PATIENCE_S if self.live else 3.0):
+                if (self.closed or not self.live) and time.monotonic() - failing_since >= self.patience_s:
                     return False
                 time.sleep(wait)
                 wait = min(2 * wait, _LONGEST_WAIT_S)
@@ -111,11 +114,12 @@ class _Sender:
         named = {**tags, "mlflow.runName": name, "mlflow.source.name": "research-rl"}
         if parent:
             named["mlflow.parentRunId"] = self.place.runs[parent]
-        run = self._client().create_run(self.place.experiment, start_time=start, tags=named)
-        self.place.runs[key] = run.info.run_id
+        if key not in self.place.runs:
+            run = self._client().create_run(self.place.experiment, start_time=start, tags=named)
+            self.place.runs[key] = run.info.run_id
         params = [Param(name, value) for name, value in event["params"].items()]
         for first in range(0, len(params), 100):
-            self._client().log_batch(run.info.run_id, params=params[first : first + 100])
+            self._client().log_batch(self.place.runs[key], params=params[first : first + 100])
 
     def _metrics(self, events: Sequence[Event]) -> None:
         from mlflow.entities import Metric
@@ -250,13 +254,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tasks.sender", description="Pass tracking journals on to MLflow.")
     parser.add_argument("folder", type=Path, help="folder of journals")
     parser.add_argument("--live", help="name of the journal that is still being written")
+    parser.add_argument("--patience", type=float, default=PATIENCE_S, help="seconds to wait for a silent MLflow after the flow's end")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     os.nice(5)
-    quiet = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "GIT_PYTHON_REFRESH": "quiet"}
+    quiet = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    return send_all(options.folder, options.live)
+    return send_all(options.folder, options.live, options.patience)
 
 
 if __name__ == "__main__":

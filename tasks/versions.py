@@ -20,15 +20,18 @@ from tasks import dvc_file
 from tasks.dvc_file import SNAPSHOT
 from tasks.job import Job
 
-__all__ = ["commit", "dvc", "environment", "prepare_repository", "record"]
+__all__ = ["COMMAND", "commit", "dvc", "environment", "prepare_repository", "record"]
 
-_BUSY_TRIES = 5
-_OPTIONS = {
-    "core.analytics": "false",
-    "core.check_update": "false",
-    "core.autostage": "false",
-    "cache.type": "hardlink,symlink,copy",
-}
+COMMAND = (sys.executable, "-m", "dvc")
+_CONFIG = """\
+[core]
+    no_scm = True
+    analytics = false
+    check_update = false
+    autostage = false
+[cache]
+    type = "reflink,hardlink,copy"
+"""
 
 
 @task(name="dvc-commit", cache_policy=NO_CACHE, persist_result=False)
@@ -48,9 +51,9 @@ def commit(job: Job) -> list[str]:
 def record(workspace: Workspace, finished: Sequence[str]) -> None:
     """Make DVC know the artifacts of `finished`. Raises ServiceError."""
     prepare_repository(workspace.root)
-    targets = [name for name in finished if name != SNAPSHOT]
-    if SNAPSHOT in finished:
+    if SNAPSHOT in finished and not (workspace.root / f"{STAGES[SNAPSHOT].folder}.dvc").is_file():
         dvc(workspace.root, "add", "--quiet", STAGES[SNAPSHOT].folder)
+    targets = [f"{STAGES[name].folder}.dvc" if name == SNAPSHOT else name for name in finished]
     if targets:
         dvc(workspace.root, "commit", "--quiet", "--force", *targets)
 
@@ -59,8 +62,7 @@ def prepare_repository(root: Path) -> None:
     """Give `root` a DVC repository and the rendered dvc.yaml unless it has them. Raises ServiceError."""
     if not (root / ".dvc").is_dir():
         dvc(root, "init", "--quiet", "--no-scm")
-        for name, value in _OPTIONS.items():
-            dvc(root, "config", "--quiet", name, value)
+        (root / ".dvc" / "config").write_text(_CONFIG)
     dvc_file.write(root)
 
 
@@ -71,7 +73,7 @@ def environment() -> dict[str, str]:
 
 def dvc(root: Path, *arguments: str, env: Mapping[str, str] | None = None) -> str:
     """Run one DVC command in `root` and return its output. Raises ServiceError with what DVC said."""
-    command = [sys.executable, "-m", "dvc", *arguments]
+    command = [*COMMAND, *arguments]
     done = subprocess.run(command, cwd=root, env={**environment(), **(env or {})}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = (done.stderr or done.stdout).strip()

@@ -1,0 +1,113 @@
+"""What a driver built, DVC takes as its own: nothing reruns, and one changed parameter reruns only what depends on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from research_rl import config, manifest
+from research_rl.services import free_port, guarded
+from research_rl.stages import Workspace, run_stage
+from tasks import versions
+from tasks.services import s3_command
+
+SMALL = ("entities=60", "train_questions=64", "dev_questions=8", "test_questions=16")
+BUILT = ("download", "validate", "prepare", "corpus", "embed", "index")
+PIPELINE = BUILT[1:]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace whose data stages were built without DVC and then recorded."""
+    space = Workspace(tmp_path_factory.mktemp("dvc"))
+    resolved = config.load_profile("laptop", [f"data.generated.{item}" for item in SMALL])
+    config.save(resolved, space.root / "params.yaml")
+    for name in BUILT:
+        run_stage(name, resolved, space)
+    versions.record(space, BUILT)
+    return space
+
+
+def change(space: Workspace, *overrides: str) -> None:
+    path = space.root / "params.yaml"
+    config.save(config.load(path, overrides), path)
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def test_nothing_runs_after_a_record(workspace: Workspace) -> None:
+    assert "up to date" in versions.dvc(workspace.root, "status", "data.dvc", *PIPELINE)
+    assert ran(versions.dvc(workspace.root, "repro", *PIPELINE)) == []
+
+
+def test_recorded_artifacts_are_still_whole_and_replaceable(workspace: Workspace) -> None:
+    resolved = config.load(workspace.root / "params.yaml")
+    before = manifest.load(workspace.folder("corpus"))
+    assert run_stage("corpus", resolved, workspace) == (before, False)
+    assert run_stage("corpus", resolved, workspace, force=True) == (before, True)
+
+
+def test_one_parameter_reruns_only_what_depends_on_it(workspace: Workspace) -> None:
+    hashes = {name: manifest.load(workspace.folder(name)).hash for name in BUILT}
+    before = config.load(workspace.root / "params.yaml").encoder.dim
+    change(workspace, "encoder.dim=64")
+    assert ran(versions.dvc(workspace.root, "repro", *PIPELINE)) == ["embed", "index"]
+    after = {name: manifest.load(workspace.folder(name)).hash for name in BUILT}
+    assert {name for name in BUILT if hashes[name] != after[name]} == {"embed", "index"}
+    change(workspace, f"encoder.dim={before}")
+    assert ran(versions.dvc(workspace.root, "repro", *PIPELINE)) == [], "the run cache knows the earlier artifacts"
+    assert {name: manifest.load(workspace.folder(name)).hash for name in BUILT} == hashes
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Generator[dict[str, str]]:
+    """A real S3 server with an empty bucket; yields the variables that its clients need."""
+    folder = tmp_path_factory.mktemp("s3")
+    ports = [free_port() for _ in range(7)]
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[0]}"}
+    keys["AWS_DEFAULT_REGION"] = "us-east-1"
+    command = s3_command(folder / "store", ports, keys)
+    with guarded("s3", command, folder=folder / "services", health_url=f"{keys['AWS_ENDPOINT_URL']}/status", deadline_s=60):
+        import boto3
+
+        client = boto3.client(
+            "s3", endpoint_url=keys["AWS_ENDPOINT_URL"], aws_access_key_id="test", aws_secret_access_key="secret", region_name="us-east-1"
+        )
+        client.create_bucket(Bucket="research-rl")
+        yield keys
+
+
+def test_a_fresh_clone_pulls_the_same_bytes_from_s3(workspace: Workspace, bucket: dict[str, str], tmp_path: Path) -> None:
+    versions.dvc(workspace.root, "remote", "add", "--default", "--force", "s3", "s3://research-rl/dvc")
+    versions.dvc(workspace.root, "push", "data.dvc", *PIPELINE, env=bucket)
+    clone = Workspace(tmp_path / "clone")
+    clone.root.mkdir()
+    for name in ("params.yaml", "dvc.yaml", "dvc.lock", "data.dvc"):
+        shutil.copy(workspace.root / name, clone.root / name)
+    shutil.copytree(workspace.root / ".dvc", clone.root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    versions.dvc(clone.root, "pull", "data.dvc", *PIPELINE, env=bucket)
+    for name in BUILT:
+        assert manifest.load(clone.folder(name)).hash == manifest.load(workspace.folder(name)).hash
+    assert ran(versions.dvc(clone.root, "repro", *PIPELINE)) == []
+
+
+def test_a_wrong_key_is_one_clear_error(workspace: Workspace, bucket: dict[str, str]) -> None:
+    from research_rl.errors import ServiceError
+
+    versions.dvc(workspace.root, "remote", "add", "--default", "--force", "s3", "s3://research-rl/elsewhere")
+    with pytest.raises(ServiceError, match="push"):
+        versions.dvc(workspace.root, "push", "data.dvc", env={**bucket, "AWS_SECRET_ACCESS_KEY": "wrong"})
+
+
+def test_the_checkout_has_a_repository_with_a_remote() -> None:
+    done = subprocess.run(
+        [*versions.COMMAND, "config", "--list"], cwd=config.CHECKOUT, env=os.environ, capture_output=True, text=True, check=True
+    )
+    assert "remote.s3.url=s3://research-rl/dvc" in done.stdout and "core.analytics=false" in done.stdout
