@@ -1,0 +1,235 @@
+"""The supervisor against a trainer that misbehaves on purpose: a program that writes verl's files and then hangs, dies or lies.
+
+What verl itself writes is held by the contract tests; here the subject is what the supervisor does about it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from research_rl.config import Config
+from research_rl.errors import TrainingError
+from research_rl.training import supervise as module
+from research_rl.training.overrides import Paths
+from research_rl.training.supervise import Run, TrainHooks, supervise
+
+TRAINER = r"""
+import json, os, re, subprocess, sys, time, zipfile, struct
+from pathlib import Path
+
+options = dict(item.lstrip("+").split("=", 1) for item in sys.argv[3:])
+value = lambda name: options[name].strip("'")
+work = Path.cwd()
+plan = json.loads((work / "plan.json").read_text())
+attempt = len(list((work / "logs").glob("attempt_*.log")))
+script = plan[min(attempt, len(plan)) - 1]
+checkpoints = Path(value("trainer.default_local_dir"))
+resume = options["trainer.resume_from_path"]
+step = 0 if resume == "null" else int(resume.strip("'").rsplit("_", 1)[1])
+print("resuming from", step, flush=True)
+
+def save(step, whole=True):
+    path = checkpoints / f"global_step_{step}"
+    (path / "actor/huggingface").mkdir(parents=True, exist_ok=True)
+    (path / "actor/fsdp_config.json").write_text('{"world_size": 1}')
+    for part in ("model", "optim", "extra_state"):
+        with zipfile.ZipFile(path / f"actor/{part}_world_size_1_rank_0.pt", "w") as archive:
+            archive.writestr("data", "x" * 100)
+    (path / "actor/huggingface/config.json").write_text("{}")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (path / "actor/huggingface/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    if not whole:
+        return
+    with zipfile.ZipFile(path / "data.pt", "w") as archive:
+        archive.writestr("data", "x")
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+def episode(step, index, stop):
+    row = {"id": f"q{index}", "uid": "u", "rollout": index, "score": float(index % 2), "f1": 0.0, "em": 0.0, "format_ok": True,
+           "prompt_tokens": 1, "model_tokens": 1, "result_tokens": 0, "engine_seconds": 0.0, "search_seconds": 0.0, "stop": stop,
+           "error": "EngineDeadError: gone" if stop == "engine_failure" else None, "attempt": attempt,
+           "searches": [{"query": "q", "passage_ids": [], "seconds": 0.1, "error": script.get("search_error")}]}
+    folder = work / f"episodes/train/{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{os.getpid()}.jsonl", "a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+metrics = open(os.environ["VERL_FILE_LOGGER_PATH"], "wb", buffering=0)
+for step in range(step + 1, int(options["trainer.total_training_steps"]) + 1):
+    for index in range(4):
+        episode(step, index, script.get("stop", "answered"))
+    if step == script.get("hang"):
+        # A grandchild in its own session, as Ray's daemons are.
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        (work / "grandchild").write_text(str(child.pid))
+        time.sleep(600)
+    if step == script.get("die_saving"):
+        save(step, whole=False)
+        sys.exit(3)
+    save(step)
+    if step == script.get("die_saved"):
+        sys.exit(4)
+    if script.get("padding"):
+        lost = script["padding"]
+        print(f"INFO: Upsampled batch from {4 - lost} to 4 with {lost} synthetic padding samples for required_multiple=4", flush=True)
+        time.sleep(0.6)
+    metrics.write(json.dumps({"step": step, "data": {"loss": step / 10, "attempt": attempt, "bad": None}}).encode() + b"\n")
+    time.sleep(script.get("pause", 0.05))
+if script.get("code"):
+    print("ValueError: the model cannot be read", flush=True)
+    sys.exit(script["code"])
+time.sleep(600)
+"""
+
+
+class Listener(TrainHooks):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.rollouts: list[int] = []
+        self.checkpoints: list[int] = []
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.steps.append(step)
+
+    def on_rollouts(self, step: int, path: Path) -> None:
+        assert path.is_file()
+        self.rollouts.append(step)
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        assert path.is_dir()
+        self.checkpoints.append(step)
+
+
+def make_run(folder: Path, plan: list[dict[str, Any]], **train: Any) -> Run:
+    work = folder / "work"
+    work.mkdir(parents=True)
+    (work / "plan.json").write_text(json.dumps(plan))
+    trainer = folder / "trainer.py"
+    trainer.write_text(TRAINER)
+    interpreter = folder / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} {trainer} "$@"\n')
+    interpreter.chmod(0o755)
+    limits = {"steps": 4, "prompts": 2, "group": 2, "start_deadline_s": 20.0, "step_deadline_s": 1.5, "max_attempts": 3}
+    config = Config.model_validate({"train": {**limits, **train}, "environments": {"policy": str(interpreter)}})
+    paths = Paths(folder, folder / "train.parquet", folder / "dev.parquet", work, folder / "ray")
+    return Run(config, paths, folder / "services", "http://127.0.0.1:9")
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def alive(pid: int) -> bool:
+    """A zombie waits only for its parent to notice."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def ignore(text: str, share: float) -> None: ...
+
+
+def test_every_step_is_told_once_and_kept(tmp_path: Path) -> None:
+    run, listener = make_run(tmp_path, [{}]), Listener()
+    outcome = supervise(run, listener, ignore)
+    assert (outcome.checkpoint.step, outcome.attempts, outcome.lost) == (4, 1, 0)
+    assert listener.steps == listener.rollouts == [1, 2, 3, 4]
+    assert listener.checkpoints[-1] == 4
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[2]["metrics"]["loss"] == 0.3 and rows[2]["metrics"]["episode/reward"] == 0.5
+    assert "bad" not in rows[2]["metrics"]
+    assert len(gzip.decompress((run.rollouts / "000003.jsonl.gz").read_bytes()).splitlines()) == 4
+    assert len(list(run.paths.checkpoints.glob("global_step_*"))) == run.config.train.keep_checkpoints
+
+
+def test_a_silent_trainer_is_ended_with_all_it_started_and_resumed(tmp_path: Path) -> None:
+    run, listener = make_run(tmp_path, [{"hang": 3}, {}]), Listener()
+    outcome = supervise(run, listener, ignore)
+    assert outcome.attempts == 2 and outcome.checkpoint.step == 4
+    assert listener.steps == [1, 2, 3, 4]
+    assert not alive(int((run.paths.work / "grandchild").read_text()))
+    assert [row["metrics"]["attempt"] for row in read_metrics(run)] == [1, 1, 2, 2]
+    redone = gzip.decompress((run.rollouts / "000003.jsonl.gz").read_bytes()).splitlines()
+    assert {json.loads(line)["attempt"] for line in redone} == {2}
+
+
+def test_a_checkpoint_cut_by_death_is_passed_over(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{"die_saving": 3}, {}])
+    assert supervise(run, TrainHooks(), ignore).attempts == 2
+    assert "resuming from 2" in (run.logs / "attempt_2.log").read_text()
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
+
+
+def test_a_step_saved_but_not_logged_is_not_missing(tmp_path: Path) -> None:
+    run, listener = make_run(tmp_path, [{"die_saved": 3}, {}]), Listener()
+    supervise(run, listener, ignore)
+    assert "resuming from 3" in (run.logs / "attempt_2.log").read_text()
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == listener.steps == [1, 2, 3, 4]
+    assert "loss" not in rows[2]["metrics"] and rows[2]["metrics"]["episode/reward"] == 0.5
+
+
+def test_a_new_process_goes_on_and_tells_the_kept_steps_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{}], steps=2)
+    supervise(run, TrainHooks(), ignore)
+    longer = Run(run.config.model_copy(update={"train": run.config.train.model_copy(update={"steps": 3})}), run.paths, run.services, "u")
+    listener = Listener()
+    assert supervise(longer, listener, ignore).checkpoint.step == 3
+    assert listener.steps == [1, 2, 3]
+    assert "resuming from 2" in (run.logs / "attempt_2.log").read_text()
+
+
+def test_nothing_is_started_when_all_steps_are_done(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{}], steps=1)
+    supervise(run, TrainHooks(), ignore)
+    assert supervise(run, TrainHooks(), ignore).attempts == 1
+
+
+def test_failing_twice_without_a_step_ends_with_the_log(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{"die_saving": 1}], max_attempts=5)
+    with pytest.raises(TrainingError, match=r"attempt 2 ended with code 3[^$]*max_attempts=5") as caught:
+        supervise(run, TrainHooks(), ignore)
+    assert "resuming from 0" in str(caught.value)
+    assert not list((tmp_path / "services").glob("*.pid"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"padding": 1, "pause": 5}, "1 of 4 trajectories of a step were lost.*padding"),
+        ({"stop": "engine_failure"}, "4 of 4 trajectories.*EngineDeadError: gone"),
+        ({"search_error": "retriever cannot be reached"}, "4 of 4 searches of step 1 failed.*cannot be reached"),
+    ],
+)
+def test_training_on_what_is_left_is_refused(tmp_path: Path, plan: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        supervise(make_run(tmp_path, [plan]), TrainHooks(), ignore)
+
+
+def test_a_failing_listener_stops_the_trainer(tmp_path: Path) -> None:
+    class Broken(TrainHooks):
+        def on_step(self, step: int, metrics: dict[str, float]) -> None:
+            raise RuntimeError("tracking is down")
+
+    run = make_run(tmp_path, [{"pause": 30}])
+    with pytest.raises(RuntimeError, match="tracking is down"):
+        supervise(run, Broken(), ignore)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or []) and p.pid != os.getpid()]
+
+
+def test_missing_interpreter_is_named(tmp_path: Path) -> None:
+    config = Config.model_validate({"environments": {"policy": str(tmp_path / "none")}})
+    with pytest.raises(TrainingError, match=r"environments\.policy=.*make setup"):
+        module.interpreter(config)
+
+
+def test_rays_folder_is_short_enough_for_a_socket() -> None:
+    folder = module.ray_folder(Path("/" + "long/" * 60))
+    assert len(str(folder)) < 40
