@@ -78,7 +78,8 @@ class SearchAgentLoop(AgentLoopBase):
         limits: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        # A model type would select a chat-message builder, which refuses vocabularies without its family's tokens; episodes need none.
+        super().__init__(*args, **{**kwargs, "hf_model_type": None})
         model = Path(str(self.config.actor_rollout_ref.model.path))
         self._tokenizer = load_tokenizer(model)
         self._eos = eos_ids(model, self._tokenizer)
