@@ -159,11 +159,14 @@ class PolicyConfig(Section):
     )
     warmup_batch: int = Field(default=32, ge=1, description="tiny: traces per warm-up step.")
     warmup_lr: float = Field(default=3e-3, gt=0, description="tiny: peak learning rate of the warm-up.")
+    warmup_early_share: float = Field(
+        default=0.3, ge=0, le=1, description="tiny: last share of the warm-up steps in which traces may stop searching too early."
+    )
     warmup_early_stop: float = Field(
         default=0.7,
         ge=0,
         le=1,
-        description="tiny: share of multi-hop warm-up traces that stop searching too early, so that searching on is left for GRPO to learn.",
+        description="tiny: share of multi-hop traces there that stop too early, so that searching on is left for GRPO to learn.",
     )
 
 

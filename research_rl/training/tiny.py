@@ -1,4 +1,4 @@
-"""A tiny policy made on the spot: a word-level tokenizer and a small Qwen2 transformer. Knows no traces, no trainer.
+"""A tiny policy made on the spot: a word-level tokenizer and a small Llama transformer. Knows no traces, no trainer.
 
 Invariants: (1) the tokenizer has exactly as many tokens as the model has embedding rows; (2) protocol tags are plain
 added tokens, so no decoder hides them; (3) text outside the vocabulary becomes `<unk>` and never fails. Double quotes,
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from research_rl import protocol
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast, LlamaForCausalLM
 
 __all__ = ["EOS", "PAD", "UNKNOWN", "build_model", "build_tokenizer", "token_id"]
 
@@ -43,14 +43,17 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, seed: int) -> Qwen2ForCausalLM:
-    """Return a float32 Qwen2 model with random weights fixed by `seed`; `hidden` is a multiple of 32."""
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
+    """Return a float32 Llama model with random weights fixed by `seed`; `hidden` is a multiple of 32.
+
+    Not Qwen2: for that type transformers' AutoTokenizer puts Qwen's own text splitting in the place of a folder's.
+    """
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     heads = hidden // _HEAD_SIZE
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=3 * hidden,
@@ -63,7 +66,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, se
         eos_token_id=token_id(tokenizer, EOS),
         pad_token_id=token_id(tokenizer, PAD),
     )
-    return Qwen2ForCausalLM(config)
+    return LlamaForCausalLM(config)
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:

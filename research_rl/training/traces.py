@@ -6,6 +6,7 @@ Knows worlds and text; knows no token, no trainer. Invariants: (1) no name of th
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from research_rl.data.names import Kind, Side
 from research_rl.embedding.lexical import LexicalEncoder
 from research_rl.training import tiny
 
-__all__ = ["Trace", "drills", "lexicon", "traces"]
+__all__ = ["Trace", "lesson", "lexicon"]
 
 _TOP_K = 3
 _DIM = 512
 _QUESTIONS_PER_WORLD = 400
-_NAMES_PER_DRILL = 12
+_NAMES_PER_DRILL = 10
+_YEARS_PER_DRILL = 4
 _RESULT_OPENS = f" {protocol.RESULT_OPEN}\n"
 _RESULT_CLOSES = f"\n{protocol.RESULT_CLOSE}"
 
@@ -44,8 +46,20 @@ def lexicon(config: PolicyConfig, prompt: PromptConfig) -> list[str]:
     return list(dict.fromkeys([*encyclopedia.lexicon(config.warmup_world.name_words), *plain.split()]))
 
 
-def traces(config: PolicyConfig, prompt: PromptConfig, seed: int) -> Iterator[Trace]:
-    """Yield traces without end, each world's facts dealt anew so that they cannot be learned by heart."""
+def lesson(config: PolicyConfig, prompt: PromptConfig, seed: int) -> Iterator[Trace]:
+    """Yield the whole warm-up in order: copying drills, traces that search enough, then traces that often stop too early."""
+    batch, steps = config.warmup_batch, config.warmup_steps
+    early = round(config.warmup_early_share * steps)
+    yield from itertools.islice(_drills(config, seed), config.warmup_drills * batch)
+    drawn = _worlds(config, seed)
+    for number in range(steps * batch):
+        question, results, rng = next(drawn)
+        stop = question.depth if number < (steps - early) * batch else _stop(question, config, rng)
+        yield _trace(question, results, stop, prompt, rng)
+
+
+def _worlds(config: PolicyConfig, seed: int) -> Iterator[tuple[Question, list[str], random.Random]]:
+    """Yield questions with what each hop's search finds; each world deals its facts anew, so none can be learned by heart."""
     rng = random.Random(f"warm-up {seed}")
     while True:
         world = encyclopedia.build_world(config.warmup_world, rng, Side.WARMUP)
@@ -54,7 +68,7 @@ def traces(config: PolicyConfig, prompt: PromptConfig, seed: int) -> Iterator[Tr
         for question in drawn:
             results = [next(found) for _ in question.hops]
             if all(hop.passage_id in ids for hop, ids in zip(question.hops, results, strict=True)):
-                yield _trace(question, [_block(world, ids) for ids in results], config, prompt, rng)
+                yield question, [_block(world, ids) for ids in results], rng
 
 
 def _questions(world: World, config: PolicyConfig, rng: random.Random) -> list[Question]:
@@ -83,9 +97,8 @@ def _block(world: World, ids: Sequence[str]) -> str:
     return protocol.neutralise("\n\n".join(world.passages[int(id_)] for id_ in ids))
 
 
-def _trace(question: Question, results: Sequence[str], config: PolicyConfig, prompt: PromptConfig, rng: random.Random) -> Trace:
+def _trace(question: Question, results: Sequence[str], stop: int, prompt: PromptConfig, rng: random.Random) -> Trace:
     pieces = [(prompts.render(question.text, prompt), False)]
-    stop = _stop(question, config, rng)
     for number, (hop, result) in enumerate(zip(question.hops[:stop], results, strict=False)):
         pieces.append((_search(hop, "Now I" if number else "I"), True))
         pieces += [(_RESULT_OPENS, False), (result, False), (_RESULT_CLOSES, False)]
@@ -121,10 +134,12 @@ def _guess(question: Question, rng: random.Random) -> str:
     return rng.choice([hop.fact.subject.name for hop in question.hops])
 
 
-def drills(config: PolicyConfig, seed: int) -> Iterator[Trace]:
-    """Yield lists of names said twice: the quickest way for attention to learn to copy."""
+def _drills(config: PolicyConfig, seed: int) -> Iterator[Trace]:
+    """Yield lists of names and years said twice: the quickest way for attention to learn to copy."""
     rng = random.Random(f"drill {seed}")
-    pool = [name for kind in Kind for name in names.names(kind, Side.WARMUP, config.warmup_world.name_words)]
+    number = config.warmup_world.name_words
+    pool = [name for kind in Kind for name in names.names(kind, Side.WARMUP, number)]
     while True:
-        chosen = " ".join(rng.sample(pool, _NAMES_PER_DRILL))
-        yield Trace(((chosen, False), (chosen, True)))
+        chosen = [*rng.sample(pool, _NAMES_PER_DRILL), *map(str, rng.sample(encyclopedia.YEARS, _YEARS_PER_DRILL))]
+        said = " ".join(rng.sample(chosen, len(chosen)))
+        yield Trace(((said, False), (said, True)))

@@ -7,7 +7,6 @@ computes and one worker writes traces, so equal parameters give equal weights on
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -53,16 +52,13 @@ def encode(trace: Trace, tokenizer: PreTrainedTokenizerFast) -> Row:
 
 
 class Lesson(IterableDataset[Row]):
-    """First the copying drills, then the traces; ends after `drill_steps + steps` batches."""
+    """The traces of `traces.lesson`, encoded one by one."""
 
     def __init__(self, spec: Spec, tokenizer: PreTrainedTokenizerFast) -> None:
         self._spec, self._tokenizer = spec, tokenizer
 
     def __iter__(self) -> Iterator[Row]:
-        spec, batch = self._spec, self._spec.policy.warmup_batch
-        first = itertools.islice(traces.drills(spec.policy, spec.seed), spec.policy.warmup_drills * batch)
-        then = itertools.islice(traces.traces(spec.policy, spec.prompt, spec.seed), spec.policy.warmup_steps * batch)
-        for trace in itertools.chain(first, then):
+        for trace in traces.lesson(self._spec.policy, self._spec.prompt, self._spec.seed):
             yield encode(trace, self._tokenizer)
 
 
