@@ -18,6 +18,7 @@ from research_rl.report.pairs import Pair, PairedMetric, compare_metrics, match
 __all__ = ["Comparison", "compare", "load"]
 
 RESAMPLES, SEED = 2000, 17
+_STAGES = ("baseline", "evaluate")
 _EXAMPLES = 10
 
 
@@ -43,7 +44,7 @@ def compare(a: Path, b: Path, page: Path | None = None) -> str:
 
 def load(a: Path, b: Path) -> Comparison:
     """Read and pair two evaluation artifacts; `b` counts as the later one."""
-    names = [f"{folder} ({manifest.load(folder).hash[:12]})" for folder in (a, b)]
+    names = [_name(folder) for folder in (a, b)]
     before, after = read_results(a), read_results(b)
     pairs = match(before, after)
     if not pairs:
@@ -53,6 +54,13 @@ def load(a: Path, b: Path) -> Comparison:
     parameters = _parameter_differences(_parameters(a), _parameters(b))
     only = (len(before) - len(pairs), len(after) - len(pairs))
     return Comparison(names[0], names[1], parameters, compare_metrics(pairs, RESAMPLES, SEED), pairs, only)
+
+
+def _name(folder: Path) -> str:
+    found = manifest.load(folder)
+    if found.stage not in _STAGES:
+        raise DataError(f"{folder} is the artifact of stage {found.stage}; compare takes artifacts of {' and '.join(_STAGES)}")
+    return f"{folder} ({found.hash[:12]})"
 
 
 def _parameters(folder: Path) -> dict[str, Any]:

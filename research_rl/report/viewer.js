@@ -39,7 +39,7 @@ function card(item, matches) {
   const body = element("div", "text");
   for (const [author, text] of item.segments) body.append(...colour(author, text));
   if (item.error) body.append(element("span", "forged", "\n" + item.error));
-  const last = element("div", "soft", "prediction: ");
+  const last = element("div", "last soft", "prediction: ");
   last.append(element("span", item.f1 > 0 ? "good" : "bad", item.prediction || "(none)"));
   node.append(top, body, last);
   return node;

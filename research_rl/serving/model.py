@@ -28,7 +28,9 @@ class ModelFolder:
 def check(folder: Path, context: int) -> ModelFolder:
     """Return what `folder` holds. Raises ModelError when it cannot be served with `context` tokens per sequence."""
     if not folder.is_dir():
-        raise ModelError(f"model folder {folder} does not exist; build it with `research run policy` or name another folder")
+        raise ModelError(
+            f"model folder {folder} does not exist; build it with `research run policy` or `research run export`, or name another folder"
+        )
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"model folder {folder} has no {', '.join(missing)}; give a Hugging Face folder with a fast tokenizer")

@@ -51,9 +51,9 @@ def serve(config: Config, workspace: Workspace, folder: Path | None = None) -> N
     """Serve a model (the trained policy when `folder` is None) until interrupted; print where and as what."""
     with running(config, workspace, folder or workspace.folder("export"), name="serve-model") as endpoint:
         token = workspace.services / "serve-model.token"
-        _write_private(token, endpoint.token or "")
-        print(f"{endpoint.model} at {endpoint.url}/v1; the bearer token is in {token}; stop with Ctrl-C", flush=True)
-        threading.Event().wait()
+        with _files({token: endpoint.token or ""}):
+            print(f"{endpoint.model} at {endpoint.url}/v1; the bearer token is in {token}; stop with Ctrl-C", flush=True)
+            threading.Event().wait()
 
 
 @contextmanager

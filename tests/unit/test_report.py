@@ -209,6 +209,11 @@ def test_compare_refuses_evaluations_of_different_questions(tmp_path: Path) -> N
         compare(tmp_path / "a", tmp_path / "b")
 
 
+def test_compare_refuses_other_artifacts(context: Context) -> None:
+    with pytest.raises(DataError, match="artifact of stage train"):
+        compare(context.parent("baseline"), context.parent("train"))
+
+
 def test_plain_text_is_escaped_everywhere() -> None:
     made = html.heading(EVIL) + html.paragraph(EVIL) + html.table([EVIL], [[EVIL, EVIL]]) + html.data_block("data", [EVIL])
     assert set(Page(made.text).tags) == {"h2", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "script"}
