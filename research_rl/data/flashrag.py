@@ -154,7 +154,7 @@ def _parse(where: _Where, line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         bad = line[error.start : error.start + 4].hex(" ")
         raise where.error(f"byte {error.start} of the line ({bad}) is not UTF-8", "write the file anew as UTF-8") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         shown = _show(line.decode(errors="replace").rstrip("\n"))
         raise where.error(f"{shown} is not JSON ({error})", "write one JSON object a line") from None
     if not isinstance(row, dict):

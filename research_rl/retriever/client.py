@@ -79,7 +79,7 @@ class RetrieverClient:
         try:
             response = await self._http.get(f"{self.url}/health", timeout=self.timeout_s)
             return cast(dict[str, Any], response.raise_for_status().json())
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
             return SearchFailure(_reason(error))
 
     async def _ask(self, key: tuple[tuple[str, ...], int]) -> Found | SearchFailure:
@@ -129,7 +129,7 @@ def _parse(response: httpx.Response, queries: int) -> Found | SearchFailure:
             [Passage(_text(document["id"]), _text(document["contents"]), float(score)) for document, score in zip(*pair, strict=True)]
             for pair in zip(documents, scores, strict=True)
         ]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         return SearchFailure(f"retriever's reply is not understood ({type(error).__name__})")
     return found if len(found) == queries else SearchFailure(f"retriever gave {len(found)} replies to {queries} queries")
 
@@ -150,7 +150,7 @@ def _retry_after(response: httpx.Response) -> float:
 def _detail(response: httpx.Response) -> str:
     try:
         return str(response.json()["detail"])[:200]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return response.text[:200]
 
 

@@ -1,0 +1,135 @@
+"""Exact inner-product search faster than a flat scan: scores in bf16, candidates proven sufficient, rescored in float32.
+
+Knows vectors and rows; knows no text. Invariant: the rows returned are those of an exhaustive float32 search. With e the
+largest error of an approximate score and a_k the k-th best of them, every true neighbour scores at least a_k - 2e, so
+rescoring all rows above that line misses none. The scan file is memory-mapped: further workers share its pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from research_rl.embedding import Vectors
+from research_rl.errors import ManifestError
+
+__all__ = ["SCAN", "ExactScan", "write_scan"]
+
+SCAN = "scan.bf16"
+_GROUP = 64
+"""Rows that share one maximum; thresholds are compared with the maxima first."""
+_SCORE_BYTES = 256 << 20
+"""Most bytes of approximate scores held at once."""
+_ROUND = 2.0**-8
+"""Bound on bf16's rounding of a score, relative to it; twice the unit roundoff."""
+_SUM = 1e-4
+"""Bound on float32 summation error, relative to the norms' product, up to some thousand dimensions."""
+
+Rows = npt.NDArray[np.int64]
+
+
+def write_scan(shards: Sequence[Vectors], path: Path) -> tuple[float, float]:
+    """Write the vectors [rows, dim] as bf16; return the largest norm of a rounded row and of a rounding error."""
+    norm = error = 0.0
+    with path.open("wb") as stream:
+        for shard in shards:
+            exact = torch.from_numpy(np.ascontiguousarray(shard, np.float32))
+            rounded = exact.to(torch.bfloat16)
+            norm = max(norm, float(rounded.float().norm(dim=1).max()))
+            error = max(error, float((exact - rounded.float()).norm(dim=1).max()))
+            stream.write(rounded.view(torch.int16).numpy().tobytes())
+    return norm, error
+
+
+class ExactScan:
+    """Search over a scan file and the float32 shards it was made of; from one thread at a time."""
+
+    def __init__(self, path: Path, shards: Sequence[Vectors], norm: float, error: float) -> None:
+        self.dim = int(shards[0].shape[1])
+        self.rows = sum(map(len, shards))
+        if path.stat().st_size != self.rows * self.dim * 2:
+            raise ManifestError(
+                f"{path} has {path.stat().st_size:,} bytes, {self.rows:,} vectors of {self.dim} need {self.rows * self.dim * 2:,}; "
+                "run the index stage again"
+            )
+        self._shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)])
+        self._norm, self._error = norm, error
+        size = self.rows * self.dim
+        self._scan = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(self.rows, self.dim)
+
+    def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
+        """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows)."""
+        k = min(top_k, self.rows)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        rows = np.full((len(queries), k), -1, np.int64)
+        exact_Qd = torch.from_numpy(np.ascontiguousarray(queries, np.float32))
+        rounded_Qd = exact_Qd.to(torch.bfloat16)
+        slack_Q = 2 * self._bound(exact_Qd, rounded_Qd)
+        step = max(_GROUP, _SCORE_BYTES // (2 * max(1, len(queries))) // _GROUP * _GROUP)
+        for start in range(0, self.rows, step):
+            part_QN = rounded_Qd @ self._scan[start : start + step].T
+            line_Q = torch.maximum(_kth_best(part_QN, k) - slack_Q, torch.from_numpy(scores[:, -1]) - slack_Q / 2)
+            for query, candidates in enumerate(_above(part_QN, line_Q)):
+                self._merge(queries[query], candidates + start, scores[query], rows[query])
+        return scores, rows
+
+    def _bound(self, exact_Qd: torch.Tensor, rounded_Qd: torch.Tensor) -> torch.Tensor:
+        """Return for each query the largest difference between an approximate score and the true one."""
+        norm_Q = exact_Qd.norm(dim=1)
+        rounding = (exact_Qd - rounded_Qd.float()).norm(dim=1) * self._norm + norm_Q * self._error
+        return rounding + norm_Q * (self._norm * (1 + _ROUND) * _ROUND + self._norm * _SUM)
+
+    def _merge(self, query: Vectors, candidates: Rows, scores: Vectors, rows: Rows) -> None:
+        """Rescore the candidates in float32 and keep the best of them and of what `scores` and `rows` hold."""
+        if not len(candidates):
+            return
+        found = np.concatenate([scores, self._vectors(candidates) @ query])
+        names = np.concatenate([rows, candidates])
+        best = np.lexsort((names, -found))[: len(scores)]
+        scores[:], rows[:] = found[best], names[best]
+
+    def _vectors(self, rows: Rows) -> Vectors:
+        if len(self._shards) == 1:
+            return self._shards[0][rows]
+        owners = np.searchsorted(self._starts, rows, side="right") - 1
+        vectors = np.empty((len(rows), self.dim), np.float32)
+        for owner in np.unique(owners):
+            mine = owners == owner
+            vectors[mine] = self._shards[owner][rows[mine] - self._starts[owner]]
+        return vectors
+
+
+def _kth_best(scores_QN: torch.Tensor, k: int) -> torch.Tensor:
+    """Return a lower bound of each row's k-th best score: the k-th best of its groups' maxima, or of its scores."""
+    maxima_QG = _maxima(scores_QN)
+    source = maxima_QG if maxima_QG.shape[1] >= k else scores_QN
+    if source.shape[1] < k:
+        return torch.full((len(scores_QN),), -torch.inf)
+    return source.float().topk(k, dim=1).values[:, -1]
+
+
+def _maxima(scores_QN: torch.Tensor) -> torch.Tensor:
+    whole = scores_QN.shape[1] // _GROUP * _GROUP
+    parts = [scores_QN[:, :whole].view(len(scores_QN), -1, _GROUP).amax(-1)] if whole else []
+    if whole < scores_QN.shape[1]:
+        parts.append(scores_QN[:, whole:].amax(-1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+def _above(scores_QN: torch.Tensor, line_Q: torch.Tensor) -> list[Rows]:
+    """Return for each query the columns that score at least its line."""
+    owners, groups = torch.nonzero(_maxima(scores_QN).float() >= line_Q[:, None], as_tuple=True)
+    ends = np.searchsorted(owners.numpy(), np.arange(len(scores_QN) + 1))
+    offsets = np.arange(_GROUP)
+    found: list[Rows] = []
+    for query in range(len(scores_QN)):
+        columns = (groups.numpy()[ends[query] : ends[query + 1], None] * _GROUP + offsets).ravel()
+        columns = columns[columns < scores_QN.shape[1]]
+        keep = scores_QN[query][torch.from_numpy(columns)].float() >= line_Q[query]
+        found.append(columns[keep.numpy()])
+    return found

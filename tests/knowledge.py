@@ -1,0 +1,50 @@
+"""Builds a small knowledge side for tests, stage by stage, with the stages' own functions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from research_rl import manifest
+from research_rl.config import Config
+from research_rl.corpus import build as corpus
+from research_rl.embedding import build as embed
+from research_rl.index import build as index
+from research_rl.stages import STAGES, Context, Progress, Workspace, silent
+
+TOWNS = ("Avonlea", "Brockhurst", "Caldera", "Dunmore", "Eastwick")
+
+
+def passages(rows: int) -> list[dict[str, str]]:
+    """Return `rows` passages, each with words of its own."""
+    return [
+        {"id": f"p{n}", "contents": f'"Person{n}"\nPerson{n} Surname{n} lives in {TOWNS[n % 5]} since {1000 + n}.'} for n in range(rows)
+    ]
+
+
+def context(stage: str, root: Path, progress: Progress = silent, **tree: Any) -> Context:
+    """Return the context of a stage whose parents stand."""
+    workspace = Workspace(root)
+    parents = {name: manifest.load(workspace.folder(name)) for name in STAGES[stage].parents}
+    return Context(STAGES[stage], Config.model_validate(tree), workspace, parents, progress)
+
+
+def store(root: Path, rows: int = 250, **tree: Any) -> Workspace:
+    """Build download, validate and corpus."""
+    workspace = Workspace(root)
+    with manifest.publish(workspace.folder("download"), "download", "x", {}) as staging:
+        staging.counts["corpus"] = rows
+        (staging.path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages(rows)))
+    with manifest.publish(workspace.folder("validate"), "validate", "x", {"download": manifest.load(workspace.folder("download"))}):
+        pass
+    corpus.run(context("corpus", root, corpus={"shard_rows": 100}, **tree))
+    return workspace
+
+
+def built(root: Path, rows: int = 250, **tree: Any) -> Workspace:
+    """Build everything up to the index."""
+    workspace = store(root, rows)
+    embed.run(context("embed", root, **tree))
+    index.run(context("index", root, **tree))
+    return workspace

@@ -1,0 +1,90 @@
+"""The sentence encoder on a real, tiny transformer: batches, padding and prefixes change nothing they should not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from research_rl.embedding.models import copy_model, resolve, tree_sha256
+from research_rl.embedding.sentence import SentenceEncoder, buckets
+from research_rl.errors import ModelError
+
+WORDS = ["the", "of", "in", "a", "who", "born", "river", "city", "painter", "king", "queen", "ship", "sings", "wrote"]
+FACTS = {"query_prefix": "", "passage_prefix": "", "max_tokens": 48, "batch_tokens": 256, "dtype": "float32"}
+
+
+def texts(count: int) -> list[str]:
+    draw = np.random.default_rng(0)
+    return [" ".join(draw.choice(WORDS, draw.integers(1, 60))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers folder with random weights."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    root = tmp_path_factory.mktemp("model")
+    (root / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ":", "query", "passage"]))
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(root / "bert")
+    BertTokenizerFast(str(root / "vocab.txt")).save_pretrained(root / "bert")
+    transformer = Transformer(str(root / "bert"))
+    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(root / "whole"))
+    (root / "whole" / "onnx").mkdir()
+    (root / "whole" / "onnx" / "model.onnx").write_text("unused")
+    return root / "whole"
+
+
+def test_sorted_batches_give_what_single_texts_give(folder: Path) -> None:
+    encoder = SentenceEncoder.load(folder, FACTS)
+    given = texts(60)
+    together = encoder.encode_passages(given)
+    single = np.concatenate([encoder.encode_queries([text]) for text in given])
+    np.testing.assert_allclose(together, single, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    assert (encoder.dim, encoder.facts["pooling"]) == (32, "mean")
+
+
+def test_vectors_are_those_of_sentence_transformers(folder: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.max_seq_length = 48
+    given = texts(20)
+    expected = model.encode(given, normalize_embeddings=True)
+    np.testing.assert_allclose(SentenceEncoder.load(folder, FACTS).encode_passages(given), expected, atol=1e-5)
+
+
+def test_prefixes_and_bfloat16_follow_the_facts(folder: Path) -> None:
+    plain = SentenceEncoder.load(folder, FACTS)
+    prefixed = SentenceEncoder.load(folder, {**FACTS, "query_prefix": "query: ", "passage_prefix": "passage: "})
+    np.testing.assert_allclose(prefixed.encode_queries(["river"]), plain.encode_queries(["query: river"]), atol=1e-6)
+    np.testing.assert_allclose(prefixed.encode_passages(["river"]), plain.encode_queries(["passage: river"]), atol=1e-6)
+    half = SentenceEncoder.load(folder, {**FACTS, "dtype": "bfloat16"})
+    given = texts(20)
+    assert (half.encode_passages(given) * plain.encode_passages(given)).sum(1).min() > 0.999
+
+
+def test_buckets_cover_every_text_once_within_the_budget() -> None:
+    lengths = [1, 16, 17, 31, 32, 33, 200, 5, 5, 5]
+    found = list(buckets(lengths, 64))
+    assert sorted(row for rows, _ in found for row in rows) == list(range(10))
+    for rows, length in found:
+        assert all(length - 16 < lengths[row] <= length for row in rows)
+        assert len(rows) == 1 or len(rows) * length <= 64
+
+
+def test_a_copied_model_leaves_other_formats_behind_and_a_broken_one_is_named(folder: Path, tmp_path: Path) -> None:
+    copy_model(resolve(str(folder), tmp_path), tmp_path / "copy")
+    assert not (tmp_path / "copy" / "onnx").exists()
+    assert tree_sha256(tmp_path / "copy") == tree_sha256(tmp_path / "copy")
+    assert SentenceEncoder.load(tmp_path / "copy", FACTS).dim == 32
+    (tmp_path / "copy" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no usable sentence-transformers model"):
+        SentenceEncoder.load(tmp_path / "copy", FACTS)
