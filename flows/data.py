@@ -11,6 +11,7 @@ from tasks.download import download
 from tasks.index import corpus, embed, index
 from tasks.job import opened, stop_services
 from tasks.prepare import prepare
+from tasks.summary import summary
 from tasks.validate import validate
 from tasks.versions import commit
 
@@ -32,7 +33,7 @@ def research_data(
         overrides: Parameters by dotted name, for example {"data.generated.entities": 800}; written to params.yaml.
         force: Stages to build even when nothing changed.
     """
-    with opened(workspace, profile, overrides, flow=flow_run.flow_name, run_id=flow_run.id, force=frozenset(force)) as job:
+    with opened(workspace, profile, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=frozenset(force)) as job:
         download(job)
         validate(job)
         questions = prepare.submit(job)
@@ -41,6 +42,7 @@ def research_data(
         index(job)
         questions.result()
         commit(job)
+        summary(job)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from prefect.runtime import flow_run
 from tasks.evaluate import baseline, evaluate, report
 from tasks.job import opened, stop_services
 from tasks.retriever import retriever
+from tasks.summary import summary
 from tasks.versions import commit
 
 __all__ = ["research_eval"]
@@ -29,12 +30,13 @@ def research_eval(
         again: Measure even when both evaluations stand.
     """
     force = frozenset({"baseline", "evaluate"} if again else ())
-    with opened(workspace, None, overrides, flow=flow_run.flow_name, run_id=flow_run.id, force=force) as job:
+    with opened(workspace, None, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=force) as job:
         with retriever(job, ("baseline", "evaluate")) as searching:
             baseline(searching)
             evaluate(searching)
         report(job)
         commit(job)
+        summary(job)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -12,10 +13,11 @@ from research_rl.errors import ResearchError
 from tasks.download import download
 from tasks.evaluate import baseline, evaluate, report
 from tasks.index import corpus, embed, index
-from tasks.job import opened, stop_services
+from tasks.job import assignments, opened, resolve, stop_services
 from tasks.policy import policy
 from tasks.prepare import prepare
 from tasks.retriever import retriever
+from tasks.summary import summary
 from tasks.train import export, train
 from tasks.validate import validate
 from tasks.versions import commit
@@ -40,7 +42,7 @@ def research_train(
         overrides: Parameters by dotted name, for example {"train.steps": 40}; written to params.yaml.
         force: Stages to build even when nothing changed.
     """
-    with opened(workspace, profile, overrides, flow=flow_run.flow_name, run_id=flow_run.id, force=frozenset(force)) as job:
+    with opened(workspace, profile, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=frozenset(force)) as job:
         initial = policy.submit(job)
         download(job)
         validate(job)
@@ -57,15 +59,15 @@ def research_train(
             evaluate(searching)
         report(job)
         commit(job)
+        summary(job)
 
 
 def main(arguments: list[str]) -> int:
     """Run the flow in this folder with `section.key=value` arguments; return the exit code."""
-    import yaml
-
-    pairs = (item.partition("=") for item in arguments)
     try:
-        research_train(overrides={name: yaml.safe_load(value) for name, _, value in pairs})
+        overrides = assignments(arguments)
+        resolve(Path(), None, overrides)
+        research_train(overrides=overrides)
     except ResearchError as error:
         print(f"research-train: {error}", file=sys.stderr)
         return 1

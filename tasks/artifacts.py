@@ -25,6 +25,7 @@ from tasks.track import FLOW, StageRun
 
 __all__ = ["evaluation_table", "index_card", "quality_table", "report_page"]
 
+_WAIT_S = 30.0
 _ENDS = {"mean": "", "low": "_low", "high": "_high"}
 _RUNS = {"this run": FLOW, "evaluation before training": "baseline", "evaluation after training": "evaluate", "training": "train"}
 
@@ -55,7 +56,7 @@ def quality_table(job: Job, found: Manifest, run: StageRun) -> None:
     warnings = found.counts.get("warnings", 0)
     with showing("the data-quality table"):
         create_table_artifact(rows, key="data-quality", description=f"{len(rows)} checks, {warnings} warnings; report {found.hash[:12]}")
-    if run.begun:
+    if run.fresh:
         run.artifact(job.workspace.folder("validate") / "report.json")
 
 
@@ -89,41 +90,62 @@ def evaluation_table(job: Job, found: Manifest, run: StageRun) -> None:
     folder = job.workspace.folder(found.stage)
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     intervals = _intervals(metrics)
-    run.metrics({f"{name}{end}": value[key] for name, value in intervals.items() for key, end in _ENDS.items()})
-    run.tags({"evaluation": "before training" if found.stage == "baseline" else "after training", "manifest": found.hash})
-    run.artifact(folder / "metrics.json")
-    run.artifact(folder / "results.jsonl")
-    run.traces([_episode(line) for line in _spread(folder / "results.jsonl", job.config.tracking.traces)])
+    if run.fresh:
+        _track_evaluation(job, found, run, intervals)
     rows = [{"metric": name, **{key: round(value[key], 4) for key in _ENDS}} for name, value in intervals.items()]
     with showing("the evaluation table"):
         create_table_artifact(rows, key=f"{found.stage}-evaluation", description=f"{metrics['n']} questions, 95 % intervals")
 
 
+def _track_evaluation(job: Job, found: Manifest, run: StageRun, intervals: Mapping[str, Mapping[str, float]]) -> None:
+    folder = job.workspace.folder(found.stage)
+    run.metrics({f"{name}{end}": value[key] for name, value in intervals.items() for key, end in _ENDS.items()})
+    run.tags({"evaluation": "before training" if found.stage == "baseline" else "after training", "manifest": found.hash})
+    run.artifact(folder / "metrics.json")
+    run.artifact(folder / "results.jsonl")
+    run.traces([_episode(line) for line in _spread(folder / "results.jsonl", job.config.tracking.traces)])
+
+
 def report_page(job: Job, found: Manifest, run: StageRun) -> None:
     """Publish the comparison before / after with links to MLflow, and the training curves as an image."""
     folder = job.workspace.folder("report")
+    if run.fresh:
+        _track_report(folder, found, run)
+    rows = [
+        f"| {name} | {found.facts['before'][name]:.3f} | {found.facts['after'][name]:.3f} | {value['mean']:+.3f} | "
+        f"{value['low']:+.3f} to {value['high']:+.3f} |"
+        for name, value in found.facts["difference"].items()
+    ]
+    table = ["| metric | before | after | difference | 95 % interval, paired |", "|---|---|---|---|---|", *rows]
+    text = "\n".join(["# Before and after training", "", *table, "", "MLflow:", *_links(job, _WAIT_S if run.fresh else 0.0)])
+    with showing("the report"):
+        create_markdown_artifact(text, key="evaluation-report", description="The same held-out questions before and after training")
+        create_image_artifact(
+            _image(folder / "training.png"), key="training-curves", description="Reward, format and searches per training step"
+        )
+
+
+def _track_report(folder: Path, found: Manifest, run: StageRun) -> None:
     for name in ("training.png", "report.html", "trajectories.html", "metrics.json"):
         run.artifact(folder / name)
     differences = found.facts["difference"]
     run.metrics({f"difference/{name}{end}": value[key] for name, value in differences.items() for key, end in _ENDS.items()})
     run.tags({"manifest": found.hash})
-    rows = [
-        f"| {name} | {found.facts['before'][name]:.3f} | {found.facts['after'][name]:.3f} | {value['mean']:+.3f} | "
-        f"{value['low']:+.3f} to {value['high']:+.3f} |"
-        for name, value in differences.items()
-    ]
-    table = ["| metric | before | after | difference | 95 % interval, paired |", "|---|---|---|---|---|", *rows]
-    links = [f"- [{text}]({link})" for text, key in _RUNS.items() if (link := job.tracker.link(key))]
-    curve = _image(folder / "training.png")
-    text = "\n".join(["# Before and after training", "", *table, "", "MLflow:", *(links or ["- not reached yet"])])
-    with showing("the report"):
-        create_markdown_artifact(text, key="evaluation-report", description="The same held-out questions before and after training")
-        create_image_artifact(curve, key="training-curves", description="Reward, format and searches per training step")
+
+
+def _links(job: Job, wait_s: float) -> list[str]:
+    """Return the MLflow pages of this run and of the runs behind the compared artifacts."""
+    lines: list[str] = []
+    for text, key in _RUNS.items():
+        found = None if key == FLOW else manifest.load(job.workspace.folder(key), verify=False)
+        if link := job.tracker.link(key, found, wait_s):
+            lines.append(f"- [{text}]({link})")
+    return lines or ["- not reached yet"]
 
 
 def _intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return every {mean, low, high} of an evaluation by name; stop reasons as stop/<reason>."""
-    found = {name: value for name, value in metrics.items() if isinstance(value, Mapping) and "mean" in value}
+    found: dict[str, dict[str, float]] = {name: value for name, value in metrics.items() if isinstance(value, dict) and "mean" in value}
     return {**found, **{f"stop/{name}": value for name, value in metrics.get("stop", {}).items()}}
 
 

@@ -10,8 +10,9 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,40 @@ import yaml
 
 from research_rl import config as configuration
 from research_rl.config import Config
-from research_rl.errors import ServiceError
+from research_rl.errors import ConfigError, ServiceError
+from research_rl.manifest import Manifest
 from research_rl.services import reap
 from research_rl.stages import Workspace
 from tasks.settings import stack_folder
 from tasks.track import Tracker
 
-__all__ = ["Job", "locked", "opened", "resolve", "stop_services"]
+__all__ = ["Job", "Outcome", "assignments", "locked", "opened", "resolve", "stop_services"]
 
 _LOCK = "run.lock"
 _LOCK_WAIT_S = 15.0
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended: its artifact, whether it was built, and in how many seconds."""
+
+    found: Manifest
+    built: bool
+    seconds: float
+
+
 class Job:
-    """What every task of a run is given. `force` names stages that are built even when current."""
+    """What every task of a run is given. `force` names stages that are built even when current; tasks add their `outcomes`."""
 
     def __init__(self, config: Config, workspace: Workspace, tracker: Tracker, force: frozenset[str] = frozenset()) -> None:
         self.config, self.workspace, self.tracker, self.force = config, workspace, tracker, force
+        self.outcomes: dict[str, Outcome] = {}
 
     def using(self, **sections: Any) -> Job:
         """Return the same job with some configuration sections replaced."""
-        return Job(self.config.model_copy(update=sections), self.workspace, self.tracker, self.force)
+        other = Job(self.config.model_copy(update=sections), self.workspace, self.tracker, self.force)
+        other.outcomes = self.outcomes
+        return other
 
 
 def resolve(folder: Path, profile: str | None, overrides: Mapping[str, Any]) -> Config:
@@ -51,6 +65,17 @@ def resolve(folder: Path, profile: str | None, overrides: Mapping[str, Any]) -> 
     if profile is None and (folder / "params.yaml").is_file():
         return configuration.load(folder / "params.yaml", items)
     return configuration.load_profile(profile or "laptop", items)
+
+
+def assignments(items: Sequence[str]) -> dict[str, Any]:
+    """Turn `section.key=value` arguments into overrides. Raises ConfigError."""
+    pairs: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"argument {item!r} is not of the form section.key=value; an example: train.steps=40")
+        pairs[name] = yaml.safe_load(value)
+    return pairs
 
 
 @contextmanager

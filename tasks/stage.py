@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import httpx
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.exceptions import PrefectException
-from prefect.states import Completed, State
+from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
 from research_rl import manifest
 from research_rl.errors import ServiceError
 from research_rl.manifest import Manifest
 from research_rl.stages import STAGES, Context, current, run_stage
-from tasks.job import Job
+from tasks import quiet
+from tasks.job import Job, Outcome
 from tasks.track import StageRun
 
 __all__ = ["StageTask", "is_transient", "stage_task"]
 
+quiet.install()
 RETRIES = 2
 BACKOFF_S = 2
 _UPDATE_S = 2.0
@@ -57,16 +59,18 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
             started = time.monotonic()
             progress = Progress(name, logger.info)
             if build:
-                found, built = _watched(name, job, progress, partial(build, run=run))
+                found, built = _watched(name, job, progress, lambda context: build(context, run))
             else:
                 found, built = run_stage(name, job.config, job.workspace, force=name in job.force, progress=progress)
             run.finished(found, built)
+            seconds = time.monotonic() - started
+            job.outcomes[name] = Outcome(found, built, seconds)
             if after:
                 after(job, found, run)
         if not built:
             return Completed(name="Cached", message=f"skipped, current: {found.hash[:12]}", data=found)
         counts = ", ".join(f"{key} {value:,}" for key, value in found.counts.items())
-        return Completed(message=f"built in {time.monotonic() - started:.1f} s: {counts}; {found.hash[:12]}", data=found)
+        return Completed(message=f"built in {seconds:.1f} s: {counts}; {found.hash[:12]}", data=found)
 
     return run  # type: ignore[return-value]
 

@@ -5,6 +5,7 @@ Invariant: what is returned holds no time, run id or path; those stand in the da
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -119,6 +120,7 @@ def check(frames: Sequence[Frame], docs: Path) -> list[Check]:
     import pandas as pd
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     context.add_data_docs_site("docs", _site(docs))
@@ -136,11 +138,11 @@ def check(frames: Sequence[Frame], docs: Path) -> list[Check]:
             result = checkpoint.run(batch_parameters={"dataframe": pd.DataFrame(list(frame.rows))})
             for outcome in next(iter(result.run_results.values())).results:
                 found.append(_check(frame, outcome.to_json_dict()))
-        context.build_data_docs(site_names="docs")
+        context.build_data_docs(site_names=["docs"])
     return found
 
 
-def _site(docs: Path) -> dict[str, Any]:
+def _site(docs: Path) -> Any:
     return {
         "class_name": "SiteBuilder",
         "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)},

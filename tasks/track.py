@@ -6,11 +6,13 @@ sent by the next run or by `python -m tasks.track`; (3) this module never import
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,8 @@ __all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "main", "tracking_
 FLOW = "flow"
 _PARAM_CHARS = 500
 _DRAIN_S = 90.0
+_INDEX = "reported.json"
+_DEFAULT_PAGE = "http://127.0.0.1:5000"
 logger = logging.getLogger("prefect.tasks.track")
 
 
@@ -57,16 +61,22 @@ class StageRun:
     def __init__(self, tracker: Tracker, key: str, params: dict[str, str]) -> None:
         self.tracker, self.key, self.params = tracker, key, params
         self.started = int(time.time() * 1000)
-        self.begun = False
+        self.begun = self.fresh = False
+        self.found: Manifest | None = None
 
     def begin(self) -> None:
         """Make the run unless it is there."""
         if not self.begun:
             self.begun = True
+            self.tracker.begun.add(self.key)
             self.tracker.journal.write("begin", key=self.key, parent=FLOW, name=self.key, start=self.started, params=self.params)
 
     def finished(self, found: Manifest, built: bool) -> None:
-        """Record what the stage left: counts as metrics, hashes as tags. A skipped stage leaves its lineage on the parent alone."""
+        """Record what the stage left: counts as metrics, hashes as tags. A skipped stage leaves its lineage on the parent alone.
+
+        Sets `fresh`: whether no run of this workspace has told MLflow about this artifact yet.
+        """
+        self.found, self.fresh = found, built or self.tracker.journal_of(found) is None
         self.tracker.tags(FLOW, {f"manifest.{self.key}": found.hash, f"stage.{self.key}": "built" if built else "cached"})
         if built:
             self.metrics({f"count/{name}": value for name, value in found.counts.items()})
@@ -98,6 +108,8 @@ class StageRun:
         """End the run if it was ever begun."""
         if self.begun:
             self.tracker.journal.write("end", key=self.key, status=status)
+            if self.found:
+                self.tracker.remember(self.found)
 
     def child(self, name: str) -> StageRun:
         """Return a run nested below this one, for one attempt of the trainer."""
@@ -113,6 +125,7 @@ class Tracker:
 
     def __init__(self, journal: Journal, sender: Process | None, uri: str) -> None:
         self.journal, self.sender, self.uri = journal, sender, uri
+        self.begun = {FLOW}
 
     @classmethod
     def start(cls, config: Config, workspace: Workspace, *, flow: str, run_id: str) -> Tracker:
@@ -156,14 +169,36 @@ class Tracker:
         """Set tags of the run `key`."""
         self.journal.write("tags", key=key, values=dict(values))
 
-    def link(self, key: str = FLOW, wait_s: float = 30.0) -> str | None:
-        """Return the page of a run in MLflow's interface; None when MLflow has not answered within `wait_s`."""
+    def journal_of(self, found: Manifest) -> Path | None:
+        """Return the folder of the journal in which an artifact was reported."""
+        name = self._index().get(f"{found.stage}:{found.hash}")
+        return self.journal.folder.parent / name if name else None
+
+    def remember(self, found: Manifest) -> None:
+        """Note that this run reported an artifact."""
+        path = self.journal.folder.parent / _INDEX
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        temporary.write_text(json.dumps({**self._index(), f"{found.stage}:{found.hash}": self.journal.folder.name}))
+        temporary.replace(path)
+
+    def _index(self) -> dict[str, str]:
+        path = self.journal.folder.parent / _INDEX
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def link(self, key: str = FLOW, found: Manifest | None = None, wait_s: float = 0.0) -> str | None:
+        """Return the page of a run in MLflow's interface: of this run's `key`, else of the run that reported `found`.
+
+        None when MLflow has not answered within `wait_s`.
+        """
+        folder = self.journal.folder if key in self.begun else found and self.journal_of(found)
+        if not folder:
+            return None
         deadline = time.monotonic() + wait_s
-        while (place := Place.load(self.journal.folder)) and key not in place.runs:
+        while (place := Place.load(folder)) and key not in place.runs:
             if time.monotonic() > deadline or self.sender is None or self.sender.poll() is not None:
                 return None
             time.sleep(0.2)
-        base = self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        base = place.uri if place.uri.startswith("http") else _DEFAULT_PAGE
         return f"{base}/#/experiments/{place.experiment}/runs/{place.runs[key]}"
 
     def close(self, status: str) -> bool:

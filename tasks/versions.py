@@ -5,6 +5,7 @@ A workspace outside git gets a repository without source control. Nothing is run
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from research_rl.errors import ServiceError
 from research_rl.stages import STAGES, Workspace, current
@@ -35,17 +38,28 @@ _CONFIG = """\
 
 
 @task(name="dvc-commit", cache_policy=NO_CACHE, persist_result=False)
-def commit(job: Job) -> list[str]:
+def commit(job: Job) -> State[list[str]]:
     """Commit every stage that is current; return their names. A failure of DVC is reported, not raised: the artifacts stand."""
     if not job.config.tracking.dvc:
-        return []
-    finished = [name for name in STAGES if current(name, job.config, job.workspace, verify=False)]
+        return Completed(name="Skipped", message="tracking.dvc is false", data=[])
+    found = {name: part.hash for name in STAGES if (part := current(name, job.config, job.workspace, verify=False))}
+    noted = job.workspace.work("dvc") / "recorded.json"
+    if _recorded(job.workspace.root, noted, found):
+        return Completed(name="Cached", message="DVC has these artifacts", data=list(found))
     try:
-        record(job.workspace, finished)
+        record(job.workspace, list(found))
     except ServiceError as error:
         get_run_logger().warning("DVC did not take the artifacts: %s", error)
-        return []
-    return finished
+        return Completed(name="NotCommitted", message=str(error)[:500], data=[])
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(found))
+    return Completed(message=f"committed {', '.join(found)}", data=list(found))
+
+
+def _recorded(root: Path, noted: Path, found: dict[str, str]) -> bool:
+    """Return whether DVC was given exactly these artifacts last time and its files still stand."""
+    files = (root / "dvc.lock", root / "dvc.yaml", root / f"{STAGES[SNAPSHOT].folder}.dvc", noted)
+    return all(path.is_file() for path in files) and json.loads(noted.read_text()) == found
 
 
 def record(workspace: Workspace, finished: Sequence[str]) -> None:
