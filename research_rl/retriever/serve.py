@@ -13,6 +13,8 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+
 from research_rl import services
 from research_rl.config import CHECKOUT, Config, RetrieverConfig, load
 from research_rl.errors import ConfigError, ResearchError, ServiceError
@@ -23,6 +25,7 @@ __all__ = ["TOKEN", "main", "running", "serve"]
 
 TOKEN = "RESEARCH_RETRIEVER_TOKEN"
 _DRAIN_S = 10
+_ANSWER_S = 10.0
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -30,10 +33,11 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
     """Yield a retriever for the workspace's index: the one of `retriever.url`, else one started for this block.
 
-    Raises ServiceError when it does not start in `retriever.start_deadline_s`; its message ends with the service's own.
+    Raises ServiceError when the given one does not answer, or the started one not within `retriever.start_deadline_s`.
     """
     wanted, token = config.retriever, os.environ.get(TOKEN)
     if wanted.url:
+        _answers(wanted.url)
         yield Endpoint(wanted.url, token)
         return
     port = services.require_free(wanted.host, wanted.port, "retriever.port")
@@ -45,6 +49,16 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
         "retriever", command, folder=workspace.services, health_url=f"{url}/health", deadline_s=wanted.start_deadline_s, env=env
     ):
         yield Endpoint(url, token)
+
+
+def _answers(url: str) -> None:
+    try:
+        httpx.get(f"{url.rstrip('/')}/health", timeout=_ANSWER_S, trust_env=False).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServiceError(
+            f"retriever.url={url} does not answer /health ({type(error).__name__}); "
+            "start that retriever, or clear retriever.url to have one started"
+        ) from None
 
 
 def serve(config: Config, workspace: Workspace) -> None:

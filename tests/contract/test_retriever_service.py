@@ -205,6 +205,9 @@ def test_sigterm_ends_it_and_start_is_quick_without_torch(workspace: Workspace) 
     assert seconds < 20, f"{seconds:.1f} s; 3 s is the aim on a free machine"
 
 
-def test_a_given_url_is_used_as_it_is(workspace: Workspace) -> None:
-    with serve.running(Config.model_validate({"retriever": {"url": "http://127.0.0.1:9"}}), workspace) as found:
-        assert found.url == "http://127.0.0.1:9"
+def test_a_given_url_is_used_when_it_answers(workspace: Workspace, endpoint: Endpoint) -> None:
+    with serve.running(Config.model_validate({"retriever": {"url": endpoint.url}}), workspace) as found:
+        assert found == endpoint
+    dead = Config.model_validate({"retriever": {"url": "http://127.0.0.1:9"}})
+    with pytest.raises(ServiceError, match=r"retriever.url=http://127.0.0.1:9 does not answer"), serve.running(dead, workspace):
+        pass
