@@ -153,12 +153,12 @@ class PolicyConfig(Section):
         default_factory=EncyclopediaConfig,
         description="tiny: the worlds the warm-up traces come from; as hard as data.generated, under names that never occur there.",
     )
-    warmup_drills: int = Field(default=30, ge=0, description="tiny: optimizer steps of copying drills before the traces.")
+    warmup_drills: int = Field(default=60, ge=0, description="tiny: optimizer steps of copying drills before the traces.")
     warmup_steps: int = Field(
-        default=500, ge=1, description="tiny: optimizer steps of the supervised warm-up on protocol traces (ReSearch itself uses none)."
+        default=640, ge=1, description="tiny: optimizer steps of the supervised warm-up on protocol traces (ReSearch itself uses none)."
     )
-    warmup_batch: int = Field(default=32, ge=1, description="tiny: traces per warm-up step.")
-    warmup_lr: float = Field(default=3e-3, gt=0, description="tiny: peak learning rate of the warm-up.")
+    warmup_batch: int = Field(default=16, ge=1, description="tiny: traces per warm-up step.")
+    warmup_lr: float = Field(default=2e-3, gt=0, description="tiny: peak learning rate of the warm-up.")
     warmup_early_share: float = Field(
         default=0.3, ge=0, le=1, description="tiny: last share of the warm-up steps in which traces may stop searching too early."
     )
