@@ -101,6 +101,7 @@ def environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HYDRA_FULL_ERROR": "1",
+        "HF_DATASETS_CACHE": str(paths.work / "datasets"),
     }
     return {**common, **(_cpu_environment(config, token) if config.train.hardware == "cpu" else {})}
 
@@ -268,6 +269,8 @@ def _cpu_environment(config: Config, token: str) -> dict[str, str]:
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": str(config.serving.kv_cache_gib),
         "OMP_NUM_THREADS": threads,
+        # Trainer, engine and agents take turns on the same cores; spinning threads would take them from each other.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TQ_NUM_THREADS": threads,
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_prestart_worker_first_driver": "0",

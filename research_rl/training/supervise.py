@@ -38,6 +38,7 @@ MAX_FAILED_SEARCHES = 0.5
 """Largest share of a step's searches that may get no answer before the retriever counts as lost."""
 _POLL_S = 0.2
 _TAIL_LINES = 30
+_ERROR = re.compile(r"^(?:\x1b\[\d+m\(.*?\)\x1b\[0m )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 _PADDED = re.compile(r"Upsampled batch from (\d+) to (\d+) with (\d+) synthetic padding samples")
 
 
@@ -296,9 +297,11 @@ class _Attempt:
 def _explain(run: Run, failures: Sequence[_Failure]) -> str:
     last = failures[-1]
     history = "; ".join(f"attempt {f.attempt} {f.why}" for f in failures)
+    log = run.logs / f"attempt_{last.attempt}.log"
+    first = _ERROR.search(log.read_text(errors="replace"))
     return (
         f"the trainer did not finish: {history} (train.max_attempts={run.config.train.max_attempts}, two in a row without a step end it). "
-        f"The log {run.logs / f'attempt_{last.attempt}.log'} ends with:\n{last.tail}"
+        f"{f'The first error was {first[1]!r}. ' if first else ''}The log {log} ends with:\n{last.tail}"
     )
 
 

@@ -35,6 +35,7 @@ checkpoints = Path(value("trainer.default_local_dir"))
 resume = options["trainer.resume_from_path"]
 step = 0 if resume == "null" else int(resume.strip("'").rsplit("_", 1)[1])
 print("resuming from", step, flush=True)
+print(script.get("say", ""), flush=True)
 
 def save(step, whole=True):
     path = checkpoints / f"global_step_{step}"
@@ -222,6 +223,13 @@ def test_a_failing_listener_stops_the_trainer(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="tracking is down"):
         supervise(run, Broken(), ignore)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or []) and p.pid != os.getpid()]
+
+
+def test_the_first_error_is_found_in_a_workers_line(tmp_path: Path) -> None:
+    line = "\x1b[36m(AgentLoopWorkerTQ pid=7)\x1b[0m research_rl.errors.ConfigError: the prompt has 9 tokens"
+    run = make_run(tmp_path, [{"say": line, "die_saving": 1}])
+    with pytest.raises(TrainingError, match=r"first error was 'research_rl\.errors\.ConfigError: the prompt has 9 tokens'"):
+        supervise(run, TrainHooks(), ignore)
 
 
 def test_missing_interpreter_is_named(tmp_path: Path) -> None:
