@@ -24,7 +24,6 @@ __all__ = ["main", "metric_name", "send_all"]
 
 FLOW = "flow"
 _POLL_S = 0.3
-PATIENCE_S = 20.0
 _LONGEST_WAIT_S = 10.0
 _BATCH = 1000
 logger = logging.getLogger("sender")
@@ -37,7 +36,7 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name)
 
 
-def send_all(folder: Path, live: str | None, patience_s: float = PATIENCE_S) -> int:
+def send_all(folder: Path, live: str | None, patience_s: float = 0.0) -> int:
     """Send every unfinished journal below `folder`, oldest first, then follow `live` until it is closed.
 
     A silent MLflow is waited for while `live` is open and for at least `patience_s` in all. Return 1 if some is left.
@@ -254,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tasks.sender", description="Pass tracking journals on to MLflow.")
     parser.add_argument("folder", type=Path, help="folder of journals")
     parser.add_argument("--live", help="name of the journal that is still being written")
-    parser.add_argument("--patience", type=float, default=PATIENCE_S, help="seconds to wait for a silent MLflow after the flow's end")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a silent MLflow after the flow's end")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     os.nice(5)

@@ -59,7 +59,7 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
             started = time.monotonic()
             progress = Progress(name, logger.info)
             if build:
-                found, built = _watched(name, job, progress, lambda context: build(context, run))
+                found, built = _watched(name, job, progress, build, run)
             else:
                 found, built = run_stage(name, job.config, job.workspace, force=name in job.force, progress=progress)
             run.finished(found, built)
@@ -75,7 +75,7 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
     return run  # type: ignore[return-value]
 
 
-def _watched(name: str, job: Job, progress: Progress, build: Callable[[Context], None]) -> tuple[Manifest, bool]:
+def _watched(name: str, job: Job, progress: Progress, build: Build, run: StageRun) -> tuple[Manifest, bool]:
     """Do what `run_stage` does with another function for the work. Raises as it does."""
     stage, config, workspace = STAGES[name], job.config, job.workspace
     manifest.sweep(workspace.folder(name))
@@ -85,7 +85,7 @@ def _watched(name: str, job: Job, progress: Progress, build: Callable[[Context],
     whole = {parent: found for parent, found in parents.items() if found is not None}
     if len(whole) < len(parents):
         return run_stage(name, config, workspace, progress=progress)
-    build(Context(stage, config, workspace, whole, progress))
+    build(Context(stage, config, workspace, whole, progress), run)
     return manifest.load(workspace.folder(name), verify=False), True
 
 

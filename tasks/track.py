@@ -29,6 +29,7 @@ __all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "main", "tracking_
 FLOW = "flow"
 _PARAM_CHARS = 500
 _DRAIN_S = 90.0
+PATIENCE_S = 20.0
 _INDEX = "reported.json"
 _DEFAULT_PAGE = "http://127.0.0.1:5000"
 logger = logging.getLogger("prefect.tasks.track")
@@ -144,7 +145,7 @@ class Tracker:
         )
         sender = spawn(
             "mlflow-sender",
-            [sys.executable, "-m", "tasks.sender", "--live", journal.folder.name, str(journals(workspace))],
+            [sys.executable, "-m", "tasks.sender", "--live", journal.folder.name, "--patience", str(PATIENCE_S), str(journals(workspace))],
             folder=workspace.services,
             cwd=CHECKOUT,
             env={"MLFLOW_TRACKING_URI": uri},

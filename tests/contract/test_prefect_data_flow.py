@@ -1,0 +1,108 @@
+"""The flow research-data on a real Prefect server: it builds, skips, shows, and refuses bad data without a second try."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.data import research_data
+from research_rl import config, manifest
+from research_rl.errors import DataError
+from research_rl.stages import Workspace
+from tasks import versions
+
+SMALL: dict[str, Any] = {
+    "data.generated.entities": 60,
+    "data.generated.train_questions": 64,
+    "data.generated.dev_questions": 8,
+    "data.generated.test_questions": 16,
+}
+STAGES = ("download", "validate", "prepare", "corpus", "embed", "index")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Generator[None]:
+    with prefect_test_harness(server_startup_timeout=240):
+        yield
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("flow")
+
+
+def last_run() -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return max(client.read_flow_runs(), key=lambda run: run.created)  # type: ignore[arg-type, return-value]
+
+
+def states(run: FlowRun) -> dict[str, str]:
+    """Return the state's name of every task of a run."""
+    with get_client(sync_client=True) as client:
+        found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    return {item.name.rpartition("-")[0]: str(item.state_name) for item in found}
+
+
+def artifacts(run: FlowRun) -> set[str]:
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    return {str(item.key) for item in found}
+
+
+def test_it_builds_shows_and_commits(workspace: Path) -> None:
+    research_data(workspace=str(workspace), overrides=SMALL)
+    run = last_run()
+    assert run.state_name == "Completed"
+    assert states(run) == {**dict.fromkeys(STAGES, "Completed"), "dvc-commit": "Completed", "summary": "Completed"}
+    assert artifacts(run) >= {"data-quality", "index-card", "run-summary"}
+    assert config.load(workspace / "params.yaml").data.generated.entities == 60
+    assert "up to date" in versions.dvc(workspace, "status", "data.dvc", *STAGES[1:])
+
+
+def test_a_second_run_skips_everything_and_a_parameter_reruns_what_depends_on_it(workspace: Path) -> None:
+    research_data(workspace=str(workspace))
+    assert states(last_run()) == {**dict.fromkeys(STAGES, "Cached"), "dvc-commit": "Cached", "summary": "Completed"}
+    research_data(workspace=str(workspace), overrides={"encoder.dim": 64})
+    found = states(last_run())
+    assert {name for name in STAGES if found[name] == "Completed"} == {"embed", "index"}
+
+
+def test_bad_data_fails_once_with_one_message_and_publishes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    passages = [{"id": str(n), "contents": f"Title {n}\nPassage number {n} says nothing much about anything."} for n in range(20)]
+    question = {"id": "q", "question": "What is the name of it?", "golden_answers": ["Zanzibar"], "metadata": {}}
+    (source / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+    for split in ("train", "dev", "test"):
+        (source / f"{split}.jsonl").write_text(json.dumps(question) + "\n")
+    overrides = {"data.source": "folder", "data.folder": str(source)}
+    with pytest.raises(DataError, match="leaked") as caught:
+        research_data(workspace=str(tmp_path / "work"), overrides=overrides)
+    message = str(caught.value)
+    assert "test: expect_column_mean_to_be_between(leaked, max_value=0.0) observed 1" in message
+    assert "test: expect_column_mean_to_be_between(answered, min_value=0.5) observed 0, first rows: q" in message
+    run = last_run()
+    assert run.state_name == "Failed" and states(run)["validate"] == "Failed"
+    with get_client(sync_client=True) as client:
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    assert [task.run_count for task in tasks if task.name.startswith("validate")] == [1], "a data error is not worth another try"
+    space = Workspace(tmp_path / "work")
+    assert not space.folder("validate").exists() and manifest.load(space.folder("download"))
+    assert not list(space.services.glob("*.pid"))
+
+
+def test_the_form_describes_every_parameter() -> None:
+    from flows.evaluate import research_eval
+    from flows.train import research_train
+
+    for flow in (research_data, research_train, research_eval):
+        properties = flow.parameters.model_dump()["properties"]
+        assert all(item.get("description") for item in properties.values()), flow.name
