@@ -163,7 +163,7 @@ class PolicyConfig(Section):
         default=0.3, ge=0, le=1, description="tiny: last share of the warm-up steps in which traces may stop searching too early."
     )
     warmup_early_stop: float = Field(
-        default=0.7,
+        default=0.6,
         ge=0,
         le=1,
         description="tiny: share of multi-hop traces there that stop too early, so that searching on is left for GRPO to learn.",
