@@ -26,6 +26,7 @@ from tasks.track import FLOW, StageRun
 __all__ = ["evaluation_table", "index_card", "quality_table", "report_page"]
 
 _WAIT_S = 30.0
+_CELL = 100
 _ENDS = {"mean": "", "low": "_low", "high": "_high"}
 _RUNS = {"this run": FLOW, "evaluation before training": "baseline", "evaluation after training": "evaluate", "training": "train"}
 
@@ -75,14 +76,16 @@ def index_card(job: Job, found: Manifest, run: StageRun) -> None:
 
 def _properties(part: Manifest) -> list[tuple[str, str]]:
     counts = [(name, f"{value:,}") for name, value in part.counts.items()]
-    facts = [(name, _short(value)) for name, value in part.facts.items()]
+    facts = [(name, _short(value)) for name, value in part.facts.items() if not isinstance(value, list)]
     size = sum(entry.size for entry in part.files)
-    return [*counts, *facts, ("size", f"{size / 1e6:,.1f} MB in {len(part.files)} files"), ("hash", f"`{part.hash[:12]}`")]
+    return [*counts, *facts, ("size", f"{size / 1e6:,.2f} MB in {len(part.files)} files"), ("hash", f"`{part.hash[:12]}`")]
 
 
 def _short(value: Any) -> str:
+    """Return a value as one cell of a markdown table."""
     text = ", ".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
-    return text.replace("|", "\\|")[:200]
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= _CELL else text[:_CELL] + "…"
 
 
 def evaluation_table(job: Job, found: Manifest, run: StageRun) -> None:
@@ -140,6 +143,9 @@ def _links(job: Job, wait_s: float) -> list[str]:
         found = None if key == FLOW else manifest.load(job.workspace.folder(key), verify=False)
         if link := job.tracker.link(key, found, wait_s):
             lines.append(f"- [{text}]({link})")
+    evaluations = [manifest.load(job.workspace.folder(key), verify=False) for key in ("baseline", "evaluate")]
+    if link := job.tracker.comparison(evaluations):
+        lines.append(f"- [both evaluations side by side]({link})")
     return lines or ["- not reached yet"]
 
 

@@ -120,6 +120,8 @@ class Stack:
             **addresses,
             "PREFECT_HOME": os.environ.get("PREFECT_HOME", str(self.checkout / ".prefect")),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_UI_API_URL": addresses["PREFECT_API_URL"],
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "DO_NOT_TRACK": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

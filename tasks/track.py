@@ -17,6 +17,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from research_rl.config import CHECKOUT, Config
 from research_rl.manifest import Manifest
@@ -191,6 +192,21 @@ class Tracker:
 
         None when MLflow has not answered within `wait_s`.
         """
+        place = self._place(key, found, wait_s)
+        return place and f"{_page(place)}/#/experiments/{place.experiment}/runs/{place.runs[key]}"
+
+    def comparison(self, artifacts: Sequence[Manifest]) -> str | None:
+        """Return the page that compares the runs which reported `artifacts`; None when MLflow knows not all of them."""
+        places = [(found.stage, self._place(found.stage, found, 0.0)) for found in artifacts]
+        known = [(place, place.runs[stage]) for stage, place in places if place]
+        if len(known) < len(places) or not known:
+            return None
+        place = known[0][0]
+        query = {"runs": json.dumps([run for _, run in known]), "experiments": json.dumps([place.experiment])}
+        return f"{_page(place)}/#/compare-runs?{urlencode(query, quote_via=quote)}"
+
+    def _place(self, key: str, found: Manifest | None, wait_s: float) -> Place | None:
+        """Return the sender's place in the journal that reported `key`, once it has sent it; waits only for this run's own."""
         folder = self.journal.folder if key in self.begun else found and self.journal_of(found)
         if not folder:
             return None
@@ -199,8 +215,7 @@ class Tracker:
             if time.monotonic() > deadline or self.sender is None or self.sender.poll() is not None:
                 return None
             time.sleep(0.2)
-        base = place.uri if place.uri.startswith("http") else _DEFAULT_PAGE
-        return f"{base}/#/experiments/{place.experiment}/runs/{place.runs[key]}"
+        return place
 
     def close(self, status: str) -> bool:
         """End the run; wait until the sender is through or its deadline is over. Return whether everything was sent."""
@@ -219,6 +234,11 @@ class Tracker:
                 self.journal.folder,
             )
         return sent
+
+
+def _page(place: Place) -> str:
+    """Return where MLflow's interface shows what was sent: the server itself, or that of `make up` for a sqlite file."""
+    return place.uri if place.uri.startswith("http") else _DEFAULT_PAGE
 
 
 def _git() -> dict[str, str]:
