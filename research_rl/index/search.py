@@ -18,7 +18,7 @@ import numpy.typing as npt
 from research_rl.embedding import Vectors
 from research_rl.errors import ManifestError
 
-__all__ = ["INDEX", "VectorIndex", "tune"]
+__all__ = ["INDEX", "VectorIndex"]
 
 INDEX = "index.faiss"
 _BLAS_FROM = 4
@@ -34,7 +34,8 @@ class VectorIndex:
     def __init__(self, index: Any, threads: int = 0) -> None:
         self._index = index
         small = self.rows * self.dim * 4 < _SMALL_BYTES
-        tune(self.dim, threads or (1 if small else os.cpu_count() or 1))
+        self._threads = threads or (1 if small else os.cpu_count() or 1)
+        faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM * self.dim
 
     @classmethod
     def open(cls, path: Path, threads: int = 0) -> VectorIndex:
@@ -57,11 +58,6 @@ class VectorIndex:
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows); row -1 where too few were found."""
+        faiss.omp_set_num_threads(self._threads)  # holds for the calling thread alone, so it is said where the search runs
         scores, rows = self._index.search(np.ascontiguousarray(queries, np.float32), min(top_k, self.rows))
         return scores, rows
-
-
-def tune(dim: int, threads: int) -> None:
-    """Set faiss's process-wide switches: threads, and the batch size from which a search is a matrix product."""
-    faiss.omp_set_num_threads(threads)
-    faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM * dim

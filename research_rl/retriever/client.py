@@ -24,6 +24,8 @@ __all__ = ["RetrieverClient"]
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
 _CACHED = 4096
+_CONNECTIONS = 8
+"""Requests on the wire at once; more wait their turn here, because the pool of httpx slows down and turns unfair with its size."""
 
 Found = list[list[Passage]]
 
@@ -42,8 +44,8 @@ class RetrieverClient:
     def __init__(self, url: str, token: str | None = None, timeout_s: float = 20.0) -> None:
         self.url, self.timeout_s = url.rstrip("/"), timeout_s
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
-        self._http = httpx.AsyncClient(headers=headers, limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(headers=headers, trust_env=False)
+        self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._flying: dict[tuple[tuple[str, ...], int], asyncio.Task[Found | SearchFailure]] = {}
         self._kept: OrderedDict[tuple[tuple[str, ...], int], Found] = OrderedDict()
 
@@ -103,7 +105,7 @@ class RetrieverClient:
     async def _once(self, queries: tuple[str, ...], top_k: int, seconds: float) -> Found | SearchFailure:
         body = {"query": list(queries), "top_n": top_k, "return_score": True}
         try:
-            async with asyncio.timeout(max(seconds, 0.001)):
+            async with asyncio.timeout(max(seconds, 0.001)), self._slots:
                 response = await self._http.post(f"{self.url}/batch_search", json=body, timeout=max(seconds, 0.001))
         except (httpx.HTTPError, TimeoutError) as error:
             raise _Again(_reason(error)) from None

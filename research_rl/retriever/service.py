@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from research_rl import __version__
 from research_rl.config import RetrieverConfig
@@ -30,8 +31,6 @@ _RETRY_AFTER_S = 1
 _BYTES_A_CHAR = 12
 """A character in JSON takes at most twelve bytes (an escaped surrogate pair)."""
 
-Next = Callable[[Request], Awaitable[Response]]
-
 
 def create_app(retriever: Retriever, config: RetrieverConfig, token: str | None = None) -> FastAPI:
     """Return the application: /health, /info, /search, /batch_search, /retrieve. With `token`, all but /health need it."""
@@ -44,7 +43,7 @@ def create_app(retriever: Retriever, config: RetrieverConfig, token: str | None 
 
     app = FastAPI(title="research-rl retriever", version=__version__, lifespan=lifespan)
     app.exception_handler(RequestValidationError)(_invalid)
-    app.middleware("http")(_gate(config, token))
+    app.add_middleware(_Gate, config=config, token=token)
     _add_status(app, retriever, batcher)
     _add_searches(app, _Searches(batcher, config))
     return app
@@ -121,24 +120,31 @@ def _add_searches(app: FastAPI, search: _Searches) -> None:
         return _json(wire.retrieve_reply(found, request.return_scores))
 
 
-def _gate(config: RetrieverConfig, token: str | None) -> Callable[[Request, Next], Awaitable[Response]]:
-    """Refuse a request without the token, or with a body no allowed request can have, before reading it."""
-    most = config.max_batch * config.max_query_chars * _BYTES_A_CHAR + 4096
-    wanted = f"Bearer {token}".encode() if token else None
+class _Gate:
+    """Refuses a request without the token, or with a body no allowed request can have, before reading it."""
 
-    async def gate(request: Request, call_next: Next) -> Response:
-        given = request.headers.get("authorization", "").encode()
-        if wanted and request.url.path != "/health" and not secrets.compare_digest(given, wanted):
+    def __init__(self, app: ASGIApp, config: RetrieverConfig, token: str | None) -> None:
+        self._app = app
+        self._most = config.max_batch * config.max_query_chars * _BYTES_A_CHAR + 4096
+        self._wanted = f"Bearer {token}".encode() if token else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = headers.get(b"authorization", b"")
+        if self._wanted and scope["path"] != "/health" and not secrets.compare_digest(given, self._wanted):
             detail = "the bearer token is missing or wrong; set RESEARCH_RETRIEVER_TOKEN to the service's"
             return JSONResponse({"detail": detail}, 401, headers={"WWW-Authenticate": "Bearer"})
-        length = request.headers.get("content-length", "")
-        if request.method == "POST" and not length.isdecimal():
+        length = headers.get(b"content-length", b"")
+        if scope["method"] == "POST" and not length.isdigit():
             return JSONResponse({"detail": "the request has no Content-Length; send the body in one piece"}, 411)
-        if length.isdecimal() and int(length) > most:
-            return JSONResponse({"detail": f"the body has {length} bytes, the limit is {most}; send fewer or shorter queries"}, 413)
-        return await call_next(request)
-
-    return gate
+        if length.isdigit() and int(length) > self._most:
+            detail = f"the body has {int(length)} bytes, the limit is {self._most}; send fewer or shorter queries"
+            return JSONResponse({"detail": detail}, 413)
+        return None
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

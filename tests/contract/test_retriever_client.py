@@ -96,6 +96,15 @@ def test_equal_searches_in_flight_are_sent_once_and_one_may_leave(server: Server
     assert len(server.asked) == 1
 
 
+def test_many_searches_at_once_all_come_back(server: Server) -> None:
+    server.then(200, GOOD).pause = 0.02
+
+    async def many(client: RetrieverClient) -> Any:
+        return await asyncio.gather(*(client.search([f"q{n}"], 1) for n in range(64)))
+
+    assert ask(server.url, many) == [[[Passage("1", "x", 0.5)]]] * 64
+
+
 def test_it_tries_again_after_503_and_500(server: Server) -> None:
     server.then(503, {"detail": "full"}, Retry_After="0").then(500, b"oops").then(200, GOOD)
     assert ask(server.url, lambda client: client.search(["q"], 1)) == [[Passage("1", "x", 0.5)]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def test_an_unfit_factory_is_named_and_leaves_nothing(tmp_path: Path, config: di
     with pytest.raises(ConfigError, match=says):
         build.run(context("index", tmp_path, encoder=ENCODER, index=config))
     assert not workspace.folder("index").exists()
+
+
+def test_a_small_index_is_searched_by_one_thread_whichever_thread_asks(tmp_path: Path) -> None:
+    """faiss keeps the number of threads per calling thread; helpers that wait for each other cost more than they do."""
+    workspace = built(tmp_path, encoder=ENCODER)
+    index = VectorIndex.open(workspace.folder("index") / INDEX)
+    query = np.ones((8, 64), np.float32)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(faiss.omp_set_num_threads, 2).result()
+        pool.submit(index.search, query, 1).result()
+        assert pool.submit(faiss.omp_get_max_threads).result() == 1
 
 
 def test_opening_sets_the_batch_size_from_which_a_search_is_a_matrix_product(tmp_path: Path) -> None:
