@@ -91,12 +91,12 @@ def opened(
         reap_all(space)
         configuration.save(config, root / "params.yaml")
         tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
-        status = "FAILED"
+        status = "KILLED"
         try:
             yield Job(config, space, tracker, force)
             status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
+        except Exception:
+            status = "FAILED"
             raise
         finally:
             tracker.close(status)

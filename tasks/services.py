@@ -29,6 +29,7 @@ from tasks.settings import ADDRESSES
 
 __all__ = ["Stack", "main"]
 
+BUCKET = "research-rl"
 _HOST = "127.0.0.1"
 _START_S = 240.0
 _BIN = Path(sys.executable).parent
@@ -44,11 +45,15 @@ class Service:
 
 
 class Stack:
-    """The background services of a checkout. Ports come from RESEARCH_PREFECT_PORT, RESEARCH_MLFLOW_PORT and RESEARCH_S3_PORT."""
+    """The background services of this checkout; `state` holds their databases, logs and pid files (the checkout itself).
 
-    def __init__(self, checkout: Path = CHECKOUT) -> None:
-        self.checkout = checkout
-        self.folder = settings.stack_folder(checkout)
+    Ports come from RESEARCH_PREFECT_PORT, RESEARCH_MLFLOW_PORT and RESEARCH_S3_PORT; 0 takes a free one.
+    """
+
+    def __init__(self, state: Path | None = None) -> None:
+        self.state = state or CHECKOUT
+        self.home = str(state / ".prefect") if state else os.environ.get("PREFECT_HOME", str(CHECKOUT / ".prefect"))
+        self.folder = settings.stack_folder(self.state)
 
     def up(self) -> dict[str, str]:
         """Start what does not run, deploy everything, return the addresses. Raises ServiceError."""
@@ -90,10 +95,12 @@ class Stack:
             "AWS_ENDPOINT_URL": f"http://{_HOST}:{ports[0]}",
             "AWS_ACCESS_KEY_ID": "research",
             "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
+            "AWS_DEFAULT_REGION": "us-east-1",
         }
         self._write(known)
-        self._start(Service("s3", s3_command(self.checkout / ".services" / "s3", ports, known)), {})
+        self._start(Service("s3", s3_command(self.state / ".services" / "s3", ports, known)), {})
         self._wait("s3", known["AWS_ENDPOINT_URL"] + "/status")
+        _make_bucket(known)
         return known
 
     def _choose(self) -> dict[str, str]:
@@ -118,14 +125,14 @@ class Stack:
     def _environment(self, addresses: Mapping[str, str]) -> dict[str, str]:
         return {
             **addresses,
-            "PREFECT_HOME": os.environ.get("PREFECT_HOME", str(self.checkout / ".prefect")),
+            "PREFECT_HOME": self.home,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_UI_API_URL": addresses["PREFECT_API_URL"],
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "DO_NOT_TRACK": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "RESEARCH_CHECKOUT": str(self.checkout),
+            "RESEARCH_CHECKOUT": str(CHECKOUT),
             "PYTHONPATH": str(CHECKOUT),
             "PATH": f"{_BIN}:{os.environ.get('PATH', os.defpath)}",
         }
@@ -137,7 +144,7 @@ class Stack:
 
     def _mlflow(self, addresses: Mapping[str, str]) -> Service:
         uri = addresses["MLFLOW_TRACKING_URI"]
-        root = self.checkout
+        root = self.state
         store = ("--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--default-artifact-root", (root / "mlartifacts").as_uri())
         command = (
             str(_BIN / "mlflow"),
@@ -166,7 +173,7 @@ class Stack:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                cwd=self.checkout,
+                cwd=CHECKOUT,
                 env={**os.environ, **env, "RESEARCH_SERVICE_ID": marker},
             )
         record = {"pid": process.pid, "started": psutil.Process(process.pid).create_time(), "marker": marker, "command": service.command}
@@ -194,9 +201,7 @@ class Stack:
 
     def _run(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
         command = [str(_BIN / "prefect"), "--no-prompt", *arguments]
-        done = subprocess.run(
-            command, cwd=self.checkout, env={**os.environ, **env}, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(command, cwd=CHECKOUT, env={**os.environ, **env}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise ServiceError(
                 f"`{' '.join(command[1:])}` ended with code {done.returncode}: {(done.stdout + done.stderr).strip()[-1500:]}"
@@ -215,6 +220,20 @@ def s3_command(folder: Path, ports: Sequence[int], keys: Mapping[str, str]) -> t
     flags = tuple(f"-{name}={port}" for name, port in zip(names, ports, strict=True))
     weed = str(_BIN / "weed")
     return (weed, "server", f"-dir={folder}", f"-ip={_HOST}", f"-ip.bind={_HOST}", "-s3", f"-s3.config={config}", "-volume.max=8", *flags)
+
+
+def _make_bucket(keys: Mapping[str, str]) -> None:
+    import boto3
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=keys["AWS_ENDPOINT_URL"],
+        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+        region_name=keys["AWS_DEFAULT_REGION"],
+    )
+    if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+        client.create_bucket(Bucket=BUCKET)
 
 
 def _alive(pid_file: Path) -> bool:

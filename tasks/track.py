@@ -30,6 +30,7 @@ __all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "main", "tracking_
 FLOW = "flow"
 _PARAM_CHARS = 500
 _DRAIN_S = 90.0
+_KILLED_S = 5.0
 PATIENCE_S = 20.0
 _INDEX = "reported.json"
 _DEFAULT_PAGE = "http://127.0.0.1:5000"
@@ -218,11 +219,14 @@ class Tracker:
         return place
 
     def close(self, status: str) -> bool:
-        """End the run; wait until the sender is through or its deadline is over. Return whether everything was sent."""
+        """End the run; wait until the sender is through or its deadline is over. Return whether everything was sent.
+
+        A run that is being killed waits for seconds only: who kills it will not wait longer.
+        """
         self.journal.write("close", status=status)
         if self.sender is None:
             return False
-        deadline = time.monotonic() + _DRAIN_S
+        deadline = time.monotonic() + (_KILLED_S if status == "KILLED" else _DRAIN_S)
         while self.sender.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         self.sender.stop()

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from research_rl import config, manifest
-from research_rl.services import free_port, guarded
 from research_rl.stages import Workspace, run_stage
 from tasks import versions
-from tasks.services import s3_command
+from tasks.services import Stack
 
 SMALL = ("entities=60", "train_questions=64", "dev_questions=8", "test_questions=16")
 BUILT = ("download", "validate", "prepare", "corpus", "embed", "index")
@@ -69,19 +68,13 @@ def test_one_parameter_reruns_only_what_depends_on_it(workspace: Workspace) -> N
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Generator[dict[str, str]]:
     """A real S3 server with an empty bucket; yields the variables that its clients need."""
-    folder = tmp_path_factory.mktemp("s3")
-    ports = [free_port() for _ in range(7)]
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[0]}"}
-    keys["AWS_DEFAULT_REGION"] = "us-east-1"
-    command = s3_command(folder / "store", ports, keys)
-    with guarded("s3", command, folder=folder / "services", health_url=f"{keys['AWS_ENDPOINT_URL']}/status", deadline_s=60):
-        import boto3
-
-        client = boto3.client(
-            "s3", endpoint_url=keys["AWS_ENDPOINT_URL"], aws_access_key_id="test", aws_secret_access_key="secret", region_name="us-east-1"
-        )
-        client.create_bucket(Bucket="research-rl")
-        yield keys
+    stack = Stack(tmp_path_factory.mktemp("s3"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESEARCH_S3_PORT", "0")
+        try:
+            yield stack.s3()
+        finally:
+            stack.down()
 
 
 def test_a_fresh_clone_pulls_the_same_bytes_from_s3(workspace: Workspace, bucket: dict[str, str], tmp_path: Path) -> None:

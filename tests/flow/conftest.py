@@ -1,0 +1,113 @@
+"""One workspace for the flow tests: trained at the smallest size, its first run killed in the middle of training."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from research_rl.config import CHECKOUT
+from research_rl.training.checkpoints import complete
+
+SIZE: dict[str, Any] = {
+    "data.generated.entities": 60,
+    "data.generated.train_questions": 64,
+    "data.generated.dev_questions": 8,
+    "data.generated.test_questions": 16,
+    "policy.hidden": 64,
+    "policy.layers": 2,
+    "policy.warmup_steps": 60,
+    "train.steps": 3,
+    "train.prompts": 4,
+    "train.group": 4,
+    "train.micro_batch": 8,
+    "train.save_every": 1,
+    "evaluation.rows": 8,
+    "evaluation.bootstrap": 100,
+    "episode.max_response_tokens": 128,
+    "episode.max_result_tokens": 64,
+}
+KILL_DEADLINE_S = 600.0
+
+
+@dataclass
+class Trained:
+    """The workspace and what its runs left: logs, seconds, and the steps that stood when the first run was killed."""
+
+    root: Path
+    home: Path
+    steps_at_kill: int = 0
+    left_behind: list[str] = field(default_factory=list[str])
+    logs: list[str] = field(default_factory=list[str])
+    seconds: list[float] = field(default_factory=list[float])
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of a run by hand: its own Prefect database, no server of this machine."""
+        own = {"PREFECT_HOME": str(self.home), "PYTHONPATH": str(CHECKOUT), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300"}
+        kept = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
+        return {**kept, **own, "MLFLOW_TRACKING_URI": f"sqlite:///{self.root}/mlflow.db"}
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start `python -m flows.train` in the workspace, as `make demo` does in the checkout."""
+        command = [sys.executable, "-m", "flows.train", *(f"{name}={value}" for name, value in SIZE.items())]
+        with self._log().open("wb") as log:
+            return subprocess.Popen(command, cwd=self.root, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+
+    def run(self) -> str:
+        """Run the flow to its end and return its log."""
+        started = time.monotonic()
+        code = self.start().wait(1500)
+        self.seconds.append(time.monotonic() - started)
+        self.logs.append(self._log().read_text())
+        assert code == 0, self.logs[-1][-6000:]
+        return self.logs[-1]
+
+    def steps(self) -> int:
+        """Return the newest training step with a whole checkpoint, 0 when there is none."""
+        folders = list(self.root.glob("artifacts/.work/train-*/checkpoints"))
+        return max((point.step for folder in folders for point in complete(folder)), default=0)
+
+    def _log(self) -> Path:
+        return self.root / f"run-{len(self.logs)}.log"
+
+
+def processes_of(root: Path) -> list[str]:
+    """Return the command lines of processes that a run of this workspace started and that still run."""
+    found: list[str] = []
+    for process in psutil.process_iter():
+        try:
+            words = " ".join(process.cmdline())
+            if process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid() and str(root) in words:
+                found.append(words)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Run research-train, kill it once a step is saved, run it again to the end."""
+    root = tmp_path_factory.mktemp("trained")
+    found = Trained(root, tmp_path_factory.mktemp("home"))
+    first = found.start()
+    deadline = time.monotonic() + KILL_DEADLINE_S
+    while found.steps() == 0 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert first.poll() is None and found.steps(), found._log().read_text()[-6000:]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    found.steps_at_kill = found.steps()
+    time.sleep(15)
+    found.left_behind = processes_of(root)
+    found.logs.append(found._log().read_text())
+    found.run()
+    return found

@@ -1,0 +1,104 @@
+"""What `make up` starts: a server, MLflow and a worker that run a deployment to its end, cancel it cleanly, and go away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from conftest import Trained, processes_of
+
+from research_rl.config import CHECKOUT
+from tasks.services import Stack
+
+PREFECT = str(Path(sys.executable).parent / "prefect")
+DEPLOYMENTS = {"research-train/laptop", "research-train/gpu", "research-eval/nightly", "research-data/weekly"}
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Generator[Stack]:
+    for name in ("RESEARCH_PREFECT_PORT", "RESEARCH_MLFLOW_PORT"):
+        os.environ[name] = "0"
+    stack = Stack(tmp_path_factory.mktemp("stack"))
+    try:
+        stack.up()
+        yield stack
+    finally:
+        stack.down()
+        for name in ("RESEARCH_PREFECT_PORT", "RESEARCH_MLFLOW_PORT"):
+            del os.environ[name]
+
+
+def prefect(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **stack.addresses(), "PREFECT_HOME": stack.home}
+    return subprocess.run([PREFECT, "--no-prompt", *arguments], env=env, capture_output=True, text=True, cwd=CHECKOUT)
+
+
+def api(stack: Stack, path: str, **body: object) -> list[dict[str, object]]:
+    return httpx.post(f"{stack.addresses()['PREFECT_API_URL']}/{path}", json=body, timeout=30, trust_env=False).raise_for_status().json()
+
+
+def until(true: Callable[[], bool], deadline_s: float) -> bool:
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        if true():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def test_up_deploys_everything_and_twice_is_once(stack: Stack) -> None:
+    flows = {str(flow["id"]): flow["name"] for flow in api(stack, "flows/filter")}
+    found = api(stack, "deployments/filter")
+    assert {f"{flows[str(item['flow_id'])]}/{item['name']}" for item in found} == DEPLOYMENTS
+    schedules = {str(item["name"]): item["schedules"] for item in found}
+    assert [schedule["active"] for name in ("nightly", "weekly") for schedule in schedules[name]] == [False, False]  # type: ignore[index, union-attr]
+    assert stack.running() == {"prefect-server", "mlflow-server", "prefect-worker"}
+    pids = {path.name: path.read_text() for path in stack.folder.glob("*.pid")}
+    stack.up()
+    assert {path.name: path.read_text() for path in stack.folder.glob("*.pid")} == pids
+
+
+def test_a_deployment_runs_through_server_and_worker(stack: Stack, trained: Trained) -> None:
+    done = prefect(
+        stack, "deployment", "run", "research-train/laptop", "-p", f"workspace={trained.root}", "--watch", "--watch-timeout", "600"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + (stack.folder / "prefect-worker.log").read_text()[-4000:]
+    (run,) = api(stack, "flow_runs/filter")
+    assert run["state_name"] == "Completed"
+    assert run["parameters"]["workspace"] == str(trained.root)  # type: ignore[index]
+    names = {str(task["state_name"]) for task in api(stack, "task_runs/filter")}
+    assert "Cached" in names and names <= {"Cached", "Completed"}
+
+
+def test_a_cancelled_run_stops_its_services(stack: Stack, trained: Trained) -> None:
+    arguments = ["-p", f"workspace={trained.root}", "-p", 'overrides={"evaluation.rows": 16, "episode.max_searches": 3}']
+    assert prefect(stack, "deployment", "run", "research-eval/nightly", *arguments).returncode == 0
+    services = trained.root / ".services"
+    assert until(lambda: (services / "baseline-model.pid").is_file(), 180), (stack.folder / "prefect-worker.log").read_text()[-4000:]
+    run = next(item for item in api(stack, "flow_runs/filter") if item["state_type"] == "RUNNING")
+    assert prefect(stack, "flow-run", "cancel", str(run["id"])).returncode == 0
+    ended = until(lambda: not list(services.rglob("*.pid")) and not processes_of(trained.root), 120)
+    assert ended, [path.name for path in services.rglob("*.pid")] + processes_of(trained.root)
+    state = lambda: next(item["state_name"] for item in api(stack, "flow_runs/filter") if item["id"] == run["id"])  # noqa: E731
+    assert until(lambda: state() == "Cancelled", 60), state()
+
+
+def test_down_ends_all_of_it(stack: Stack) -> None:
+    assert set(stack.down()) == {"prefect-server", "mlflow-server", "prefect-worker"}
+    assert stack.running() == set() and stack.addresses() == {}
+    left = [process.cmdline() for process in psutil.process_iter() if str(stack.state) in " ".join(safe(process))]
+    assert left == []
+
+
+def safe(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline() if process.status() != psutil.STATUS_ZOMBIE else []
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
