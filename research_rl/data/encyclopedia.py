@@ -305,7 +305,7 @@ def questions(world: World, split: str, number: int, config: EncyclopediaConfig,
     if len(found) < number:
         raise DataError(
             f"{split}_questions={number} exceeds the {len(found)} distinct questions that {len(world.splits[split])} entities gave; "
-            "raise data.generated.entities"
+            "raise entities"
         )
     return list(found.values())
 
@@ -334,8 +334,8 @@ def _entities(number: int, pools: Mapping[Kind, list[str]], config: Encyclopedia
 def _entity(kind: Kind, pools: Mapping[Kind, list[str]], config: EncyclopediaConfig, rng: random.Random) -> Entity:
     if not pools[kind]:
         raise ConfigError(
-            f"data.generated.entities={config.entities} needs more {kind} names than name_words={config.name_words} gives; "
-            "raise data.generated.name_words"
+            f"entities={config.entities} needs more {kind} names than name_words={config.name_words} gives; "
+            "raise name_words"
         )
     name = pools[kind].pop()
     return Entity(name, kind, names.alias(kind, name) if rng.random() < _ALIASED else None)
