@@ -90,7 +90,7 @@ class PromptConfig(Section):
         default="base", description="base: whole prompt as text; instruct: system message plus chat template; file: the template in `path`."
     )
     path: str | None = Field(default=None, description="Template file with one {question}; used when template is file.")
-    max_tokens: int = Field(default=512, ge=8, description="Longest prompt in tokens; longer questions are dropped at prepare and counted.")
+    max_tokens: int = Field(default=512, ge=8, description="Longest prompt in tokens; longer questions are left out of training and counted.")
 
 
 class PrepareConfig(Section):
