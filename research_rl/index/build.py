@@ -11,7 +11,8 @@ import numpy as np
 from research_rl.config import IndexConfig
 from research_rl.embedding import Encoder, Vectors, load_encoder, vector_shards
 from research_rl.errors import ConfigError
-from research_rl.index.search import INDEX, VectorIndex
+from research_rl.index.search import EXACT, INDEX, Searcher, VectorIndex
+from research_rl.manifest import Staging
 from research_rl.stages import Context
 
 __all__ = ["run"]
@@ -21,7 +22,9 @@ _CANARY_NEAR = 5
 
 
 def run(context: Context) -> None:
-    """Publish index.faiss; facts name the factory, a canary and, for an index that is not exact, its measured recall@10.
+    """Publish index.faiss, or scan.bf16 for the factory Exact; facts name the factory and a canary.
+
+    An index that is not exact also states its measured recall@10.
 
     Raises ConfigError for a factory string that faiss refuses or that does not fit the vectors.
     """
@@ -29,10 +32,9 @@ def run(context: Context) -> None:
     found = context.parents["embed"]
     shards = [np.load(path, mmap_mode="r") for path in vector_shards(folder, found)]
     encoder = load_encoder(folder, found)
-    index = _filled(context, shards, found.counts["dim"])
+    index = None if config.factory == EXACT else _filled(context, shards, found.counts["dim"])
     with context.publish() as staging:
-        faiss.write_index(index, str(staging.path / INDEX))
-        searcher = VectorIndex(index)
+        searcher = _scan(staging, shards) if index is None else _faiss(staging, index)
         staging.counts |= {"vectors": searcher.rows, "dim": searcher.dim}
         staging.facts |= {"factory": config.factory, "metric": config.metric, "exact": _exact(config)}
         staging.facts["canary"] = _canary(searcher, encoder, found.facts["canaries"], config)
@@ -41,7 +43,21 @@ def run(context: Context) -> None:
 
 
 def _exact(config: IndexConfig) -> bool:
-    return config.factory == "Flat"
+    return config.factory in ("Flat", EXACT)
+
+
+def _scan(staging: Staging, shards: Sequence[Vectors]) -> Searcher:
+    """Write the bf16 scan; its float32 vectors stay in the embeddings artifact."""
+    from research_rl.index.exact import SCAN, ExactScan, write_scan
+
+    norm, error = write_scan(shards, staging.path / SCAN)
+    staging.facts |= {"norm": norm, "error": error}
+    return ExactScan(staging.path / SCAN, shards, norm, error)
+
+
+def _faiss(staging: Staging, index: Any) -> Searcher:
+    faiss.write_index(index, str(staging.path / INDEX))
+    return VectorIndex(index)
 
 
 def _filled(context: Context, shards: Sequence[Vectors], dim: int) -> Any:
@@ -70,7 +86,7 @@ def _spread(shards: Sequence[Vectors], most: int) -> Vectors:
     return np.concatenate([shard[::step] for shard in shards]).astype(np.float32)
 
 
-def _canary(index: VectorIndex, encoder: Encoder, canaries: Sequence[dict[str, Any]], config: IndexConfig) -> dict[str, Any]:
+def _canary(index: Searcher, encoder: Encoder, canaries: Sequence[dict[str, Any]], config: IndexConfig) -> dict[str, Any]:
     """Return the first passage whose own beginning, as a query, finds it; the service asks for it when it starts."""
     _, rows = index.search(encoder.encode_queries([canary["query"] for canary in canaries]), _CANARY_NEAR)
     for canary, near in zip(canaries, rows, strict=True):
@@ -82,7 +98,7 @@ def _canary(index: VectorIndex, encoder: Encoder, canaries: Sequence[dict[str, A
     )
 
 
-def _recall(index: VectorIndex, shards: Sequence[Vectors], sample: int) -> float:
+def _recall(index: Searcher, shards: Sequence[Vectors], sample: int) -> float:
     """Return the share of the exact ten nearest that the index finds, over passages as queries."""
     queries = _spread(shards, sample)
     exact = faiss.IndexFlatIP(index.dim)

@@ -37,7 +37,7 @@ def write_scan(shards: Sequence[Vectors], path: Path) -> tuple[float, float]:
     norm = error = 0.0
     with path.open("wb") as stream:
         for shard in shards:
-            exact = torch.from_numpy(np.ascontiguousarray(shard, np.float32))
+            exact = torch.from_numpy(np.array(shard, np.float32))
             rounded = exact.to(torch.bfloat16)
             norm = max(norm, float(rounded.float().norm(dim=1).max()))
             error = max(error, float((exact - rounded.float()).norm(dim=1).max()))

@@ -8,8 +8,9 @@ below four queries the plain scan stays faster.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from research_rl.embedding import Vectors
 from research_rl.errors import ManifestError
+from research_rl.manifest import Manifest
 
 __all__ = ["INDEX", "VectorIndex"]
 
@@ -26,6 +28,40 @@ _BLAS_FROM = 4
 _SMALL_BYTES = 64 << 20
 
 Rows = npt.NDArray[np.int64]
+
+EXACT = "Exact"
+"""Factory of the exact bf16 scan (`exact.py`), beside faiss's own factory strings."""
+
+
+class Searcher(Protocol):
+    """What the retriever needs of an index."""
+
+    @property
+    def rows(self) -> int:
+        """Vectors in the index."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        ...
+
+    def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
+        """Return scores and rows, each [len(queries), k], best first."""
+        ...
+
+
+def open_index(folder: Path, found: Manifest, shards: Sequence[Path], threads: int = 0) -> Searcher:
+    """Open the index artifact in `folder`; `shards` are the vector files it was built from. Raises ManifestError."""
+    if found.facts["factory"] != EXACT:
+        return VectorIndex.open(folder / INDEX, threads)
+    import torch
+
+    from research_rl.index.exact import SCAN, ExactScan
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    vectors = [np.load(path, mmap_mode="r") for path in shards]
+    return ExactScan(folder / SCAN, vectors, found.facts["norm"], found.facts["error"])
 
 
 class VectorIndex:

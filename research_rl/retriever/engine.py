@@ -11,9 +11,9 @@ from typing import Any
 from research_rl import manifest
 from research_rl.config import RetrieverConfig
 from research_rl.corpus.store import PassageStore
-from research_rl.embedding import ENCODER, Encoder, load_encoder
+from research_rl.embedding import ENCODER, Encoder, load_encoder, vector_shards
 from research_rl.errors import ManifestError
-from research_rl.index.search import INDEX, VectorIndex
+from research_rl.index.search import EXACT, Searcher, open_index
 from research_rl.manifest import Manifest
 from research_rl.stages import Workspace
 from research_rl.trajectory import Passage
@@ -24,7 +24,7 @@ __all__ = ["Retriever"]
 class Retriever:
     """Finds passages; `search` is for one thread at a time."""
 
-    def __init__(self, encoder: Encoder, index: VectorIndex, store: PassageStore, facts: dict[str, Any]) -> None:
+    def __init__(self, encoder: Encoder, index: Searcher, store: PassageStore, facts: dict[str, Any]) -> None:
         self._encoder, self._index, self._store = encoder, index, store
         self.facts = facts
 
@@ -35,10 +35,11 @@ class Retriever:
         embed = manifest.load(workspace.folder("embed"), verify=False)
         index = manifest.load(workspace.folder("index"), verify=config.verify)
         if config.verify:
-            _verify_encoder(workspace, embed)
+            _verify_embeddings(workspace, embed, vectors=index.facts["factory"] == EXACT)
         _chained(workspace, "index", index, "embed", embed)
         _chained(workspace, "embed", embed, "corpus", corpus)
-        vectors = VectorIndex.open(workspace.folder("index") / INDEX, config.threads)
+        shards = vector_shards(workspace.folder("embed"), embed)
+        vectors = open_index(workspace.folder("index"), index, shards, config.threads)
         store = PassageStore(workspace.folder("corpus"), corpus)
         encoder = load_encoder(workspace.folder("embed"), embed)
         _same_shape(vectors, store, encoder)
@@ -76,14 +77,16 @@ def _chained(workspace: Workspace, child: str, found: Manifest, parent: str, mad
         )
 
 
-def _verify_encoder(workspace: Workspace, embed: Manifest) -> None:
+def _verify_embeddings(workspace: Workspace, embed: Manifest, *, vectors: bool) -> None:
+    """Compare the hashes of what is read while searching: the encoder, and the vectors where the index rescores with them."""
     folder = workspace.folder("embed")
     for entry in embed.files:
-        if entry.path.startswith(f"{ENCODER}/") and manifest.file_sha256(folder / entry.path) != entry.sha256:
+        read = vectors or entry.path.startswith(f"{ENCODER}/")
+        if read and manifest.file_sha256(folder / entry.path) != entry.sha256:
             raise ManifestError(f"{folder / entry.path} was altered after it was built; remove {folder} and rerun")
 
 
-def _same_shape(index: VectorIndex, store: PassageStore, encoder: Encoder) -> None:
+def _same_shape(index: Searcher, store: PassageStore, encoder: Encoder) -> None:
     if index.rows != len(store):
         raise ManifestError(f"the index holds {index.rows:,} vectors, the corpus {len(store):,} passages; run the index stage again")
     if index.dim != encoder.dim:

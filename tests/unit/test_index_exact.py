@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from research_rl.config import RetrieverConfig
 from research_rl.errors import ManifestError
 from research_rl.index import exact
 from research_rl.index.exact import ExactScan, write_scan
+from research_rl.index.search import EXACT
+from research_rl.retriever.engine import Retriever
+from tests import knowledge
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -57,3 +61,22 @@ def test_a_scan_of_another_length_is_refused(tmp_path: Path) -> None:
     norm, error = write_scan([vectors], tmp_path / exact.SCAN)
     with pytest.raises(ManifestError, match=r"99 vectors of 32 need"):
         ExactScan(tmp_path / exact.SCAN, [vectors[:99]], norm, error)
+
+
+def test_the_retriever_answers_alike_over_the_scan_and_over_the_flat_index(tmp_path: Path) -> None:
+    queries = [f"Person{n} Surname{n}" for n in range(0, 250, 7)]
+    answers = []
+    for factory in ("Flat", EXACT):
+        workspace = knowledge.built(tmp_path / factory, encoder={"dim": 512}, index={"factory": factory})
+        answers.append(Retriever.open(workspace, RetrieverConfig()).search(queries, 3))
+    flat, scan = answers
+    assert [[p.score for p in row] for row in scan] == [pytest.approx([p.score for p in row], abs=1e-5) for row in flat]
+    assert [row[0].id for row in scan] == [row[0].id for row in flat]
+
+
+def test_an_altered_vector_file_is_found_before_it_is_searched(tmp_path: Path) -> None:
+    workspace = knowledge.built(tmp_path, encoder={"dim": 512}, index={"factory": EXACT})
+    path = next(workspace.folder("embed").glob("vectors-*"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ManifestError, match=r"vectors-.* was altered"):
+        Retriever.open(workspace, RetrieverConfig())
