@@ -16,6 +16,7 @@ import pytest
 
 from research_rl.config import CHECKOUT
 from research_rl.training.checkpoints import complete
+from research_rl.training.metrics_log import MetricsLog
 
 SIZE: dict[str, Any] = {
     "data.generated.entities": 60,
@@ -35,7 +36,8 @@ SIZE: dict[str, Any] = {
     "episode.max_response_tokens": 128,
     "episode.max_result_tokens": 64,
 }
-KILL_DEADLINE_S = 600.0
+KILL_DEADLINE_S = 900.0
+GONE_S = 15.0
 
 
 @dataclass
@@ -72,9 +74,11 @@ class Trained:
         return self.logs[-1]
 
     def steps(self) -> int:
-        """Return the newest training step with a whole checkpoint, 0 when there is none."""
-        folders = list(self.root.glob("artifacts/.work/train-*/checkpoints"))
-        return max((point.step for folder in folders for point in complete(folder)), default=0)
+        """Return the newest training step with a whole checkpoint and recorded metrics, 0 when there is none."""
+        folders = list(self.root.glob("artifacts/.work/train-*"))
+        saved = [point.step for folder in folders for point in complete(folder / "checkpoints")]
+        recorded = [step for folder in folders for step, metrics in MetricsLog(folder / "metrics.jsonl").rows.items() if metrics]
+        return min(max(saved, default=0), max(recorded, default=0))
 
     def _log(self) -> Path:
         return self.root / f"run-{len(self.logs)}.log"
@@ -106,7 +110,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     first.send_signal(signal.SIGKILL)
     first.wait()
     found.steps_at_kill = found.steps()
-    time.sleep(15)
+    time.sleep(GONE_S)
     found.left_behind = processes_of(root)
     found.logs.append(found._log().read_text())
     found.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -77,15 +78,17 @@ def test_a_deployment_runs_through_server_and_worker(stack: Stack, trained: Trai
     assert "Cached" in names and names <= {"Cached", "Completed"}
 
 
-def test_a_cancelled_run_stops_its_services(stack: Stack, trained: Trained) -> None:
-    arguments = ["-p", f"workspace={trained.root}", "-p", 'overrides={"evaluation.rows": 16, "episode.max_searches": 3}']
+def test_a_cancelled_run_stops_its_services(stack: Stack, trained: Trained, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(trained.root, root, ignore=shutil.ignore_patterns(".work", ".dvc", ".services"))
+    arguments = ["-p", f"workspace={root}", "-p", 'overrides={"evaluation.rows": 16, "episode.max_searches": 3}']
     assert prefect(stack, "deployment", "run", "research-eval/nightly", *arguments).returncode == 0
-    services = trained.root / ".services"
+    services = root / ".services"
     assert until(lambda: (services / "baseline-model.pid").is_file(), 180), (stack.folder / "prefect-worker.log").read_text()[-4000:]
     run = next(item for item in api(stack, "flow_runs/filter") if item["state_type"] == "RUNNING")
     assert prefect(stack, "flow-run", "cancel", str(run["id"])).returncode == 0
-    ended = until(lambda: not list(services.rglob("*.pid")) and not processes_of(trained.root), 120)
-    assert ended, [path.name for path in services.rglob("*.pid")] + processes_of(trained.root)
+    ended = until(lambda: not list(services.rglob("*.pid")) and not processes_of(root), 120)
+    assert ended, [path.name for path in services.rglob("*.pid")] + processes_of(root)
     state = lambda: next(item["state_name"] for item in api(stack, "flow_runs/filter") if item["id"] == run["id"])  # noqa: E731
     assert until(lambda: state() == "Cancelled", 60), state()
 
