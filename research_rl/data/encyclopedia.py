@@ -333,10 +333,7 @@ def _entities(number: int, pools: Mapping[Kind, list[str]], config: Encyclopedia
 
 def _entity(kind: Kind, pools: Mapping[Kind, list[str]], config: EncyclopediaConfig, rng: random.Random) -> Entity:
     if not pools[kind]:
-        raise ConfigError(
-            f"entities={config.entities} needs more {kind} names than name_words={config.name_words} gives; "
-            "raise name_words"
-        )
+        raise ConfigError(f"entities={config.entities} needs more {kind} names than name_words={config.name_words} gives; raise name_words")
     name = pools[kind].pop()
     return Entity(name, kind, names.alias(kind, name) if rng.random() < _ALIASED else None)
 
