@@ -11,6 +11,7 @@ from tasks.download import download
 from tasks.index import corpus, embed, index
 from tasks.job import opened, stop_services
 from tasks.prepare import prepare
+from tasks.server import server
 from tasks.summary import summary
 from tasks.validate import validate
 from tasks.versions import commit
@@ -46,4 +47,5 @@ def research_data(
 
 
 if __name__ == "__main__":
+    server()
     research_data()

@@ -10,6 +10,7 @@ from prefect.runtime import flow_run
 from tasks.evaluate import baseline, evaluate, report
 from tasks.job import opened, stop_services
 from tasks.retriever import retriever
+from tasks.server import server
 from tasks.summary import summary
 from tasks.versions import commit
 
@@ -40,4 +41,5 @@ def research_eval(
 
 
 if __name__ == "__main__":
+    server()
     research_eval()

@@ -17,6 +17,7 @@ from tasks.job import assignments, opened, resolve, stop_services
 from tasks.policy import policy
 from tasks.prepare import prepare
 from tasks.retriever import retriever
+from tasks.server import server
 from tasks.summary import summary
 from tasks.train import export, train
 from tasks.validate import validate
@@ -67,6 +68,7 @@ def main(arguments: list[str]) -> int:
     try:
         overrides = assignments(arguments)
         resolve(Path(), None, overrides)
+        server()
         research_train(overrides=overrides)
     except ResearchError as error:
         print(f"research-train: {error}", file=sys.stderr)

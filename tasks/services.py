@@ -66,6 +66,7 @@ class Stack:
         for name, service in (("prefect-server", self._prefect(addresses)), ("mlflow-server", self._mlflow(addresses))):
             self._wait(name, service.health or "")
         self._deploy(env)
+        settings.point_prefect_at(self.state, addresses["PREFECT_API_URL"])
         self._start(Service("prefect-worker", (str(_BIN / "prefect"), "worker", "start", "--pool", "laptop", "--type", "process")), env)
         return addresses
 
@@ -73,6 +74,7 @@ class Stack:
         """Stop everything `up` or `s3` started; return the names of what ran."""
         names = reap(self.folder)
         (self.folder / ADDRESSES).unlink(missing_ok=True)
+        settings.point_prefect_away(self.state)
         return names
 
     def running(self) -> set[str]:
@@ -90,7 +92,7 @@ class Stack:
         if "s3" in self.running() and "AWS_ENDPOINT_URL" in known:
             return known
         ports = [require_free(_HOST, int(os.environ.get("RESEARCH_S3_PORT", "8333")), "RESEARCH_S3_PORT")]
-        ports += [require_free(_HOST, 0, "") for _ in range(6)]
+        ports += [require_free(_HOST, 0, "") for _ in range(7)]
         known |= {
             "AWS_ENDPOINT_URL": f"http://{_HOST}:{ports[0]}",
             "AWS_ACCESS_KEY_ID": "research",
@@ -209,17 +211,29 @@ class Stack:
 
 
 def s3_command(folder: Path, ports: Sequence[int], keys: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the command of SeaweedFS's S3 server on loopback; `ports` are s3, master, volume, filer and their gRPC ports."""
+    """Return the command of SeaweedFS's S3 server on loopback; `ports`: s3, master, volume, filer, then their gRPC ports in that order."""
     folder.mkdir(parents=True, exist_ok=True)
     access = {"accessKey": keys["AWS_ACCESS_KEY_ID"], "secretKey": keys["AWS_SECRET_ACCESS_KEY"]}
     config = folder / "s3.json"
     config.touch(mode=0o600)
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     config.write_text(json.dumps({"identities": [{"name": "research", "credentials": [access], "actions": actions}]}))
-    names = ("s3.port", "master.port", "volume.port", "filer.port", "master.port.grpc", "volume.port.grpc", "filer.port.grpc")
+    names = ("s3.port", "master.port", "volume.port", "filer.port")
+    names += tuple(f"{name}.grpc" for name in names)
     flags = tuple(f"-{name}={port}" for name, port in zip(names, ports, strict=True))
     weed = str(_BIN / "weed")
-    return (weed, "server", f"-dir={folder}", f"-ip={_HOST}", f"-ip.bind={_HOST}", "-s3", f"-s3.config={config}", "-volume.max=8", *flags)
+    return (
+        weed,
+        "server",
+        f"-dir={folder}",
+        f"-ip={_HOST}",
+        f"-ip.bind={_HOST}",
+        "-s3",
+        f"-s3.config={config}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        *flags,
+    )
 
 
 def _make_bucket(keys: Mapping[str, str]) -> None:

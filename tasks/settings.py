@@ -13,9 +13,11 @@ import httpx
 
 from research_rl.config import CHECKOUT
 
-__all__ = ["ADDRESSES", "apply", "stack_folder"]
+__all__ = ["ADDRESSES", "apply", "point_prefect_at", "point_prefect_away", "stack_folder"]
 
 ADDRESSES = "addresses.json"
+_TOML = "prefect.toml"
+_OURS = "# Written by `make up`, removed by `make down`."
 
 
 def stack_folder(checkout: Path = CHECKOUT) -> Path:
@@ -34,7 +36,10 @@ def apply(checkout: Path = CHECKOUT) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    for name, value in _running(checkout).items():
+    running = _running(checkout)
+    if "PREFECT_API_URL" not in running:
+        point_prefect_away(checkout)
+    for name, value in running.items():
         os.environ.setdefault(name, value)
 
 
@@ -46,6 +51,18 @@ def _running(checkout: Path) -> dict[str, str]:
         return {}
     health = {"PREFECT_API_URL": "/health", "MLFLOW_TRACKING_URI": "/health"}
     return {name: known[name] for name, path in health.items() if name in known and _answers(known[name] + path)}
+
+
+def point_prefect_at(checkout: Path, url: str) -> None:
+    """Write prefect.toml, by which every `prefect` command typed in the checkout finds the server of `make up`."""
+    (checkout / _TOML).write_text(f'{_OURS}\n[api]\nurl = "{url}"\n')
+
+
+def point_prefect_away(checkout: Path) -> None:
+    """Remove prefect.toml if `make up` wrote it."""
+    path = checkout / _TOML
+    if path.is_file() and path.read_text().startswith(_OURS):
+        path.unlink()
 
 
 def _answers(url: str) -> bool:

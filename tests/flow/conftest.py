@@ -84,13 +84,14 @@ class Trained:
         return self.root / f"run-{len(self.logs)}.log"
 
 
-def processes_of(root: Path) -> list[str]:
-    """Return the command lines of processes that a run of this workspace started and that still run."""
+def processes_of(root: Path, home: Path | None = None) -> list[str]:
+    """Return the command lines of processes that name a workspace, or whose Prefect is at `home`, and that still run."""
     found: list[str] = []
     for process in psutil.process_iter():
         try:
             words = " ".join(process.cmdline())
-            if process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid() and str(root) in words:
+            ours = str(root) in words or (home is not None and process.environ().get("PREFECT_HOME") == str(home))
+            if ours and process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
                 found.append(words)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -111,7 +112,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     first.wait()
     found.steps_at_kill = found.steps()
     time.sleep(GONE_S)
-    found.left_behind = processes_of(root)
+    found.left_behind = processes_of(root, found.home)
     found.logs.append(found._log().read_text())
     found.run()
     return found

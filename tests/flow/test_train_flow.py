@@ -33,7 +33,7 @@ def test_the_next_run_goes_on_from_the_last_saved_step(trained: Trained) -> None
     assert [line["step"] for line in lines] == list(range(1, SIZE["train.steps"] + 1))
     skipped = set(re.findall(r"'(\w+)-\w+' - Finished in state Cached", trained.logs[1]))
     assert {"policy", "download", "validate", "prepare", "corpus", "embed", "index", "baseline"} <= skipped
-    assert not list(space.services.rglob("*.pid")) and processes_of(trained.root) == []
+    assert not list(space.services.rglob("*.pid")) and processes_of(trained.root, trained.home) == []
 
 
 def test_every_artifact_stands_and_fits_its_parents(trained: Trained) -> None:

@@ -36,7 +36,7 @@ def test_a_pid_file_of_another_process_is_not_ours(tmp_path: Path) -> None:
 
 def test_keys_of_the_s3_server_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    command = s3_command(tmp_path / "s3", range(7000, 7007), keys)
+    command = s3_command(tmp_path / "s3", range(7000, 7008), keys)
     assert (tmp_path / "s3" / "s3.json").stat().st_mode & 0o077 == 0
     assert "-s3.port=7000" in command and not any(word == "b" for word in command)
 
