@@ -34,17 +34,19 @@ class EncyclopediaConfig(Section):
     dev_questions: int = Field(default=64, ge=4, description="Questions for validation while training.")
     test_questions: int = Field(default=256, ge=8, description="Held-out questions; their entities occur in no other split.")
     max_hops: int = Field(default=2, ge=1, le=4, description="Longest chain of relations in a bridge question.")
-    single_hop: float = Field(0.25, ge=0, le=1, description="Share of bridge questions with one hop; the others have two to max_hops.")
+    single_hop: float = Field(
+        default=0.25, ge=0, le=1, description="Share of bridge questions with one hop; the others have two to max_hops."
+    )
     attribute: float = Field(
-        0.1, ge=0, le=0.5, description="Share of questions that ask for a year, of an entity or of the end of a chain."
+        default=0.1, ge=0, le=0.5, description="Share of questions that ask for a year, of an entity or of the end of a chain."
     )
-    comparison: float = Field(0.1, ge=0, le=0.5, description="Share of questions that compare two entities.")
+    comparison: float = Field(default=0.1, ge=0, le=0.5, description="Share of questions that compare two entities.")
     distractors: int = Field(
-        1, ge=0, le=8, description="Look-alike passages per entity, about a namesake that shares one word; raises difficulty."
+        default=1, ge=0, le=8, description="Look-alike passages per entity, about a namesake that shares one word; raises difficulty."
     )
-    facts_per_passage: int = Field(1, ge=1, le=4, description="Facts in one passage; raises difficulty.")
+    facts_per_passage: int = Field(default=1, ge=1, le=4, description="Facts in one passage; raises difficulty.")
     name_words: int = Field(
-        32,
+        default=32,
         ge=8,
         le=1024,
         description="Words per position and kind of name; about 2 * name_words**2 names exist. A tiny policy must know them all.",

@@ -19,7 +19,6 @@ TIERS: dict[str, list[list[str]]] = {
         [str(BIN / "ruff"), "format", "--check", "--quiet", "."],
         [str(BIN / "ruff"), "check", "--quiet", "."],
         [str(BIN / "pyright"), "--warnings"],
-        [str(BIN / "pyright"), "--warnings", "-p", "pyright-policy.json"],
         [str(BIN / "lint-imports"), "--no-cache"],
     ],
     "unit": [[PYTHON, "-m", "pytest", "tests/unit"]],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from research_rl import protocol
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 __all__ = ["EOS", "PAD", "UNKNOWN", "build_model", "build_tokenizer", "token_id"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_every_hop_is_stated_by_its_passage_and_leads_to_the_next(folder: Path) 
         assert all(step["answer"] in corpus[step["passage_id"]] for step in steps)
         if row["metadata"]["type"] != "comparison":
             assert steps[-1]["answer"] == row["golden_answers"][0]
-            assert all(first["answer"] in second["question"] for first, second in zip(steps, steps[1:], strict=False))
+            assert all(first["answer"] in second["question"] for first, second in itertools.pairwise(steps))
             assert row["golden_answers"][0] not in row["question"]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tasks.journal import EVENTS, Journal, Place, read
 from tasks.sender import _groups, metric_name
-from tasks.track import flat
 from tasks.traces import pieces
+from tasks.track import flat
 
 
 def test_events_come_back_in_order_from_any_place(tmp_path: Path) -> None:
