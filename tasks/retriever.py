@@ -7,8 +7,8 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 from prefect import get_run_logger
-from research_rl.retriever.serve import running
 
+from research_rl.retriever.serve import running
 from research_rl.stages import current
 from tasks.job import Job
 
