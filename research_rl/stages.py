@@ -117,11 +117,17 @@ def current(name: str, config: Config, workspace: Workspace, *, verify: bool = T
 
 
 def run_stage(
-    name: str, config: Config, workspace: Workspace, *, force: bool = False, progress: Progress = silent
+    name: str,
+    config: Config,
+    workspace: Workspace,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+    function: Callable[[Context], None] | None = None,
 ) -> tuple[Manifest, bool]:
     """Build the artifact of `name` unless it is current; return its manifest and whether it was built.
 
-    Raises ConfigError for an unknown stage and ManifestError when a parent is missing, torn or stale.
+    `function` does the stage's work in place of the table's, for drivers that watch it. Raises ConfigError for an unknown stage and ManifestError when a parent is missing, torn or stale.
     """
     if name not in STAGES:
         raise ConfigError(f"stage={name!r} is not one of {list(STAGES)}")
@@ -130,7 +136,8 @@ def run_stage(
         return found, False
     stage = STAGES[name]
     parents = {parent: _parent(name, parent, config, workspace) for parent in stage.parents}
-    _function(stage.function)(Context(stage, config, workspace, parents, progress))
+    work = function or _function(stage.function)
+    work(Context(stage, config, workspace, parents, progress))
     return manifest.load(workspace.folder(name), verify=False), True
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
@@ -18,10 +19,9 @@ from prefect.exceptions import PrefectException
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
-from research_rl import manifest
 from research_rl.errors import ServiceError
 from research_rl.manifest import Manifest
-from research_rl.stages import STAGES, Context, current, run_stage
+from research_rl.stages import STAGES, Context, run_stage
 from tasks import quiet
 from tasks.job import Job, Outcome
 from tasks.track import StageRun
@@ -58,10 +58,8 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
         with job.tracker.stage(name, job.config, stage.sections) as run:
             started = time.monotonic()
             progress = Progress(name, logger.info)
-            if build:
-                found, built = _watched(name, job, progress, build, run)
-            else:
-                found, built = run_stage(name, job.config, job.workspace, force=name in job.force, progress=progress)
+            work = partial(build, run=run) if build else None
+            found, built = run_stage(name, job.config, job.workspace, force=name in job.force, progress=progress, function=work)
             run.finished(found, built)
             seconds = time.monotonic() - started
             job.outcomes[name] = Outcome(found, built, seconds)
@@ -73,20 +71,6 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
         return Completed(message=f"built in {seconds:.1f} s: {counts}; {found.hash[:12]}", data=found)
 
     return run  # type: ignore[return-value]
-
-
-def _watched(name: str, job: Job, progress: Progress, build: Build, run: StageRun) -> tuple[Manifest, bool]:
-    """Do what `run_stage` does with another function for the work. Raises as it does."""
-    stage, config, workspace = STAGES[name], job.config, job.workspace
-    manifest.sweep(workspace.folder(name))
-    if name not in job.force and (found := current(name, config, workspace)):
-        return found, False
-    parents = {parent: current(parent, config, workspace) for parent in stage.parents}
-    whole = {parent: found for parent, found in parents.items() if found is not None}
-    if len(whole) < len(parents):
-        return run_stage(name, config, workspace, progress=progress)
-    build(Context(stage, config, workspace, whole, progress), run)
-    return manifest.load(workspace.folder(name), verify=False), True
 
 
 def is_transient(task: Any, run: Any, state: State[Any]) -> bool:
