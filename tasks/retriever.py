@@ -8,13 +8,12 @@ from contextlib import contextmanager
 
 from prefect import get_run_logger
 
+from research_rl.retriever import TOKEN
 from research_rl.retriever.serve import running
 from research_rl.stages import current
 from tasks.job import Job
 
-__all__ = ["TOKEN_VARIABLE", "retriever"]
-
-TOKEN_VARIABLE = "RESEARCH_RETRIEVER_TOKEN"
+__all__ = ["retriever"]
 
 
 @contextmanager
@@ -32,13 +31,13 @@ def retriever(job: Job, stages: Iterable[str]) -> Generator[Job]:
 @contextmanager
 def _token(token: str | None) -> Generator[None]:
     """Put the token where the clients of this process and of its children look for it."""
-    before = os.environ.get(TOKEN_VARIABLE)
+    before = os.environ.get(TOKEN)
     if token:
-        os.environ[TOKEN_VARIABLE] = token
+        os.environ[TOKEN] = token
     try:
         yield
     finally:
         if before is None:
-            os.environ.pop(TOKEN_VARIABLE, None)
+            os.environ.pop(TOKEN, None)
         else:
-            os.environ[TOKEN_VARIABLE] = before
+            os.environ[TOKEN] = before

@@ -114,14 +114,6 @@ class StageRun:
             if self.found:
                 self.tracker.remember(self.found)
 
-    def child(self, name: str) -> StageRun:
-        """Return a run nested below this one, for one attempt of the trainer."""
-        self.begin()
-        run = StageRun(self.tracker, f"{self.key}/{name}", {})
-        self.tracker.journal.write("begin", key=run.key, parent=self.key, name=run.key, start=run.started, params={})
-        run.begun = True
-        return run
-
 
 class Tracker:
     """Writes the journal of one run and owns the sender."""

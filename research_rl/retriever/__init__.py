@@ -1,1 +1,8 @@
 """The retriever: passages for queries over HTTP, and the client that asks for them."""
+
+from __future__ import annotations
+
+__all__ = ["TOKEN"]
+
+TOKEN = "RESEARCH_RETRIEVER_TOKEN"
+"""Environment variable with the service's bearer token; servers and clients alike read it."""

@@ -18,12 +18,12 @@ import httpx
 from research_rl import services
 from research_rl.config import CHECKOUT, Config, RetrieverConfig, load
 from research_rl.errors import ConfigError, ResearchError, ServiceError
+from research_rl.retriever import TOKEN
 from research_rl.services import Endpoint
 from research_rl.stages import Workspace
 
 __all__ = ["TOKEN", "main", "running", "serve"]
 
-TOKEN = "RESEARCH_RETRIEVER_TOKEN"
 _DRAIN_S = 10
 _ANSWER_S = 10.0
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")

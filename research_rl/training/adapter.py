@@ -20,9 +20,9 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetr
 from research_rl.agent import Completion, Limits, Searcher, run_episode
 from research_rl.config import PromptConfig
 from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
+from research_rl.retriever import TOKEN
 from research_rl.reward import Grade, Rule, grade
 from research_rl.training import episodes
-from research_rl.training.overrides import RETRIEVER_TOKEN
 from research_rl.trajectory import Trajectory
 
 __all__ = ["SearchAgentLoop", "VerlEngine", "eos_ids"]
@@ -143,7 +143,7 @@ def _searcher(url: str, timeout_s: float) -> Searcher:
     from research_rl.retriever.client import RetrieverClient
 
     if url not in _SEARCHERS:
-        _SEARCHERS[url] = RetrieverClient(url, token=os.environ.get(RETRIEVER_TOKEN), timeout_s=timeout_s)
+        _SEARCHERS[url] = RetrieverClient(url, token=os.environ.get(TOKEN), timeout_s=timeout_s)
     return _SEARCHERS[url]
 
 

@@ -19,9 +19,8 @@ import yaml
 from research_rl.config import CHECKOUT, Config
 from research_rl.training.cpu.transfer import TOKEN_VARIABLE
 
-__all__ = ["RETRIEVER_TOKEN", "Paths", "agent_yaml", "environment", "render", "resolved"]
+__all__ = ["Paths", "agent_yaml", "environment", "render", "resolved"]
 
-RETRIEVER_TOKEN = "RESEARCH_RETRIEVER_TOKEN"
 _ADAPTER = "research_rl.training.adapter.SearchAgentLoop"
 _CPU = "research_rl.training.cpu"
 _MODEL, _ACTOR, _REF, _ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("model", "actor", "ref", "rollout"))

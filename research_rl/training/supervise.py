@@ -23,6 +23,7 @@ from typing import Any
 from research_rl import services
 from research_rl.config import CHECKOUT, Config
 from research_rl.errors import TrainingError
+from research_rl.retriever import TOKEN
 from research_rl.stages import Progress
 from research_rl.training import checkpoints, episodes, overrides
 from research_rl.training.checkpoints import Checkpoint
@@ -235,7 +236,7 @@ class _Attempt:
         env["VERL_FILE_LOGGER_PATH"] = str(self._raw_metrics)
         env["RESEARCH_GRACE_S"] = "3"
         if run.retriever_token:
-            env[overrides.RETRIEVER_TOKEN] = run.retriever_token
+            env[TOKEN] = run.retriever_token
         command = [str(interpreter(run.config)), "-m", "verl.trainer.main_ppo", *overrides.render(run.config, paths)]
         command.append(f"hydra.run.dir={paths.work / 'hydra'}")
         return services.spawn("train", command, folder=run.services, env=env, cwd=paths.work, log=self._log)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from research_rl.config import Config
+from research_rl.retriever import TOKEN
 from research_rl.training import overrides
 from research_rl.training.overrides import Paths
 from research_rl.training.train import work_key
@@ -58,7 +59,7 @@ def test_resume_is_our_own_choice() -> None:
 
 
 def test_agent_file_holds_limits_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(overrides.RETRIEVER_TOKEN, "hidden")
+    monkeypatch.setenv(TOKEN, "hidden")
     text = overrides.agent_yaml(config(), PATHS, "http://127.0.0.1:1")
     (agent,) = yaml.safe_load(text)
     assert agent["limits"]["max_searches"] == Config().episode.max_searches
