@@ -1,6 +1,6 @@
 """Run the checks tier by tier, each with its time; stop at the first that fails.
 
-Usage: tests/run.py [lint|unit|contract|fault|flow ...]   (all when none is named)
+Usage: tests/run.py [lint|unit|contract|fault|flow|long ...]   (all but long when none is named)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ TIERS: dict[str, list[list[str]]] = {
     "contract": [[PYTHON, "-m", "pytest", "tests/contract"]],
     "fault": [[PYTHON, "-m", "pytest", "tests/fault"]],
     "flow": [[PYTHON, "-m", "pytest", "tests/flow"]],
+    "long": [[PYTHON, "-m", "pytest", "-m", "long", "tests"]],
 }
 
 
