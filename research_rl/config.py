@@ -114,8 +114,12 @@ class CorpusConfig(Section):
 class EncoderConfig(Section):
     """What turns text into vectors."""
 
-    kind: Literal["lexical", "sentence"] = Field(
-        default="lexical", description="lexical: hashed word tf-idf, no model needed; sentence: a sentence-transformers model."
+    kind: Literal["lexical", "sentence", "none"] = Field(
+        default="lexical",
+        description="lexical: hashed word tf-idf, no model needed; sentence: a sentence-transformers model; none: no vectors, for an index of words (bm25).",
+    )
+    vectors: bool = Field(
+        default=True, description="Encode the passages; off for an index that was built elsewhere: then only the encoder is published."
     )
     model: str | None = Field(default=None, description="kind sentence: model folder, hub name or pypi:<package>[==<version>][/<folder>].")
     dim: int = Field(default=1024, ge=16, le=8192, description="Vector length of the lexical encoder; a sentence model brings its own.")

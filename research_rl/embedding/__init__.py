@@ -42,12 +42,16 @@ class Encoder(Protocol):
 def load_encoder(folder: Path, found: Manifest | None = None) -> Encoder:
     """Return the encoder that built the embeddings artifact in `folder`, with its recorded prefixes and pooling.
 
-    Raises ManifestError when the folder is no embeddings artifact and ModelError when its model is unusable.
+    Raises ManifestError when the folder is no embeddings artifact or carries no encoder, and ModelError when its model is unusable.
     """
     found = found or manifest.load(folder, verify=False)
     if found.stage != "embed":
         raise ManifestError(f"{folder} holds stage {found.stage}, not embeddings; name the folder artifacts/embeddings")
     facts: dict[str, Any] = found.facts["encoder"]
+    if facts["kind"] == "none":
+        raise ManifestError(
+            f"{folder} carries no encoder (encoder.kind=none); set index.kind=bm25, or encoder.kind=lexical or sentence, and rerun"
+        )
     if facts["kind"] == "lexical":
         from research_rl.embedding.lexical import LexicalEncoder
 

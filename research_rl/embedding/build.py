@@ -40,18 +40,30 @@ class _Built:
 
 
 def run(context: Context) -> None:
-    """Publish vectors-NNNNN.npy (float32, [rows, dim], unit length) and `encoder/`. Raises ModelError."""
+    """Publish vectors-NNNNN.npy (float32, [rows, dim], unit length) and `encoder/`. Raises ModelError.
+
+    kind none publishes neither, `encoder.vectors` off only the encoder.
+    """
     store = PassageStore(context.parent("corpus"), context.parents["corpus"])
+    if context.config.encoder.kind == "none":
+        _publish_nothing(context, store)
+        return
     work = _work_folder(context)
     built = _lexical(context, store, work) if context.config.encoder.kind == "lexical" else _sentence(context, work)
-    shards = _encode_all(context, store, built, work)
+    shards = _encode_all(context, store, built, work) if context.config.encoder.vectors else []
     with context.publish() as staging:
         for path in shards:
             os.link(path, staging.path / path.name)
         shutil.copytree(work / ENCODER, staging.path / ENCODER)
-        staging.counts |= {"vectors": len(store), "shards": len(shards), "dim": built.encoder.dim}
+        staging.counts |= {"vectors": len(store) if shards else 0, "shards": len(shards), "dim": built.encoder.dim}
         staging.facts |= {"encoder": built.facts, "canaries": _canaries(store)}
     shutil.rmtree(work)
+
+
+def _publish_nothing(context: Context, store: PassageStore) -> None:
+    with context.publish() as staging:
+        staging.counts |= {"vectors": 0, "shards": 0, "dim": 0}
+        staging.facts |= {"encoder": {"kind": "none"}, "canaries": _canaries(store)}
 
 
 def _work_folder(context: Context) -> Path:

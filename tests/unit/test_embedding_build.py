@@ -28,6 +28,27 @@ def test_vectors_are_those_of_the_carried_encoder(tmp_path: Path) -> None:
     assert not list(workspace.work("").glob("embed-*"))
 
 
+def test_no_encoder_publishes_canaries_alone_and_is_not_loaded(tmp_path: Path) -> None:
+    workspace = store(tmp_path)
+    build.run(context("embed", tmp_path, encoder={"kind": "none"}))
+    found = manifest.load(workspace.folder("embed"))
+    assert (found.counts, found.files) == ({"vectors": 0, "shards": 0, "dim": 0}, ())
+    assert len(found.facts["canaries"]) == 8
+    with pytest.raises(ManifestError, match=r"encoder.kind=none.*set index.kind=bm25"):
+        load_encoder(workspace.folder("embed"))
+
+
+def test_an_encoder_without_vectors_encodes_queries_as_one_with_them(tmp_path: Path) -> None:
+    workspace = store(tmp_path)
+    build.run(context("embed", tmp_path, encoder=ENCODER))
+    expected = load_encoder(workspace.folder("embed")).encode_queries(["Surname7"])
+    build.run(context("embed", tmp_path, encoder={**ENCODER, "vectors": False}))
+    found = manifest.load(workspace.folder("embed"))
+    assert found.counts == {"vectors": 0, "shards": 0, "dim": 64}
+    assert vector_shards(workspace.folder("embed"), found) == []
+    np.testing.assert_array_equal(load_encoder(workspace.folder("embed")).encode_queries(["Surname7"]), expected)
+
+
 def test_a_killed_run_repeats_at_most_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = store(tmp_path)
     encode, seen = LexicalEncoder.encode_passages, list[int]()
