@@ -272,11 +272,25 @@ class RetrieverConfig(Section):
     url: str | None = Field(
         default=None, description="An already running retriever; none is started when set. Its token comes from RESEARCH_RETRIEVER_TOKEN."
     )
-    start_deadline_s: float = Field(default=120.0, gt=0, description="Seconds until /health must answer.")
+    urls: tuple[str | tuple[str, ...], ...] = Field(
+        default=(),
+        description="Several running retrievers: a list of replicas, or a list of lists, one of replicas for each part of the index. Instead of url.",
+    )
+    hedge: bool = Field(default=True, description="Ask a second replica when the first is slower than nearly all of its answers.")
+    start_deadline_s: float = Field(default=120.0, gt=0, description="Seconds until /readyz must answer.")
     max_batch: int = Field(default=512, ge=1, description="Most queries accepted in one request.")
     max_top_k: int = Field(default=100, ge=1, description="Most passages a query may ask for.")
     max_query_chars: int = Field(default=4096, ge=16, description="Longest query accepted, in characters.")
     max_queue: int = Field(default=2048, ge=1, description="Queries waiting before new ones are turned away with 503.")
+    max_deadline_s: float = Field(
+        default=60.0, gt=0, description="Longest time a request may wait to be searched; X-Deadline-Ms and timeout_s ask for less."
+    )
+    cache_entries: int = Field(
+        default=10_000, ge=0, description="Results kept in memory, one a query and number of passages; 0 keeps none."
+    )
+    drain_s: float = Field(default=10.0, ge=0, description="Seconds after SIGTERM in which waiting requests are still answered.")
+    log_requests: bool = Field(default=True, description="Write one JSON line a request to standard output.")
+    log_queries: bool = Field(default=False, description="Put the query texts into those lines.")
     threads: int = Field(
         default=0, ge=0, description="CPU threads of a search; 0 takes one for a small index and all cores for a large one."
     )

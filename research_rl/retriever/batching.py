@@ -1,42 +1,50 @@
 """Join waiting searches into one. Knows a blocking search function, a queue and one worker thread; knows no HTTP.
 
 Invariants: (1) the event loop never waits for a search; (2) at most `max_queue` queries wait, the next is refused;
-(3) a search that fails or whose caller left costs no other caller anything.
+(3) a search that fails or whose caller left costs no other caller anything; (4) what waited past its deadline is not searched.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from research_rl.trajectory import Passage
 
-__all__ = ["Busy", "MicroBatcher"]
+__all__ = ["Busy", "Late", "MicroBatcher"]
 
 Found = list[list[Passage]]
 Search = Callable[[Sequence[str], int], Found]
+Watch = Callable[[int, float], None]
+"""Told after each batch: distinct queries and seconds."""
 
 
 class Busy(Exception):
     """The queue is full; try again later."""
 
 
+class Late(Exception):
+    """The deadline passed while the search waited."""
+
+
 @dataclass
 class _Job:
     queries: Sequence[str]
     top_k: int
+    deadline: float
     loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Found]
+    future: asyncio.Future[tuple[Found, int]]
 
 
 class MicroBatcher:
     """Runs `search` in one thread; whatever waits when it becomes free is searched together, up to `max_batch` queries."""
 
-    def __init__(self, search: Search, max_batch: int, max_queue: int) -> None:
-        self._search, self._max_batch, self._max_queue = search, max_batch, max_queue
+    def __init__(self, search: Search, max_batch: int, max_queue: int, watch: Watch = lambda size, seconds: None) -> None:
+        self._search, self._max_batch, self._max_queue, self._watch = search, max_batch, max_queue, watch
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
         self._working = self._closed = False
@@ -49,10 +57,18 @@ class MicroBatcher:
         """Whether no search runs or waits."""
         return not (self._working or self._jobs)
 
-    async def search(self, queries: Sequence[str], top_k: int) -> Found:
-        """Return what `search` returns for these queries. Raises Busy, or whatever `search` raised."""
+    @property
+    def waiting(self) -> int:
+        """Queries in the queue."""
+        return self._waiting
+
+    async def search(self, queries: Sequence[str], top_k: int, deadline: float = float("inf")) -> tuple[Found, int]:
+        """Return what `search` returns for these queries, and how many queries its batch held.
+
+        `deadline` is a time of `time.monotonic()`. Raises Busy, Late, or whatever `search` raised.
+        """
         loop = asyncio.get_running_loop()
-        job = _Job(queries, top_k, loop, loop.create_future())
+        job = _Job(queries, top_k, deadline, loop, loop.create_future())
         with self._changed:
             if self._closed or self._waiting + len(queries) > self._max_queue:
                 raise Busy(f"{self._waiting} queries wait")
@@ -70,7 +86,11 @@ class MicroBatcher:
 
     def _drain(self) -> None:
         while jobs := self._take():
-            wanted = [job for job in jobs if not job.future.cancelled()]
+            now = time.monotonic()
+            wanted = [job for job in jobs if not job.future.cancelled() and job.deadline > now]
+            for job in jobs:
+                if job.deadline <= now:
+                    _settle(job, Late(f"{now - job.deadline:.3f} s past its deadline"))
             if wanted:
                 self._run(wanted)
             with self._changed:
@@ -91,6 +111,7 @@ class MicroBatcher:
 
     def _run(self, jobs: list[_Job]) -> None:
         queries = list(dict.fromkeys(query for job in jobs for query in job.queries))
+        started = time.perf_counter()
         try:
             found = dict(zip(queries, self._search(queries, max(job.top_k for job in jobs)), strict=True))
         except Exception as error:  # noqa: BLE001  (the boundary: a failed batch is told to its callers, the worker lives on)
@@ -98,10 +119,11 @@ class MicroBatcher:
                 _settle(job, error)
             return
         for job in jobs:
-            _settle(job, [found[query][: job.top_k] for query in job.queries])
+            _settle(job, ([found[query][: job.top_k] for query in job.queries], len(queries)))
+        self._watch(len(queries), time.perf_counter() - started)
 
 
-def _settle(job: _Job, outcome: Found | Exception) -> None:
+def _settle(job: _Job, outcome: tuple[Found, int] | Exception) -> None:
     def deliver() -> None:
         if job.future.done():
             return

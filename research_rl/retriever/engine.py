@@ -5,7 +5,7 @@ Knows no HTTP. Invariants: (1) index, embeddings and corpus form one hash chain;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from research_rl import manifest
@@ -20,6 +20,12 @@ from research_rl.trajectory import Passage
 
 __all__ = ["Retriever"]
 
+Say = Callable[[str], None]
+
+
+def _nothing(text: str) -> None:
+    """Say nothing."""
+
 
 class Retriever:
     """Finds passages; `search` is for one thread at a time."""
@@ -29,8 +35,12 @@ class Retriever:
         self.facts = facts
 
     @classmethod
-    def open(cls, workspace: Workspace, config: RetrieverConfig) -> Retriever:
-        """Open the workspace's knowledge side. Raises ManifestError when a part is missing, altered or of another build."""
+    def open(cls, workspace: Workspace, config: RetrieverConfig, say: Say = _nothing) -> Retriever:
+        """Open the workspace's knowledge side, telling `say` how far it is.
+
+        Raises ManifestError when a part is missing, altered or of another build.
+        """
+        say("comparing hashes" if config.verify else "hashes are not compared (retriever.verify=false)")
         corpus = manifest.load(workspace.folder("corpus"), verify=config.verify)
         embed = manifest.load(workspace.folder("embed"), verify=False)
         index = manifest.load(workspace.folder("index"), verify=config.verify)
@@ -41,12 +51,14 @@ class Retriever:
         shards = vector_shards(workspace.folder("embed"), embed)
         vectors = open_index(workspace.folder("index"), index, shards, config.threads)
         store = PassageStore(workspace.folder("corpus"), corpus)
+        say("index and passages are open, loading the encoder")
         encoder = load_encoder(workspace.folder("embed"), embed)
         _same_shape(vectors, store, encoder)
         facts = {"rows": vectors.rows, "dim": vectors.dim, "factory": index.facts["factory"], "encoder": embed.facts["encoder"]}
         hashes = {"index": index.hash, "embed": embed.hash, "corpus": corpus.hash}
         made = cls(encoder, vectors, store, {**facts, "manifests": hashes})
         made._sing(index.facts["canary"])
+        say("the canary was found")
         return made
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:

@@ -24,7 +24,6 @@ from research_rl.stages import Workspace
 
 __all__ = ["TOKEN", "main", "running", "serve"]
 
-_DRAIN_S = 10
 _ANSWER_S = 10.0
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -46,7 +45,7 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
     command += ["--config", wanted.model_dump_json()]
     env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
     with services.guarded(
-        "retriever", command, folder=workspace.services, health_url=f"{url}/health", deadline_s=wanted.start_deadline_s, env=env
+        "retriever", command, folder=workspace.services, health_url=f"{url}/readyz", deadline_s=wanted.start_deadline_s, env=env
     ):
         yield Endpoint(url, token)
 
@@ -71,17 +70,10 @@ def _serve(config: RetrieverConfig, workspace: Workspace, token: str | None) -> 
         raise ConfigError(f"retriever.host={config.host} is reachable from outside but no token is set; set {TOKEN} or bind 127.0.0.1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work must not spin on a shared machine
     with _bound(config) as listener:
-        import uvicorn
+        from research_rl.retriever.server import run
 
-        from research_rl.retriever.engine import Retriever
-        from research_rl.retriever.service import create_app
-
-        retriever = Retriever.open(workspace, config)
-        app = create_app(retriever, config, token)
         host, port = listener.getsockname()[:2]
-        print(f"retriever: {retriever.facts['rows']:,} passages at http://{host}:{port}", flush=True)
-        options = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S)
-        uvicorn.Server(options).run(sockets=[listener])
+        run(listener, f"http://{f'[{host}]' if ':' in host else host}:{port}", config, workspace, token)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,84 +1,138 @@
 """The HTTP application of the retriever. Knows requests, limits and replies; leaves searching to the batcher's thread.
 
 Invariants: (1) /health never waits for a search; (2) a request past a limit is refused with value, limit and remedy
-before any work; (3) the only answer of 5xx under load is a deliberate 503 with Retry-After.
+before any work; (3) the only answer of 5xx is a deliberate 503 with Retry-After; (4) what was accepted before the service
+drains is answered.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import secrets
-from collections.abc import AsyncGenerator, Sequence
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from research_rl import __version__
 from research_rl.config import RetrieverConfig
+from research_rl.errors import ResearchError
 from research_rl.retriever import wire
-from research_rl.retriever.batching import Busy, MicroBatcher
+from research_rl.retriever.batching import Busy, Late, MicroBatcher
+from research_rl.retriever.cache import ResultCache
 from research_rl.retriever.engine import Retriever
+from research_rl.retriever.gateway import Gateway, refusal
+from research_rl.retriever.observe import Metrics, Seen
 from research_rl.retriever.wire import BatchSearchRequest, RetrieveRequest, SearchRequest
 from research_rl.trajectory import Passage
 
-__all__ = ["create_app"]
+__all__ = ["Service"]
 
 _RETRY_AFTER_S = 1
-_BYTES_A_CHAR = 12
-"""A character in JSON takes at most twelve bytes (an escaped surrogate pair)."""
+Found = list[list[Passage]]
 
 
-def create_app(retriever: Retriever, config: RetrieverConfig, token: str | None = None) -> FastAPI:
-    """Return the application: /health, /info, /search, /batch_search, /retrieve. With `token`, all but /health need it."""
-    batcher = MicroBatcher(retriever.search, config.max_batch, config.max_queue)
+class Service:
+    """The application and its state: opening, ready, draining. `app` is what a server runs."""
+
+    def __init__(self, open_retriever: Callable[[], Retriever], config: RetrieverConfig, token: str | None = None) -> None:
+        self.config = config
+        self.retriever: Retriever | None = None
+        self.failure: ResearchError | None = None
+        self.draining = False
+        self._open = open_retriever
+        self._batcher: MicroBatcher | None = None
+        self._cache = ResultCache(0, "")
+        self.metrics = Metrics(lambda: self._batcher.waiting if self._batcher else 0, lambda: self.gateway.active, lambda: self.ready)
+        self.app = FastAPI(title="research-rl retriever", version=__version__, lifespan=self._lifespan)
+        self.app.exception_handler(RequestValidationError)(_invalid)
+        self.gateway = Gateway(self.app, config, token, self.metrics)
+        _add_status(self.app, self)
+        _add_searches(self.app, self)
+
+    @property
+    def ready(self) -> bool:
+        """Whether searches are answered: the canary was found and no end was asked for."""
+        return self.retriever is not None and not self.draining
+
+    @property
+    def idle(self) -> bool:
+        """Whether no search runs or waits."""
+        return self._batcher is not None and self._batcher.idle
+
+    def close(self) -> None:
+        """Finish what waits and end the search thread."""
+        if self._batcher:
+            self._batcher.close()
+
+    async def search(self, seen: Seen, texts: Sequence[str], top_k: int, deadline: float) -> Found:
+        """Return passages for each query, kept or searched. Raises HTTPException for what is past a limit, full or late."""
+        queries = [" ".join(text.split()) for text in texts]
+        _check(self.config, queries, texts, top_k)
+        seen.queries, seen.top_k = len(queries), top_k
+        if self.config.log_queries:
+            seen.texts = queries
+        if seen.late:
+            raise self._away("draining", "the service ends")
+        if self._batcher is None:
+            raise self._away("starting", "the index is being opened")
+        found = {query: kept for query in dict.fromkeys(queries) if (kept := self._cache.get(query, top_k)) is not None}
+        seen.cached = sum(query in found for query in queries)
+        if missing := [query for query in dict.fromkeys(queries) if query not in found]:
+            answers, seen.batch = await self._searched(self._batcher, missing, top_k, deadline)
+            for query, passages in zip(missing, answers, strict=True):
+                found[query] = passages
+                self._cache.put(query, top_k, passages)
+        return [found[query] for query in queries]
+
+    async def _searched(self, batcher: MicroBatcher, queries: Sequence[str], top_k: int, deadline: float) -> tuple[Found, int]:
+        try:
+            return await batcher.search(queries, top_k, deadline)
+        except Busy as error:
+            raise self._away("full", f"{error}, the limit is retriever.max_queue={self.config.max_queue}") from None
+        except Late as error:
+            raise self._away("deadline", f"the request waited {error}; ask for a later X-Deadline-Ms or add replicas") from None
+
+    def _away(self, reason: str, detail: str) -> HTTPException:
+        self.metrics.refused(reason)
+        detail = f"{detail}; try again in {_RETRY_AFTER_S} s"
+        return HTTPException(503, detail, headers={"Retry-After": str(_RETRY_AFTER_S)})
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async def _lifespan(self, _: FastAPI) -> AsyncGenerator[None]:
+        """Open the index while the server already answers /health and /readyz."""
+        threading.Thread(target=self._start, name="opening", daemon=True).start()
         yield
-        batcher.close()
+        await asyncio.to_thread(self.close)
 
-    app = FastAPI(title="research-rl retriever", version=__version__, lifespan=lifespan)
-    app.exception_handler(RequestValidationError)(_invalid)
-    app.add_middleware(_Gate, config=config, token=token)
-    _add_status(app, retriever, batcher)
-    _add_searches(app, _Searches(batcher, config))
-    return app
-
-
-class _Searches:
-    """Checks limits and hands queries to the batcher."""
-
-    def __init__(self, batcher: MicroBatcher, config: RetrieverConfig) -> None:
-        self._batcher, self._config = batcher, config
-
-    async def __call__(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
-        self._check(queries, top_k)
-        if not queries:
-            return []
+    def _start(self) -> None:
         try:
-            return await self._batcher.search([query.strip() for query in queries], top_k)
-        except Busy as error:
-            detail = f"{error}, the limit is retriever.max_queue={self._config.max_queue}; try again in {_RETRY_AFTER_S} s"
-            raise HTTPException(503, detail, headers={"Retry-After": str(_RETRY_AFTER_S)}) from None
+            retriever = self._open()
+        except ResearchError as error:
+            self.failure = error
+            return
+        self._cache = ResultCache(self.config.cache_entries, retriever.facts["manifests"]["index"])
+        self._batcher = MicroBatcher(retriever.search, self.config.max_batch, self.config.max_queue, self.metrics.batch)
+        self.retriever = retriever
 
-    def _check(self, queries: Sequence[str], top_k: int) -> None:
-        config = self._config
-        if len(queries) > config.max_batch:
-            raise HTTPException(413, f"{len(queries)} queries exceed retriever.max_batch={config.max_batch}; send fewer at once")
-        if top_k > config.max_top_k:
-            raise HTTPException(422, f"top_n={top_k} exceeds retriever.max_top_k={config.max_top_k}; ask for fewer passages")
-        for place, query in enumerate(queries):
-            if not query.strip():
-                raise HTTPException(400, f"query {place} is blank ({query!r}); send text to search for")
-            if len(query) > config.max_query_chars:
-                limit = config.max_query_chars
-                raise HTTPException(422, f"query {place} has {len(query)} characters, retriever.max_query_chars={limit}; shorten it")
-            if not query.isprintable():
-                _encodable(query, place)
+
+def _check(config: RetrieverConfig, queries: Sequence[str], texts: Sequence[str], top_k: int) -> None:
+    if len(queries) > config.max_batch:
+        raise HTTPException(413, f"{len(queries)} queries exceed retriever.max_batch={config.max_batch}; send fewer at once")
+    if top_k > config.max_top_k:
+        raise HTTPException(422, f"top_n={top_k} exceeds retriever.max_top_k={config.max_top_k}; ask for fewer passages")
+    for place, (query, text) in enumerate(zip(queries, texts, strict=True)):
+        if not query:
+            raise HTTPException(400, f"query {place} is blank ({text[:80]!r}); send text to search for")
+        if len(text) > config.max_query_chars:
+            limit = config.max_query_chars
+            raise HTTPException(422, f"query {place} has {len(text)} characters, retriever.max_query_chars={limit}; shorten it")
+        if not query.isprintable():
+            _encodable(query, place)
 
 
 def _encodable(query: str, place: int) -> None:
@@ -88,72 +142,81 @@ def _encodable(query: str, place: int) -> None:
         raise HTTPException(422, f"query {place} holds half a surrogate pair; send valid Unicode") from None
 
 
-def _add_status(app: FastAPI, retriever: Retriever, batcher: MicroBatcher) -> None:
+def _add_status(app: FastAPI, service: Service) -> None:
     @app.get("/health")
-    async def health() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
-        """Whether the service runs, and whether its searcher is free."""
-        return {"status": "healthy", "retrievers": {"total": 1, "available": int(batcher.idle)}}
+    async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
+        """Whether the service runs, and whether its searcher is free; 503 until the index is open."""
+        started = service.retriever is not None
+        content = {"status": "healthy" if started else "starting", "retrievers": {"total": 1, "available": int(service.idle)}}
+        return _json(content) if started else refusal(503, "starting", content=content)
+
+    @app.get("/readyz")
+    async def readyz() -> Response:  # pyright: ignore[reportUnusedFunction]
+        """Whether searches are answered: 200 from the moment the canary was found until the service drains, else 503."""
+        if service.ready:
+            return _json({"status": "ready"})
+        return refusal(503, "draining" if service.draining else "starting")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
+        """Counters in Prometheus's text format."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/info")
-    async def info() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+    async def info() -> Response:  # pyright: ignore[reportUnusedFunction]
         """What is served: rows, dimension, encoder and the hashes of corpus, embeddings and index."""
-        return retriever.facts
+        return _json(service.retriever.facts) if service.retriever else refusal(503, "starting")
 
 
-def _add_searches(app: FastAPI, search: _Searches) -> None:
-    @app.post("/search")
-    async def one(request: SearchRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
+def _add_searches(app: FastAPI, service: Service) -> None:
+    async def search(request: Request, queries: Sequence[str], top_k: int, timeout_s: float | None) -> Found:
+        deadline = _deadline(request.headers.get("x-deadline-ms"), timeout_s, service.config.max_deadline_s)
+        return await service.search(request.scope["seen"], queries, top_k, deadline)
+
+    @app.post("/search", responses=_ANSWERS)
+    async def one(request: Request, body: SearchRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
         """Passages for one query."""
-        found = await search([request.query], request.top_n)
-        return _json(wire.search_reply(found[0], request.return_score))
+        found = await search(request, [body.query], body.top_n, body.timeout_s)
+        return _json(wire.search_reply(found[0], body.return_score))
 
-    @app.post("/batch_search")
-    async def several(request: BatchSearchRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
+    @app.post("/batch_search", responses=_ANSWERS)
+    async def several(request: Request, body: BatchSearchRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
         """Passages for several queries."""
-        found = await search(request.query, request.top_n)
-        return _json(wire.batch_reply(found, request.return_score))
+        found = await search(request, body.query, body.top_n, body.timeout_s)
+        return _json(wire.batch_reply(found, body.return_score))
 
-    @app.post("/retrieve")
-    async def retrieve(request: RetrieveRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
+    @app.post("/retrieve", responses=_ANSWERS)
+    async def retrieve(request: Request, body: RetrieveRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
         """Passages for several queries, as Search-R1 asks."""
-        found = await search(request.queries, request.topk or 3)
-        return _json(wire.retrieve_reply(found, request.return_scores))
+        found = await search(request, body.texts, body.topk or 3, body.timeout_s)
+        return _json(wire.retrieve_reply(found, body.return_scores))
 
 
-class _Gate:
-    """Refuses a request without the token, or with a body no allowed request can have, before reading it."""
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "A blank query, or a body that is no JSON."},
+    401: {"description": "The bearer token is missing or wrong."},
+    408: {"description": "The body did not arrive in time."},
+    411: {"description": "No Content-Length."},
+    413: {"description": "More queries or bytes than allowed."},
+    503: {"description": "Full, starting, draining, or past the deadline; Retry-After says when to try again."},
+}
 
-    def __init__(self, app: ASGIApp, config: RetrieverConfig, token: str | None) -> None:
-        self._app = app
-        self._most = config.max_batch * config.max_query_chars * _BYTES_A_CHAR + 4096
-        self._wanted = f"Bearer {token}".encode() if token else None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (refusal or self._app)(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> Response | None:
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        given = headers.get(b"authorization", b"")
-        if self._wanted and scope["path"] != "/health" and not secrets.compare_digest(given, self._wanted):
-            detail = "the bearer token is missing or wrong; set RESEARCH_RETRIEVER_TOKEN to the service's"
-            return JSONResponse({"detail": detail}, 401, headers={"WWW-Authenticate": "Bearer"})
-        length = headers.get(b"content-length", b"")
-        if scope["method"] == "POST" and not length.isdigit():
-            return JSONResponse({"detail": "the request has no Content-Length; send the body in one piece"}, 411)
-        if length.isdigit() and int(length) > self._most:
-            detail = f"the body has {int(length)} bytes, the limit is {self._most}; send fewer or shorter queries"
-            return JSONResponse({"detail": detail}, 413)
-        return None
+def _deadline(header: str | None, timeout_s: float | None, most_s: float) -> float:
+    """Return until when, in `time.monotonic()`, a request may wait. Raises HTTPException for a header that is no number."""
+    asked = [most_s] if timeout_s is None else [most_s, timeout_s]
+    if header is not None:
+        if not (header.isascii() and header.isdigit()):
+            raise HTTPException(422, f"X-Deadline-Ms={header[:80]!r} is no whole number of milliseconds; send one, such as 2000")
+        asked.append(int(header[:12]) / 1000)
+    return time.monotonic() + min(asked)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
     """Name the field, the value and the reason in one line."""
     problems = error.errors() if isinstance(error, RequestValidationError) else []
-    told = [
-        f"{'.'.join(str(part) for part in item['loc'][1:]) or 'body'}={str(item.get('input'))[:80]}: {item['msg']}" for item in problems
-    ]
-    return JSONResponse({"detail": "; ".join(told) + "; see /docs for the format"}, 422)
+    told = [f"{'.'.join(map(str, item['loc'][1:])) or 'body'}={str(item.get('input'))[:80]}: {item['msg']}" for item in problems]
+    return refusal(422, "; ".join(told) + "; see /docs for the format")
 
 
 def _json(content: Any) -> Response:

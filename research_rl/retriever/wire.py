@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from research_rl.trajectory import Passage
 
@@ -17,6 +17,7 @@ __all__ = ["BatchSearchRequest", "RetrieveRequest", "SearchRequest", "batch_repl
 
 class _Request(BaseModel):
     model_config = ConfigDict(strict=True)
+    timeout_s: float | None = Field(default=None, gt=0, description="Longest wait before the search, in seconds.")
 
 
 class SearchRequest(_Request):
@@ -36,11 +37,24 @@ class BatchSearchRequest(_Request):
 
 
 class RetrieveRequest(_Request):
-    """Several queries in Search-R1's names."""
+    """Several queries, or one, in Search-R1's names."""
 
-    queries: list[str] = Field(description="Texts to search for.")
+    queries: list[str] | str | None = Field(default=None, description="Texts to search for.")
+    query: list[str] | str | None = Field(default=None, description="Another name for queries that some clients use.")
     topk: int | None = Field(default=None, ge=1, description="Passages wanted for each; 3 when left out.")
     return_scores: bool = Field(default=False, description="Wrap each passage with its score.")
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        if (self.queries is None) == (self.query is None):
+            raise ValueError("send the texts as `queries`")
+        return self
+
+    @property
+    def texts(self) -> list[str]:
+        """The queries as a list."""
+        found = self.query if self.queries is None else self.queries
+        return [found] if isinstance(found, str) else found or []
 
 
 def search_reply(found: Sequence[Passage], scores: bool) -> Any:

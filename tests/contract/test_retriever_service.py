@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from research_rl.config import CHECKOUT, Config
 from research_rl.errors import ServiceError
 from research_rl.retriever import serve
 from research_rl.retriever.client import RetrieverClient
-from research_rl.services import Endpoint
+from research_rl.services import Endpoint, free_port
 from research_rl.stages import Workspace
 from tests.knowledge import built, passages
 
 ROWS, SECRET = 250, "a-secret"
-LIMITS = {"max_batch": 8, "max_top_k": 20, "max_query_chars": 100}
+LIMITS = {"max_batch": 8, "max_top_k": 20, "max_query_chars": 100, "cache_entries": 50}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,8 @@ def test_retrieve_as_search_r1_asks(http: httpx.Client, count: int) -> None:
         ("/batch_search", {"query": "a"}, 422, "query=a"),
         ("/batch_search", {"query": ["a"] * 9}, 413, "9 queries exceed retriever.max_batch=8"),
         ("/retrieve", {"queries": ["x" * 20_000]}, 413, "the limit is"),
+        ("/retrieve", {"topk": 3}, 422, "send the texts as `queries`"),
+        ("/search", {"query": "a", "timeout_s": 0}, 422, "timeout_s=0"),
     ],
 )
 def test_a_request_past_a_limit_is_told_value_limit_and_remedy(
@@ -123,7 +126,60 @@ def test_a_request_past_a_limit_is_told_value_limit_and_remedy(
     assert (response.status_code, says in response.json()["detail"]) == (status, True), response.text
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"query": "\\ud800"}', b'{"query": NaN}', b"[" * 5000])
+def test_retrieve_takes_one_query_as_text(http: httpx.Client) -> None:
+    for body in ({"queries": "Person5 Surname5"}, {"query": "Person5 Surname5"}, {"query": ["Person5 Surname5"]}):
+        (found,) = post(http, "/retrieve", **body)["result"]
+        assert found[0]["id"] == "p5"
+
+
+def test_a_request_past_its_deadline_is_not_searched(http: httpx.Client) -> None:
+    before = metric(http, "retriever_deadline_misses_total")
+    late = http.post("/search", json={"query": "never searched"}, headers={"X-Deadline-Ms": "0"})
+    assert (late.status_code, late.headers["Retry-After"]) == (503, "1")
+    assert "past its deadline" in late.json()["detail"]
+    assert metric(http, "retriever_deadline_misses_total") == before + 1
+    assert http.post("/search", json={"query": "q"}, headers={"X-Deadline-Ms": "soon"}).status_code == 422
+    assert http.post("/search", json={"query": "q", "timeout_s": 5.0}, headers={"X-Deadline-Ms": "5000"}).status_code == 200
+
+
+def test_a_repeated_query_comes_from_the_cache_whatever_its_blanks(http: httpx.Client) -> None:
+    first = post(http, "/search", query="Person31 Surname31", top_n=2)
+    hits, batches = metric(http, "retriever_cache_hits_total"), metric(http, "retriever_batch_queries_count")
+    assert post(http, "/search", query="  Person31 \n Surname31 ", top_n=2) == first
+    assert metric(http, "retriever_cache_hits_total") == hits + 1
+    assert metric(http, "retriever_batch_queries_count") == batches
+    again = post(http, "/batch_search", query=["Person31 Surname31", "Person32 Surname32"], top_n=2)
+    assert [found[0]["id"] for found in again] == ["p31", "p32"]
+    assert len(post(http, "/search", query="Person31 Surname31", top_n=3)) == 3
+
+
+def metric(http: httpx.Client, name: str) -> float:
+    lines = http.get("/metrics").raise_for_status().text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+def test_metrics_count_requests_refusals_and_batches(http: httpx.Client, endpoint: Endpoint) -> None:
+    before = {name: metric(http, name) for name in ("retriever_requests_total", "retriever_queries_total", "retriever_refusals_total")}
+    post(http, "/batch_search", query=["one query", "two queries", "three queries"], top_n=1)
+    assert httpx.get(f"{endpoint.url}/metrics", trust_env=False).status_code == 401
+    httpx.get(f"{endpoint.url}/no/such/{'x' * 50}", trust_env=False)
+    assert metric(http, "retriever_queries_total") == before["retriever_queries_total"] + 3
+    assert metric(http, "retriever_refusals_total") == before["retriever_refusals_total"] + 2
+    text = http.get("/metrics").text
+    assert 'route="/batch_search",status="200"' in text and 'route="other"' in text and "no/such" not in text
+    assert metric(http, "retriever_ready") == 1 and metric(http, "retriever_queue_queries") == 0
+
+
+def test_the_interface_describes_itself(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    assert set(paths) == {"/search", "/batch_search", "/retrieve", "/health", "/readyz", "/metrics", "/info"}
+    assert {"400", "413", "422", "503"} < set(paths["/search"]["post"]["responses"])
+    assert "swagger" in http.get("/docs").text
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"\xff\xfe", b'{"query": "\\ud800"}', b'{"query": "a", "top_n": "\\ud800"}', b'{"query": NaN}', b"[" * 5000]
+)
 def test_malformed_bodies_are_refused_not_fatal(http: httpx.Client, body: bytes) -> None:
     response = http.post("/search", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code in (400, 422), response.text
@@ -209,7 +265,7 @@ def test_sigterm_ends_it_and_start_is_quick_without_torch(workspace: Workspace) 
     started = time.monotonic()
     with subprocess.Popen(command(workspace, "--port", "0"), stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as process:
         assert process.stdout
-        line = process.stdout.readline()
+        line = next(line for line in process.stdout if "passages at" in line)
         seconds = time.monotonic() - started
         mapped = {Path(entry.path).name for entry in psutil.Process(process.pid).memory_maps()}
         process.send_signal(signal.SIGTERM)
@@ -217,6 +273,71 @@ def test_sigterm_ends_it_and_start_is_quick_without_torch(workspace: Workspace) 
     assert json.dumps(f"{ROWS} passages at http://127.0.0.1:")[1:-1] in line
     assert not any(name.startswith("libtorch") for name in mapped)
     assert seconds < 20, f"{seconds:.1f} s; 3 s is the aim on a free machine"
+
+
+@contextmanager
+def serving(workspace: Workspace, log: Path, **config: Any) -> Generator[tuple[subprocess.Popen[bytes], str]]:
+    """Run a service of its own and yield it with its address; its lines go to `log`."""
+    given = json.dumps({"port": free_port(), **config})
+    env = {name: value for name, value in os.environ.items() if name != serve.TOKEN}
+    call = command(workspace, "--config", given)
+    with log.open("wb") as stream, subprocess.Popen(call, stdout=stream, cwd=CHECKOUT, env=env) as process:
+        try:
+            url = f"http://127.0.0.1:{json.loads(given)['port']}"
+            wait_ready(url)
+            yield process, url
+        finally:
+            process.kill()
+
+
+def wait_ready(url: str) -> list[int]:
+    """Wait for 200 from /readyz; return the statuses seen before."""
+    seen: list[int] = []
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            seen.append(httpx.get(f"{url}/readyz", trust_env=False).status_code)
+        except httpx.TransportError:
+            seen.append(0)
+        if seen[-1] == 200:
+            return seen[:-1]
+        time.sleep(0.01)
+    raise AssertionError(f"{url} is not ready: {seen[-5:]}")
+
+
+@pytest.mark.parametrize("log_queries", [False, True])
+def test_the_log_is_json_and_holds_no_query_unless_told_to(workspace: Workspace, tmp_path: Path, log_queries: bool) -> None:
+    with serving(workspace, tmp_path / "log", log_queries=log_queries) as (process, url):
+        with httpx.Client(base_url=url, trust_env=False) as client:
+            post(client, "/batch_search", query=["secret words", "others"], top_n=3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) in (0, -signal.SIGTERM)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    (line,) = [line for line in lines if line["route"] == "/batch_search"]
+    assert (line["status"], line["queries"], line["k"], line["batch"], line["cached"]) == (200, 2, 3, 2, 0)
+    assert line["ms"] > 0 and abs(line["time"] - time.time()) < 600
+    assert ("secret words" in (tmp_path / "log").read_text()) is log_queries
+
+
+def test_it_is_not_ready_before_the_canary_and_not_while_it_drains(workspace: Workspace, tmp_path: Path) -> None:
+    """A request whose body is still on its way is answered after SIGTERM; a new one is refused with 503 and Retry-After."""
+    with serving(workspace, tmp_path / "log") as (process, url):
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        body = b'{"query": "Person8 Surname8"}'
+        head = f"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as slow:
+            slow.sendall(head + body[:5])
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 503
+            assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+            refused = httpx.post(f"{url}/search", json={"query": "q"}, trust_env=False)
+            assert (refused.status_code, refused.headers["Retry-After"], refused.headers["Connection"]) == (503, "1", "close")
+            slow.sendall(body[5:])
+            answer = slow.makefile("rb").readline()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert process.wait(15) in (0, -signal.SIGTERM)
 
 
 def test_a_given_url_is_used_when_it_answers(workspace: Workspace, endpoint: Endpoint) -> None:
