@@ -226,6 +226,11 @@ class TrainConfig(Section):
     )
     save_every: int = Field(default=10, ge=1, description="Steps between checkpoints; the last step always has one.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept on disk.")
+    upload: str | None = Field(
+        default=None,
+        description="s3://bucket/prefix for whole checkpoints, copied in the background; an empty machine goes on from the newest there. Endpoint and keys come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY.",
+    )
+    upload_wait_s: float = Field(default=600.0, ge=0, description="Seconds the end of training waits for the last upload.")
     engine: Literal["vllm", "sglang"] = Field(default="vllm", description="Rollout engine.")
     hardware: Literal["cpu", "gpu"] = Field(default="cpu", description="Named block of verl overrides.")
     nodes: int = Field(default=1, ge=1, description="Machines.")
@@ -333,6 +338,11 @@ class TrackingConfig(Section):
     )
     experiment: str = Field(default="research-rl", description="MLflow experiment.")
     traces: int = Field(default=24, ge=0, description="Sampled trajectories logged as MLflow traces per evaluation.")
+    traces_per_step: int = Field(default=2, ge=0, description="Sampled trajectories logged as MLflow traces per training step.")
+    registered_model: str | None = Field(
+        default="research-rl",
+        description="Name in MLflow's model registry under which every trained policy becomes a version; none when empty.",
+    )
     dvc: bool = Field(default=True, description="Commit finished stages to DVC, so that dvc repro is a no-op after a flow.")
 
 

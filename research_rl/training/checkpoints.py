@@ -1,7 +1,8 @@
 """Find the checkpoints of a verl run that are whole. Knows verl 0.9.1's folder layout and file formats; needs no torch.
 
 A trainer killed while saving leaves a folder that looks like a checkpoint. Here a checkpoint is complete when every
-rank's files, the data loader's state and the Hugging Face folder are there and none of them is cut short.
+rank's files, the data loader's state and the Hugging Face folder are there and none of them is cut short. The supervisor
+seals a complete one: `complete.json`, written last, holds every file's size and sha256, so that later damage shows.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ import re
 import shutil
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-__all__ = ["Checkpoint", "complete", "discard_after", "fault", "latest", "prune", "safetensors_fault"]
+from research_rl.manifest import file_sha256
+
+__all__ = ["SEAL", "Checkpoint", "complete", "discard_after", "fault", "latest", "prune", "safetensors_fault", "seal"]
+
+SEAL = "complete.json"
+"""Written last into a whole checkpoint: `{"files": {name: {"size", "sha256"}}}`."""
 
 _STEP = re.compile(r"global_step_(\d+)")
 _PER_RANK = ("model", "optim", "extra_state")
@@ -38,20 +46,75 @@ def complete(folder: Path) -> list[Checkpoint]:
     return [checkpoint for checkpoint in _all(folder) if fault(checkpoint.path) is None]
 
 
-def latest(folder: Path, at_most: int | None = None) -> Checkpoint | None:
-    """Return the newest whole checkpoint, of step `at_most` or before; cut ones are passed over."""
-    wanted = (c for c in reversed(_all(folder)) if at_most is None or c.step <= at_most)
-    return next((checkpoint for checkpoint in wanted if fault(checkpoint.path) is None), None)
+def silent(checkpoint: Checkpoint, why: str) -> None:
+    """For callers that need not hear of checkpoints passed over."""
 
 
-def fault(path: Path) -> str | None:
-    """Return what is missing or cut in a `global_step_N` folder, None when it is whole."""
+def latest(
+    folder: Path, at_most: int | None = None, *, verify: bool = False, passed_over: Callable[[Checkpoint, str], None] = silent
+) -> Checkpoint | None:
+    """Return the newest whole checkpoint, of step `at_most` or before; `passed_over` hears of each newer one and why.
+
+    With `verify` every byte is read: against the seal where there is one, else against the archives' own checksums.
+    """
+    for checkpoint in reversed(_all(folder)):
+        if at_most is not None and checkpoint.step > at_most:
+            continue
+        why = fault(checkpoint.path, verify=verify)
+        if why is None:
+            return checkpoint
+        passed_over(checkpoint, why)
+    return None
+
+
+def seal(path: Path) -> None:
+    """Write the seal of a whole checkpoint, in one step; a sealed one is left as it is."""
+    if (path / SEAL).is_file():
+        return
+    files = {
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+    temporary = path / f".{SEAL}.tmp"
+    temporary.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path / SEAL)
+
+
+def fault(path: Path, *, verify: bool = False) -> str | None:
+    """Return what is missing, cut or (with `verify`) altered in a `global_step_N` folder, None when it is whole."""
+    return _broken_seal(path, verify) if (path / SEAL).is_file() else _broken_structure(path, verify)
+
+
+def _broken_seal(path: Path, verify: bool) -> str | None:
+    files = _sealed(path / SEAL)
+    if files is None:
+        return f"{SEAL} cannot be read"
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["size"]:
+            return f"{name} is missing or cut"
+        if verify and file_sha256(file) != entry["sha256"]:
+            return f"{name} was altered after it was saved"
+    return None
+
+
+def _sealed(path: Path) -> dict[str, dict[str, Any]] | None:
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        whole = bool(files) and all({"size", "sha256"} <= entry.keys() for entry in files.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return cast(dict[str, dict[str, Any]], files) if whole else None
+
+
+def _broken_structure(path: Path, verify: bool) -> str | None:
     world_size = _world_size(path / "actor" / "fsdp_config.json")
     if world_size is None:
         return "actor/fsdp_config.json is missing or cut"
     names = [f"actor/{part}_world_size_{world_size}_rank_{rank}.pt" for part in _PER_RANK for rank in range(world_size)]
     for name in (*names, "data.pt"):
-        if not _is_whole_archive(path / name):
+        if not _is_whole_archive(path / name, verify):
             return f"{name} is missing or cut"
     huggingface = path / "actor" / "huggingface"
     if not (huggingface / "config.json").is_file():
@@ -103,10 +166,10 @@ def _world_size(path: Path) -> int | None:
         return None
 
 
-def _is_whole_archive(path: Path) -> bool:
-    """torch.save writes a zip file, whose directory stands at its end."""
+def _is_whole_archive(path: Path, verify: bool) -> bool:
+    """torch.save writes a zip file, whose directory stands at its end; with `verify` its checksums are compared."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return bool(archive.namelist())
-    except (FileNotFoundError, zipfile.BadZipFile):
-        return False
+            return bool(archive.namelist()) and (not verify or archive.testzip() is None)
+    except (FileNotFoundError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return False  # a damaged directory may also claim encryption or an unknown compression

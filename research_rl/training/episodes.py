@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 from research_rl.reward import Grade
 from research_rl.trajectory import Author, StopReason, Trajectory
 
-__all__ = ["append", "discard_after", "gather", "record", "steps", "summarise"]
+__all__ = ["DEV", "TRAIN", "append", "discard", "discard_after", "gather", "record", "steps", "summarise"]
 
-_TRAIN, _DEV = "train", "dev"
+TRAIN, DEV = "train", "dev"
 
 
 def record(trajectory: Trajectory, grade: Grade) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def record(trajectory: Trajectory, grade: Grade) -> dict[str, Any]:
 
 def append(folder: Path, step: int, split: str, row: dict[str, Any]) -> None:
     """Add one record to this process's file of the step, in one write, so that a reader never sees half a line."""
-    part = folder / (_TRAIN if split == _TRAIN else _DEV) / f"{step:06d}" / f"{os.getpid()}.jsonl"
+    part = folder / (TRAIN if split == TRAIN else DEV) / f"{step:06d}" / f"{os.getpid()}.jsonl"
     part.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     handle = os.open(part, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -51,23 +52,26 @@ def append(folder: Path, step: int, split: str, row: dict[str, Any]) -> None:
 
 def steps(folder: Path) -> list[int]:
     """Return the steps that have training episodes, in order."""
-    return sorted(int(path.name) for path in (folder / _TRAIN).glob("[0-9]*"))
+    return sorted(int(path.name) for path in (folder / TRAIN).glob("[0-9]*"))
 
 
-def gather(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Return a step's training episodes, ordered by question and rollout; a line cut by a crash is left out."""
-    rows = [row for part in sorted((folder / _TRAIN / f"{step:06d}").glob("*.jsonl")) for row in _rows(part)]
+def gather(folder: Path, step: int, split: str = TRAIN) -> list[dict[str, Any]]:
+    """Return a step's episodes of a split, ordered by question and rollout; a line cut by a crash is left out."""
+    rows = [row for part in sorted((folder / split / f"{step:06d}").glob("*.jsonl")) for row in _rows(part)]
     return sorted(rows, key=lambda row: (str(row["id"]), str(row["uid"]), int(row["rollout"])))
 
 
 def discard_after(folder: Path, step: int) -> None:
     """Remove episodes of later steps: they are about to be played again."""
-    import shutil
-
-    for split in (_TRAIN, _DEV):
+    for split in (TRAIN, DEV):
         for path in (folder / split).glob("[0-9]*"):
             if int(path.name) > step:
                 shutil.rmtree(path)
+
+
+def discard(folder: Path, step: int, split: str = TRAIN) -> None:
+    """Remove a step's episodes of a split once they are kept elsewhere."""
+    shutil.rmtree(folder / split / f"{step:06d}", ignore_errors=True)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

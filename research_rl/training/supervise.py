@@ -15,7 +15,8 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from research_rl.training import checkpoints, episodes, overrides
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.metrics_log import MetricsLog, Tail, numbers
 from research_rl.training.overrides import Paths
+from research_rl.training.remote import Store, Uploader, restore
 from research_rl.trajectory import StopReason
 
 __all__ = ["Outcome", "Run", "TrainHooks", "interpreter", "ray_folder", "supervise"]
@@ -56,7 +58,13 @@ class TrainHooks:
         """Hear where a step's episodes lie: gzip, one JSON object a line."""
 
     def on_checkpoint(self, step: int, path: Path) -> None:
-        """Hear of a whole checkpoint; its folder is removed when newer ones take its place."""
+        """Hear of a whole, sealed checkpoint; its folder is removed when newer ones take its place."""
+
+    def on_attempt(self, number: int, resume: int) -> None:
+        """Hear that the trainer is started for the `number`-th time, going on from step `resume` (0: from the beginning)."""
+
+    def on_attempt_end(self, number: int, why: str | None) -> None:
+        """Hear why a start of the trainer ended, None when all steps are done. Never called when this process is killed."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class Run:
     services: Path
     retriever_url: str
     retriever_token: str | None = None
+    store: Store | None = None
 
     @property
     def metrics(self) -> Path:
@@ -107,16 +116,52 @@ def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> Outcome:
     """Train until `train.steps` are done; resume after a failure. Raises TrainingError with the last log lines."""
     services.reap(run.services)
     _make_folders(run)
+    _restore(run, progress)
     state = _State(run, hooks, progress, MetricsLog(run.metrics))
     state.replay()
+    with _uploading(run, progress) as state.uploader:
+        checkpoint = _train(state)
+    checkpoints.prune(run.paths.checkpoints, run.config.train.keep_checkpoints)
+    return Outcome(checkpoint, state.attempts(), state.lost)
+
+
+def _train(state: _State) -> Checkpoint:
+    """Start the trainer until the last step has a whole checkpoint. Raises TrainingError."""
+    run = state.run
     failures: list[_Failure] = []
     while (checkpoint := state.rewind()) is None or checkpoint.step < run.config.train.steps:
         if len(failures) >= run.config.train.max_attempts or [f.progressed for f in failures[-2:]] == [False, False]:
             raise TrainingError(_explain(run, failures))
         failure = _Attempt(state, checkpoint).run()
         failures += [failure] if failure else []
-    checkpoints.prune(run.paths.checkpoints, run.config.train.keep_checkpoints)
-    return Outcome(checkpoint, state.attempts(), state.lost)
+    return checkpoint
+
+
+def _restore(run: Run, progress: Progress) -> None:
+    """Bring the newest checkpoint from S3 when none that is as new lies here."""
+    if run.store:
+        found = checkpoints.latest(run.paths.checkpoints, run.config.train.steps)
+        restore(run.store, run.paths.work, run.paths.checkpoints, found.step if found else 0, run.config.train.steps, _to(progress))
+
+
+@contextmanager
+def _uploading(run: Run, progress: Progress) -> Generator[Uploader | None]:
+    """Copy checkpoints to S3 for the length of a block; its regular end waits for the last one."""
+    if run.store is None:
+        yield None
+        return
+    uploader = Uploader(run.store, run.paths.work, run.config.train.keep_checkpoints, _to(progress))
+    finished = False
+    try:
+        yield uploader
+        finished = True
+    finally:
+        if not uploader.close(run.config.train.upload_wait_s if finished else 0.0):
+            progress("checkpoints are left to be copied to S3; the next run of this stage goes on with them", 1.0)
+
+
+def _to(progress: Progress) -> Callable[[str], None]:
+    return lambda text: progress(text, 0.0)
 
 
 @dataclass(frozen=True)
@@ -136,6 +181,7 @@ class _State:
     progress: Progress
     log: MetricsLog
     lost: int = 0
+    uploader: Uploader | None = None
 
     def attempts(self) -> int:
         """Return how often the trainer was started for this run, earlier processes included."""
@@ -150,11 +196,13 @@ class _State:
 
     def rewind(self) -> Checkpoint | None:
         """Return the checkpoint to go on from, after forgetting everything later than it."""
-        found = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps)
+        found = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps, verify=True, passed_over=self._passed_over)
         step = found.step if found else 0
+        if found:
+            checkpoints.seal(found.path)
         checkpoints.discard_after(self.run.paths.checkpoints, step)
         episodes.discard_after(self.run.paths.episodes, step)
-        for path in self.run.rollouts.glob("*.jsonl.gz"):
+        for path in self.run.rollouts.rglob("*.jsonl.gz"):
             if int(path.name.split(".")[0]) > step:
                 path.unlink()
         self.log.rewind(step)
@@ -167,10 +215,23 @@ class _State:
         """Record a done step: merge the episodes' metrics, keep its episodes, tell the hooks. Raises TrainingError."""
         rows = episodes.gather(self.run.paths.episodes, step)
         _write_rollouts(self.run.rollouts / f"{step:06d}.jsonl.gz", rows)
-        shutil.rmtree(self.run.paths.episodes / "train" / f"{step:06d}", ignore_errors=True)
-        self.log.put(step, {**metrics, **episodes.summarise(rows)})
+        validated = self.validated(step)
+        episodes.discard(self.run.paths.episodes, step)
+        self.log.put(step, {**metrics, **episodes.summarise(rows), **validated})
         self._tell(step)
         self._require_whole(step, rows)
+
+    def validated(self, step: int) -> dict[str, float]:
+        """Keep the greedy episodes played on dev after `step`; return their means under `dev/`, none when none were played."""
+        rows = episodes.gather(self.run.paths.episodes, step, episodes.DEV)
+        if rows:
+            _write_rollouts(self.run.rollouts / episodes.DEV / f"{step:06d}.jsonl.gz", rows)
+            episodes.discard(self.run.paths.episodes, step, episodes.DEV)
+        return {f"dev/{name.removeprefix('episode/')}": value for name, value in episodes.summarise(rows).items()}
+
+    def _passed_over(self, checkpoint: Checkpoint, why: str) -> None:
+        share = checkpoint.step / self.run.config.train.steps
+        self.progress(f"checkpoint of step {checkpoint.step} is passed over: {why}", min(1.0, share))
 
     def padded(self, line: str) -> None:
         """Count trajectories that verl replaced by padding. Raises TrainingError past the limit."""
@@ -221,12 +282,16 @@ class _Attempt:
         self.announced = self.resume.step if self.resume else 0
         paths = replace(self.state.run.paths, resume=self.resume.path if self.resume else None)
         shutil.rmtree(paths.ray, ignore_errors=True)
+        hooks = self.state.hooks
+        hooks.on_attempt(self.number, self.announced)
         process = self._start(paths)
+        why: str | None = "was stopped by an error of its caller"
         try:
             why = self._watch(process)
         finally:
             process.stop()
             shutil.rmtree(paths.ray, ignore_errors=True)
+            hooks.on_attempt_end(self.number, why)
         return _Failure(self.number, why, self.steps > 0, process.tail(_TAIL_LINES)) if why else None
 
     def _start(self, paths: Paths) -> services.Process:
@@ -270,19 +335,23 @@ class _Attempt:
     def _step(self, row: dict[str, Any]) -> None:
         step = int(row["step"])
         if step == (self.resume.step if self.resume else 0):
-            return  # the validation before the first step
+            self.state.validated(step)  # the validation before the first step
+            return
         self.state.finish(step, numbers(row["data"]))
         self.steps += 1
         self.last = time.monotonic()
 
     def _announce(self) -> None:
-        """Tell the hooks of a checkpoint once verl's tracker, which it writes last, names it."""
+        """Seal a checkpoint and tell the hooks, once verl's tracker (written after its files) names it and its step is recorded."""
         folder = self.state.run.paths.checkpoints
         step = _tracked(folder / "latest_checkpointed_iteration.txt")
         path = folder / f"global_step_{step}"
-        if step > self.announced and checkpoints.fault(path) is None:
+        if self.announced < step <= self.state.log.last and checkpoints.fault(path) is None:
             self.announced = step
+            checkpoints.seal(path)
             checkpoints.prune(folder, self.state.run.config.train.keep_checkpoints)
+            if self.state.uploader:
+                self.state.uploader.offer(Checkpoint(step, path))
             self.state.hooks.on_checkpoint(step, path)
 
     def _done(self) -> bool:
@@ -313,6 +382,7 @@ def _make_folders(run: Run) -> None:
 
 def _write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
     temporary.replace(path)

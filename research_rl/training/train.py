@@ -20,11 +20,22 @@ from research_rl.retriever.serve import running
 from research_rl.stages import Context
 from research_rl.training import overrides
 from research_rl.training.metrics_log import MetricsLog
+from research_rl.training.remote import Store
 from research_rl.training.supervise import Outcome, Run, TrainHooks, ray_folder, supervise
 
 __all__ = ["TrainHooks", "run", "run_with", "work_key"]
 
-_NOT_IN_KEY = ("steps", "save_every", "keep_checkpoints", "validate_every", "step_deadline_s", "start_deadline_s", "max_attempts")
+_NOT_IN_KEY = (
+    "steps",
+    "save_every",
+    "keep_checkpoints",
+    "validate_every",
+    "step_deadline_s",
+    "start_deadline_s",
+    "max_attempts",
+    "upload",
+    "upload_wait_s",
+)
 
 
 def run(context: Context) -> None:
@@ -42,7 +53,8 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
     _require_rows(config, train)
     paths = overrides.Paths(model, train, dev, work, ray_folder(work))
     with running(config, context.workspace) as endpoint:
-        training = Run(config, paths, context.workspace.services / "train", endpoint.url, endpoint.token)
+        store = Store.parse(config.train.upload, work.name) if config.train.upload else None
+        training = Run(config, paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
         outcome = supervise(training, hooks, context.progress)
     _publish(context, training, outcome, dropped)
 

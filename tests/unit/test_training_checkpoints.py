@@ -85,3 +85,34 @@ def test_prune_keeps_the_newest_and_never_the_future(tmp_path: Path) -> None:
 def test_nothing_to_prune_in_an_empty_run(tmp_path: Path) -> None:
     checkpoints.prune(tmp_path, 2)
     assert checkpoints.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["actor/model_world_size_1_rank_0.pt", "actor/huggingface/model.safetensors", "data.pt", checkpoints.SEAL])
+def test_one_altered_byte_of_a_sealed_checkpoint_is_found_and_told(tmp_path: Path, name: str) -> None:
+    write_checkpoint(tmp_path, 1)
+    path = write_checkpoint(tmp_path, 2)
+    checkpoints.seal(path)
+    assert checkpoints.fault(path, verify=True) is None
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 0x04
+    (path / name).write_bytes(content)
+    told: list[tuple[int, str]] = []
+    found = checkpoints.latest(tmp_path, verify=True, passed_over=lambda checkpoint, why: told.append((checkpoint.step, why)))
+    assert found and found.step == 1
+    assert [step for step, _ in told] == [2] and told[0][1]
+
+
+def test_an_unsealed_archive_is_held_to_its_own_checksums(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 1) / "data.pt"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"x" * 1000, b"x" * 999 + b"y"))
+    assert checkpoints.fault(tmp_path / "global_step_1") is None
+    assert checkpoints.latest(tmp_path, verify=True) is None
+
+
+def test_the_seal_is_the_same_however_often_it_is_set(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 1)
+    checkpoints.seal(path)
+    first = (path / checkpoints.SEAL).read_bytes()
+    checkpoints.seal(path)
+    assert (path / checkpoints.SEAL).read_bytes() == first and "data.pt" in first.decode()
