@@ -56,19 +56,43 @@ class EncyclopediaConfig(Section):
 class DataConfig(Section):
     """Where questions and passages come from."""
 
-    source: Literal["generated", "folder", "hub"] = Field(
+    source: Literal["generated", "folder", "hub", "s3", "http"] = Field(
         default="generated",
-        description="generated: the fictional encyclopedia; folder: FlashRAG-format files; hub: a Hugging Face dataset repository.",
+        description="generated: the fictional encyclopedia; folder: local files; hub: a Hugging Face dataset repository; s3: a bucket; http: a web server.",
     )
     generated: EncyclopediaConfig = Field(default_factory=EncyclopediaConfig, description="Parameters of the generator.")
-    folder: str | None = Field(default=None, description="Root folder of FlashRAG-format files when source is folder.")
-    corpus: str = Field(default="corpus.jsonl", description="Corpus file below the root: one {id, contents} a line.")
-    train: tuple[str, ...] = Field(default=("train.jsonl",), description="Question files for GRPO, below the root.")
-    dev: tuple[str, ...] = Field(default=("dev.jsonl",), description="Question files for validation while training.")
-    test: tuple[str, ...] = Field(default=("test.jsonl",), description="Held-out question files for evaluation.")
+    folder: str | None = Field(default=None, description="Root folder of the files when source is folder.")
+    corpus: str = Field(
+        default="corpus.jsonl",
+        description="Corpus file below the root (JSON lines of id and contents, or id, title and text; or DPR's TSV; plain, .gz, .zip, .zst, .bz2 or .xz). Any file may also be a whole address: hub://owner/repository[@revision]/path, s3://bucket/key, https://host/path.",
+    )
+    train: tuple[str, ...] = Field(
+        default=("train.jsonl",),
+        description="Question files for GRPO, below the root; a bare name such as musique, hotpotqa, 2wikimultihopqa, bamboogle, nq, triviaqa or popqa stands for that set's file.",
+    )
+    dev: tuple[str, ...] = Field(default=("dev.jsonl",), description="Question files for validation while training; names as in train.")
+    test: tuple[str, ...] = Field(default=("test.jsonl",), description="Held-out question files for evaluation; names as in train.")
+    files: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict[str, tuple[str, ...]],
+        description="More files to bring along, such as a prebuilt index: name below data/files/, and the source's files it is joined from, in order.",
+    )
+    sha256: dict[str, str] = Field(
+        default_factory=dict[str, str], description="Expected sha256 of source files, by the names used above; another content is refused."
+    )
+    url: str | None = Field(default=None, description="Root when source is s3 (s3://bucket/prefix) or http (https://host/folder).")
+    s3_endpoint: str | None = Field(default=None, description="Address of the S3 service; AWS_ENDPOINT_URL or Amazon's when empty.")
     hub_repo: str = Field(default="RUC-NLPIR/FlashRAG_datasets", description="Dataset repository when source is hub.")
     hub_revision: str = Field(default="main", description="Revision (branch, tag or commit) of the dataset repository.")
     hub_endpoint: str = Field(default="https://huggingface.co", description="Hub address; a mirror or a local server works too.")
+
+
+class TransferConfig(Section):
+    """How files are fetched. Changes no artifact."""
+
+    parallel: int = Field(default=4, ge=1, le=64, description="Transfers at once; a large file is fetched in pieces side by side.")
+    attempts: int = Field(default=5, ge=1, description="Tries without a byte of progress, and fetches of one file, before giving up.")
+    timeout_s: float = Field(default=30.0, gt=0, description="Seconds a connection may take or stay silent.")
+    piece_mb: int = Field(default=256, ge=1, description="Largest piece of a file fetched by one connection, in MB.")
 
 
 class ValidationConfig(Section):
@@ -352,6 +376,7 @@ class Config(Section):
     profile: str = Field(default="laptop", description="Name of the profile this configuration came from.")
     seed: int = Field(default=42, ge=0, description="Seed of every random choice.")
     data: DataConfig = Field(default_factory=DataConfig, description="Sources.")
+    transfer: TransferConfig = Field(default_factory=TransferConfig, description="Fetching of source files.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Data-quality limits.")
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="Prompt template.")
     prepare: PrepareConfig = Field(default_factory=PrepareConfig, description="Row selection.")

@@ -6,52 +6,127 @@ configuration and the same source files: it holds no time and no path of this ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import BinaryIO
 
 from research_rl.config import DataConfig
-from research_rl.data import flashrag
+from research_rl.data import flashrag, transfer
+from research_rl.data.catalogue import expand
+from research_rl.data.compressed import SUFFIXES, open_plain
 from research_rl.data.flashrag import Question
+from research_rl.data.sources import ChangedError, Sources
+from research_rl.data.transfer import Fetched, Located
 from research_rl.errors import ConfigError, DataError
+from research_rl.manifest import Staging
 from research_rl.stages import Context
 
-__all__ = ["CORPUS", "SPLITS", "run"]
+__all__ = ["CORPUS", "FILES", "SPLITS", "run"]
 
 CORPUS = "corpus.jsonl"
 SPLITS = ("train", "dev", "test")
+FILES = "files"
 GENERATED = "encyclopedia"
 
 _REPORT_EVERY = 20_000
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """Local files of a source, by their names in the configuration, and what to record about it."""
-
-    locate: Callable[[str], Path]
-    facts: dict[str, Any]
+_EXPANSION = 3
+"""Typical size of text against its compressed form, for the check of the disk."""
 
 
 def run(context: Context) -> None:
-    """Publish `data/`: corpus.jsonl, train.jsonl, dev.jsonl, test.jsonl. Raises ConfigError or DataError, leaving nothing."""
-    data = context.config.data
-    with context.publish() as staging:
-        if data.source == "generated":
-            from research_rl.data.encyclopedia import generate
+    """Publish `data/`: corpus.jsonl, train.jsonl, dev.jsonl, test.jsonl and `files/`. Raises ConfigError or DataError, leaving nothing.
 
-            generate(data.generated, context.config.seed, staging.path)
-            staging.facts["source"] = {"kind": "generated"}
-            staging.counts.update(_count(staging.path, context))
-            return
-        sources = _folder(context) if data.source == "folder" else _hub(context)
-        staging.facts["source"] = sources.facts
-        staging.counts["corpus"] = _write_corpus(sources.locate(data.corpus), staging.path / CORPUS, context)
+    What was fetched before an error or a kill stays in artifacts/.work/download, and the next run goes on from there.
+    """
+    work = context.workspace.work("download")
+    try:
+        with context.publish() as staging:
+            if context.config.data.source == "generated":
+                _generated(context, staging)
+            else:
+                _fetched(context, staging, work)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(f"the disk is full ({error}); free some room and rerun, what is fetched is kept") from error
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _generated(context: Context, staging: Staging) -> None:
+    from research_rl.data.encyclopedia import generate
+
+    generate(context.config.data.generated, context.config.seed, staging.path)
+    staging.facts["source"] = {"kind": "generated"}
+    staging.counts.update(_count(staging.path, context))
+
+
+def _fetched(context: Context, staging: Staging, work: Path) -> None:
+    data = _expanded(context.config.data)
+    sources = Sources(data, context.config.transfer, context.workspace.root)
+    with ExitStack() as stack:
+        files = _bring(context, data, sources, work, stack)
+        staging.facts["source"] = {**sources.facts, "files": {name: file.facts for name, file in files.items()}}
+        for target, names in data.files.items():
+            _place([files[name].path for name in names], staging.path / FILES / target, work)
+        staging.counts["corpus"] = _write_corpus(files[data.corpus].path, staging.path / CORPUS, context)
         for split in SPLITS:
             names: tuple[str, ...] = getattr(data, split)
-            staging.counts[split] = _write_questions(names, sources, staging.path / f"{split}.jsonl")
+            staging.counts[split] = _write_questions(names, files, staging.path / f"{split}.jsonl")
             context.progress(f"{split}: {staging.counts[split]:,} questions", 0.9)
+
+
+def _bring(context: Context, data: DataConfig, sources: Sources, work: Path, stack: ExitStack) -> dict[str, Fetched]:
+    """Fetch all files; when one changed at its source meanwhile, look again, and keep what did not change."""
+    limits, names = context.config.transfer, _names(data)
+    for attempt in range(1, limits.attempts + 1):
+        located = transfer.locate(names, sources, data.sha256, limits, context.progress)
+        if attempt == 1 and any(item.remote.path is None for item in located):
+            stack.enter_context(transfer.locked(work))
+        transfer.check_room(located, work, context.workspace.folder("download"), _output(located, data))
+        try:
+            return transfer.fetch(located, work, limits, context.progress)
+        except ChangedError:
+            if attempt == limits.attempts:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _output(located: list[Located], data: DataConfig) -> int:
+    """Estimate the bytes of `data/`; fetched files that are only linked into it count nothing."""
+    linked = {names[0] for target, names in data.files.items() if len(names) == 1 and not _unpacked(names[0], target)}
+    sizes = {item.name: item.remote.size or 0 for item in located if item.remote.path is not None or item.name not in linked}
+    return sum(size * (_EXPANSION if PurePosixPath(name).suffix in SUFFIXES else 1) for name, size in sizes.items())
+
+
+def _place(paths: list[Path], target: Path, work: Path) -> None:
+    """Put a further file under its name: linked when it was fetched as it is, else decompressed, joined or copied."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if len(paths) == 1 and not _unpacked(paths[0].name, target.name) and paths[0].is_relative_to(work):
+        os.link(paths[0], target)
+        return
+    with target.open("wb") as sink:
+        for path in paths:
+            if len(paths) == 1 and _unpacked(path.name, target.name):
+                with open_plain(path) as (_, stream):
+                    shutil.copyfileobj(stream, sink, 1 << 20)
+            else:
+                with path.open("rb") as stream:
+                    _copy(stream, sink)
+
+
+def _copy(stream: BinaryIO, sink: BinaryIO) -> None:
+    shutil.copyfileobj(stream, sink, 1 << 20)
+
+
+def _unpacked(name: str, target: str) -> bool:
+    """Whether a file of that name is to be decompressed into `target`."""
+    suffix = PurePosixPath(name).suffix
+    return suffix in SUFFIXES and PurePosixPath(target).suffix != suffix
 
 
 def data_source(name: str) -> str:
@@ -69,11 +144,11 @@ def _write_corpus(source: Path, target: Path, context: Context) -> int:
     return rows
 
 
-def _write_questions(names: tuple[str, ...], sources: _Sources, target: Path) -> int:
+def _write_questions(names: tuple[str, ...], files: Mapping[str, Fetched], target: Path) -> int:
     rows = 0
     with target.open("wb") as stream:
         for name, prefix in _prefixes(names).items():
-            for question in _of_set(sources.locate(name), data_source(name), prefix):
+            for question in _of_set(files[name].path, data_source(name), prefix):
                 stream.write(flashrag.to_line(question))
                 rows += 1
     return rows
@@ -100,62 +175,24 @@ def _count(folder: Path, context: Context) -> dict[str, int]:
     return {"corpus": sum(1 for _ in flashrag.read_passages(folder / CORPUS)), **counts}
 
 
-def _folder(context: Context) -> _Sources:
-    data = context.config.data
-    if not data.folder:
-        raise ConfigError("data.folder is empty but data.source=folder; set data.folder=<root of the FlashRAG-format files>")
-    root = (context.workspace.root / Path(data.folder).expanduser()).resolve()
-    if not root.is_dir():
-        raise DataError(f"data.folder={data.folder} ({root}) is not a folder; set data.folder to the root of the FlashRAG-format files")
-    missing = [name for name in _names(data) if not (root / name).is_file()]
-    if missing:
-        raise DataError(f"data.folder={root} has no {', '.join(missing)}; correct data.corpus, data.train, data.dev or data.test")
-    return _Sources(lambda name: root / name, {"kind": "folder", "files": list(_names(data))})
+def _expanded(data: DataConfig) -> DataConfig:
+    """Return the configuration with bare set names replaced by their files."""
+    return data.model_copy(update={split: tuple(expand(name, split) for name in getattr(data, split)) for split in SPLITS})
 
 
 def _names(data: DataConfig) -> tuple[str, ...]:
-    names = (data.corpus, *data.train, *data.dev, *data.test)
+    names = (data.corpus, *data.train, *data.dev, *data.test, *(name for parts in data.files.values() for name in parts))
     for split in SPLITS:
         given: tuple[str, ...] = getattr(data, split)
         if not given:
             raise ConfigError(f"data.{split}=[] names no question file; name at least one below the root")
         if len(set(given)) < len(given):
             raise ConfigError(f"data.{split}={list(given)} names a file twice; name each once")
-    return tuple(dict.fromkeys(names))
-
-
-def _hub(context: Context) -> _Sources:
-    """Fetch the named files at one commit; a broken transfer goes on where it stopped at the next run."""
-    from huggingface_hub import HfApi, hf_hub_download
-
-    data, names = context.config.data, _names(context.config.data)
-    commit = _hub_call(data, "", lambda: HfApi(endpoint=data.hub_endpoint).dataset_info(data.hub_repo, revision=data.hub_revision).sha)
-    folder = context.workspace.work("download") / str(commit)
-    paths: dict[str, Path] = {}
-    for done, name in enumerate(names):
-        context.progress(f"fetching {name}", 0.5 * done / len(names))
-        fetched = _hub_call(
-            data,
-            name,
-            lambda name=name: hf_hub_download(
-                data.hub_repo, name, repo_type="dataset", revision=commit, endpoint=data.hub_endpoint, local_dir=folder
-            ),
+    for target, parts in data.files.items():
+        if not parts or not target or target.startswith("/") or ".." in PurePosixPath(target).parts:
+            raise ConfigError(f"data.files: {target!r}={list(parts)}; use a name below data/files/ and at least one file of the source")
+    if strange := set(data.sha256) - set(names):
+        raise ConfigError(
+            f"data.sha256 names {sorted(strange)}, which are not among the files; use the names of data.corpus, train, dev, test or files"
         )
-        paths[name] = Path(str(fetched))
-    return _Sources(paths.__getitem__, {"kind": "hub", "repository": data.hub_repo, "commit": commit, "files": list(names)})
-
-
-def _hub_call(data: DataConfig, name: str, call: Callable[[], Any]) -> Any:
-    """Run one hub request; what it raises becomes one DataError that names address, repository and revision."""
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    where = f"{data.hub_endpoint}/datasets/{data.hub_repo} at {data.hub_revision}" + (f", file {name}" if name else "")
-    try:
-        return call()
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(
-            f"cannot fetch {where}: {reason[0]}; check data.hub_endpoint, data.hub_repo, data.hub_revision and the network, "
-            "or put the files in a folder and set data.source=folder"
-        ) from error
+    return tuple(dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""Read and write FlashRAG's JSON-lines formats one row at a time. Knows rows and lines; knows no source, no stage.
+"""Read FlashRAG's JSON lines and DPR's TSV one row at a time, write JSON lines. Knows rows and lines; knows no source, no stage.
 
 Invariants: (1) every row handed out is complete and of the right types; (2) the first bad line ends the reading with one
 DataError that names file, line, value and remedy; (3) memory stays flat: eight bytes a row for the duplicate check.
@@ -6,26 +6,26 @@ DataError that names file, line, value and remedy; (3) memory stays flat: eight 
 
 from __future__ import annotations
 
-import gzip
-import io
+import csv
 import json
-import zipfile
 from array import array
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from research_rl.data.compressed import open_plain
 from research_rl.errors import DataError
 from research_rl.trajectory import Passage
 
 __all__ = ["Question", "read_passages", "read_questions", "supporting_ids", "to_line"]
 
 _SHOWN = 80
-_CORPUS_FORM = 'a passage is {"id": "...", "contents": "..."}'
+_LONGEST_FIELD = 1 << 24
+_CORPUS_FORM = 'a passage is {"id": "...", "contents": "..."} or {"id": "...", "title": "...", "text": "..."}'
+_TABLE_FORM = "a passage is id, text and title between tabs, below a line that names these columns"
 _QUESTION_FORM = 'a question is {"id": "...", "question": "...", "golden_answers": ["..."], "metadata": {}}'
 
 
@@ -40,30 +40,29 @@ class Question:
 
 
 def read_passages(path: Path) -> Iterator[Passage]:
-    """Yield the passages of a corpus file (.jsonl, .jsonl.gz, or a .zip with one member), in order.
+    """Yield the passages of a corpus file, in order: JSON lines, or DPR's table when its name ends in .tsv, maybe compressed.
 
+    A title and a text become one contents the way FlashRAG writes it: the title in quotes, a line break, the text.
     Raises DataError for a line that is not JSON or not UTF-8, a missing or blank field, and, at the end, repeated ids.
     """
     ids = _Ids()
-    for number, row in _rows(path, _CORPUS_FORM):
-        where = _Where(path, number, _CORPUS_FORM)
-        passage = Passage(where.identifier(row), where.text(row, "contents"))
+    for where, row in _corpus_rows(path):
+        passage = Passage(where.identifier(row), where.contents(row))
         ids.add(passage.id)
         yield passage
     if ids.repeated():
-        _name_repeated(path, ids.repeated(), _CORPUS_FORM)
+        _name_repeated(_corpus_rows(path), ids.repeated())
 
 
 def read_questions(path: Path) -> Iterator[Question]:
     """Yield the questions of a file, in order. Raises DataError as `read_passages`, and for a question without answers."""
     ids = _Ids()
-    for number, row in _rows(path, _QUESTION_FORM):
-        where = _Where(path, number, _QUESTION_FORM)
+    for where, row in _rows(path, _QUESTION_FORM):
         question = Question(where.identifier(row), where.text(row, "question"), where.answers(row), where.metadata(row))
         ids.add(question.id)
         yield question
     if ids.repeated():
-        _name_repeated(path, ids.repeated(), _QUESTION_FORM)
+        _name_repeated(_rows(path, _QUESTION_FORM), ids.repeated())
 
 
 def to_line(row: Passage | Question) -> bytes:
@@ -91,6 +90,13 @@ class _Where:
     def error(self, problem: str, remedy: str) -> DataError:
         return DataError(f"{self.path}:{self.number}: {problem}; {remedy}; {self.form}")
 
+    def decoded(self, line: bytes) -> str:
+        try:
+            return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            bad = line[error.start : error.start + 4].hex(" ")
+            raise self.error(f"byte {error.start} of the line ({bad}) is not UTF-8", "write the file anew as UTF-8") from None
+
     def field(self, row: dict[str, Any], key: str) -> Any:
         if key not in row:
             raise self.error(f"the row has no {key!r}, only {sorted(row)}", f"add {key!r} or remove the line")
@@ -104,6 +110,11 @@ class _Where:
 
     def text(self, row: dict[str, Any], key: str) -> str:
         return self._filled(self.field(row, key), key)
+
+    def contents(self, row: dict[str, Any]) -> str:
+        if "contents" in row or "text" not in row:
+            return self.text(row, "contents")
+        return f'"{self.text(row, "title")}"\n{self.text(row, "text")}'
 
     def answers(self, row: dict[str, Any]) -> tuple[str, ...]:
         value = self.field(row, "golden_answers")
@@ -135,65 +146,69 @@ class _Where:
             raise self.error(f"{key} holds half a surrogate pair at character {error.start}", "write the file anew as UTF-8") from None
 
 
-def _rows(path: Path, form: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line numbers (from 1) and rows; blank lines are skipped."""
+def _corpus_rows(path: Path) -> Iterator[tuple[_Where, dict[str, Any]]]:
+    with open_plain(path) as (name, stream):
+        yield from _table(path, stream) if name.endswith(".tsv") else _json_lines(path, stream, _CORPUS_FORM)
+
+
+def _rows(path: Path, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:
+    with open_plain(path) as (_, stream):
+        yield from _json_lines(path, stream, form)
+
+
+def _json_lines(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:
+    """Yield places (lines from 1) and rows; blank lines are skipped."""
     empty = True
-    with _lines(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.isspace():
-                continue
-            empty = False
-            yield number, _parse(_Where(path, number, form), line)
+    for number, line in enumerate(stream, 1):
+        if line.isspace():
+            continue
+        empty = False
+        where = _Where(path, number, form)
+        yield where, _parse(where, line)
     if empty:
         raise DataError(f"{path} holds no row; at least one is needed; {form}")
 
 
-def _parse(where: _Where, line: bytes) -> dict[str, Any]:
+def _table(path: Path, stream: BinaryIO) -> Iterator[tuple[_Where, dict[str, Any]]]:
+    """Yield places and rows of DPR's table; a quoted field may hold tabs, line breaks and doubled quotes."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    table = csv.reader(_decoded(path, stream), delimiter="\t", strict=True)
+    columns: list[str] | None = None
+    for fields in _checked(path, table):
+        where = _Where(path, table.line_num, _TABLE_FORM)
+        if columns is None:
+            columns = fields
+            if sorted(columns) != ["id", "text", "title"]:
+                raise where.error(f"the columns are {_show(columns)}", "name them id, text and title")
+        elif len(fields) != len(columns):
+            raise where.error(f"the row has {len(fields)} fields", "write three, quote those with tabs or quotes")
+        else:
+            yield where, dict(zip(columns, fields, strict=True))
+    if table.line_num < 2:
+        raise DataError(f"{path} holds no row; at least one is needed; {_TABLE_FORM}")
+
+
+def _checked(path: Path, table: Any) -> Iterator[list[str]]:
     try:
-        row = json.loads(line.decode("utf-8-sig" if where.number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        bad = line[error.start : error.start + 4].hex(" ")
-        raise where.error(f"byte {error.start} of the line ({bad}) is not UTF-8", "write the file anew as UTF-8") from None
+        yield from (fields for fields in table if fields)
+    except csv.Error as error:
+        raise _Where(path, table.line_num, _TABLE_FORM).error(str(error), "close every quoted field") from None
+
+
+def _decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        yield _Where(path, number, _TABLE_FORM).decoded(line)
+
+
+def _parse(where: _Where, line: bytes) -> dict[str, Any]:
+    text = where.decoded(line)
+    try:
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        shown = _show(line.decode(errors="replace").rstrip("\n"))
-        raise where.error(f"{shown} is not JSON ({error})", "write one JSON object a line") from None
+        raise where.error(f"{_show(text.rstrip())} is not JSON ({error})", "write one JSON object a line") from None
     if not isinstance(row, dict):
         raise where.error(f"{_show(row)} is a {type(row).__name__}, not an object", "write one JSON object a line")
     return cast(dict[str, Any], row)
-
-
-@contextmanager
-def _lines(path: Path) -> Generator[Iterator[bytes]]:
-    """Open a file, decompressing by its name. Raises DataError for a missing or damaged file."""
-    try:
-        with _stream(path) as stream:
-            yield iter(stream)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; correct data.folder or the file's name in data.*") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder; name a file of JSON lines") from None
-    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is cut off or damaged ({error}); fetch it again") from None
-
-
-@contextmanager
-def _stream(path: Path) -> Generator[BinaryIO]:
-    if path.suffix == ".gz":
-        with gzip.open(path) as stream:
-            yield cast(BinaryIO, stream)
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive, archive.open(_only_member(path, archive)) as stream:
-            yield io.BufferedReader(cast(Any, stream), 1 << 20)
-    else:
-        with path.open("rb", buffering=1 << 20) as stream:
-            yield stream
-
-
-def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
-    names = [name for name in archive.namelist() if name.endswith(".jsonl") and not name.startswith("__MACOSX")]
-    if len(names) != 1:
-        raise DataError(f"{path} holds {len(names)} .jsonl files; exactly one is needed")
-    return names[0]
 
 
 class _Ids:
@@ -215,17 +230,17 @@ class _Ids:
         return self._repeated
 
 
-def _name_repeated(path: Path, hashes: frozenset[int], form: str) -> None:
+def _name_repeated(rows: Iterator[tuple[_Where, dict[str, Any]]], hashes: frozenset[int]) -> None:
     """Read again and raise for the first id that truly occurs twice; return when the hashes merely collided."""
     seen: dict[str, int] = {}
-    for number, row in _rows(path, form):
+    for where, row in rows:
         identifier = str(row["id"])
         if hash(identifier) not in hashes:
             continue
         if identifier in seen:
             problem = f"id={_show(identifier)} was already used in line {seen[identifier]} ({len(hashes)} ids repeat)"
-            raise _Where(path, number, form).error(problem, "give every row its own id")
-        seen[identifier] = number
+            raise where.error(problem, "give every row its own id")
+        seen[identifier] = where.number
 
 
 def _show(value: Any) -> str:

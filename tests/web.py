@@ -1,0 +1,112 @@
+"""A web server that misbehaves on order: it drops, truncates, refuses, lies about lengths and sends other content."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+
+
+@dataclass
+class Site:
+    """Files by path, and for each path the faults of its next replies that carry more than one byte, in order.
+
+    Faults: ("drop", n) closes after n bytes; ("short", n) announces n bytes too few; ("long", n) n too many; ("status", code);
+    ("content", byte) sends that byte throughout; ("change", bytes) puts a new version in place first.
+    """
+
+    files: dict[str, bytes]
+    faults: dict[str, deque[tuple[str, Any]]] = field(default_factory=dict)
+    ranges: bool = True
+    etags: bool = True
+    sent: dict[str, int] = field(default_factory=dict)
+    asked: list[tuple[str, int]] = field(default_factory=list)
+    url: str = ""
+
+
+@contextmanager
+def serve(site: Site) -> Iterator[Site]:
+    """Serve the site on a free port of loopback."""
+    handler = type("Handler", (_Handler,), {"site": site})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    site.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield site
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    site: Site
+
+    def do_GET(self) -> None:
+        name = self.path.split("?")[0].lstrip("/")
+        if name not in self.site.files:
+            self._reply(404, {"Content-Length": "0"}, b"")
+            return
+        wanted = _RANGE.fullmatch(self.headers.get("Range", ""))
+        probe = bool(wanted) and wanted[2] == "0"
+        queue = self.site.faults.get(name, deque())
+        fault = queue.popleft() if queue and not probe else ("", None)
+        if fault[0] == "change":
+            self.site.files[name] = fault[1]
+        content = self.site.files[name]
+        etag = f'"{hashlib.md5(content).hexdigest()}"'
+        headers = {"ETag": etag} if self.site.etags else {}
+        start, stop, status = 0, len(content), 200
+        condition = self.headers.get("If-Range")
+        if wanted and self.site.ranges and condition in (None, etag):
+            start = int(wanted[1])
+            stop = min(int(wanted[2]) + 1, len(content)) if wanted[2] else len(content)
+            if start >= len(content):
+                self._reply(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"}, b"")
+                return
+            status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+        if not probe:
+            self.site.asked.append((name, start))
+        self._answer(name, fault, status, headers, content[start:stop], probe)
+
+    def _answer(self, name: str, fault: tuple[str, Any], status: int, headers: dict[str, str], body: bytes, probe: bool) -> None:
+        kind, value = fault
+        length = len(body)
+        if kind == "status":
+            self._reply(value, {"Content-Length": "0", "Retry-After": "0"}, b"")
+            return
+        if kind == "content":
+            body = value * length
+        elif kind == "drop":
+            body = body[:value]
+        elif kind == "short":
+            length = max(0, length - value)
+            body = body[:length]
+        elif kind == "long":
+            length += value
+        if not probe:
+            self.site.sent[name] = self.site.sent.get(name, 0) + len(body)
+        self._reply(status, {**headers, "Content-Length": str(length)}, body)
+        if len(body) < length:
+            self.close_connection = True
+
+    def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
