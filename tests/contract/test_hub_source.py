@@ -28,10 +28,13 @@ def lines(*rows: dict[str, Any]) -> bytes:
 
 QUESTIONS = lines({"id": "dev_0", "question": "Who?", "golden_answers": ["Ada"], "metadata": {}})
 FILES = {"wiki/corpus.jsonl": lines({"id": "0", "contents": "x"}), "musique/train.jsonl": QUESTIONS, "musique/dev.jsonl": QUESTIONS}
+FILES |= {"bamboogle/test.jsonl": QUESTIONS, "index/part_aa": b"first,", "index/part_ab": b"second"}
 
 
 class Hub(BaseHTTPRequestHandler):
     """The two addresses of a hub that a download needs: what a revision is, and a file at a commit."""
+
+    falsified = 0
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -43,7 +46,9 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         revision, resolve = f"/api/datasets/{REPOSITORY}/revision/main", f"/datasets/{REPOSITORY}/resolve/{COMMIT}/"
         if path == revision:
-            self._send(200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": []}).encode(), body)
+            self._send(
+                200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}).encode(), body
+            )
         elif path.startswith(resolve) and path.removeprefix(resolve) in FILES:
             self._send(200, FILES[path.removeprefix(resolve)], body)
         else:
@@ -55,6 +60,9 @@ class Hub(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), "ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+        if body and Hub.falsified and b"contents" in content:
+            Hub.falsified -= 1
+            content = b"?" * len(content)
         if body:
             self.wfile.write(content)
 
@@ -71,10 +79,33 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def context(root: Path, hub: str, **data: Any) -> Context:
+def context(root: Path, hub: str, transfer: dict[str, Any] | None = None, **data: Any) -> Context:
     named = {"corpus": "wiki/corpus.jsonl", "train": ["musique/train.jsonl"], "dev": ["musique/dev.jsonl"], "test": ["musique/dev.jsonl"]}
     tree = {"source": "hub", "hub_endpoint": hub, "hub_repo": REPOSITORY, **named, **data}
-    return Context(STAGES["download"], Config.model_validate({"data": tree}), Workspace(root), {}, silent)
+    return Context(STAGES["download"], Config.model_validate({"data": tree, "transfer": transfer or {}}), Workspace(root), {}, silent)
+
+
+def test_the_hubs_checksum_is_enforced(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's ETag is the sha256 a hub gives for large files: other content under it is refused."""
+    monkeypatch.setattr(Hub, "falsified", 2)
+    download.run(context(tmp_path, hub))
+    assert Hub.falsified == 0
+    assert next(flashrag.read_passages(tmp_path / "data/corpus.jsonl")).id == "0"
+    monkeypatch.setattr(Hub, "falsified", 99)
+    with pytest.raises(DataError, match=r"wiki/corpus.jsonl has sha256 .*, its source says .*; refused after 2 fetches"):
+        download.run(context(tmp_path / "again", hub, transfer={"attempts": 2}))
+
+
+def test_sets_are_known_by_name(hub: str, tmp_path: Path) -> None:
+    download.run(context(tmp_path, hub, train=["musique"], dev=["musique"], test=["musique", "bamboogle"]))
+    questions = list(flashrag.read_questions(tmp_path / "data/test.jsonl"))
+    assert [question.id for question in questions] == ["musique/dev_0", "bamboogle/dev_0"]
+
+
+def test_a_prebuilt_index_of_another_repository_comes_along(hub: str, tmp_path: Path) -> None:
+    parts = [f"hub://{REPOSITORY}@main/index/part_{end}" for end in ("aa", "ab")]
+    download.run(context(tmp_path, hub, files={"e5_Flat.index": parts}))
+    assert (tmp_path / "data/files/e5_Flat.index").read_bytes() == b"first,second"
 
 
 def test_files_come_from_the_commit_the_revision_stands_for(hub: str, tmp_path: Path) -> None:
@@ -90,6 +121,8 @@ def test_files_come_from_the_commit_the_revision_stands_for(hub: str, tmp_path: 
     [
         ({"hub_repo": "owner/nothing"}, "owner/nothing at main"),
         ({"train": ["musique/no.jsonl"]}, "file musique/no.jsonl"),
+        ({"train": ["musique/trian.jsonl"]}, "did you mean musique/train.jsonl"),
+        ({"dev": ["triviaqa"], "test": ["popqa"]}, "file triviaqa/dev.jsonl"),
         ({"hub_revision": "v9"}, "at v9"),
     ],
 )

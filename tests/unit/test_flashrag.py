@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from research_rl.data import flashrag
 from research_rl.errors import DataError
@@ -33,15 +36,86 @@ def test_reads_questions_in_order_and_writes_them_back(tmp_path: Path) -> None:
     assert list(flashrag.read_questions(again)) == found
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".zip"])
-def test_reads_compressed_corpora(tmp_path: Path, suffix: str) -> None:
-    path, line = tmp_path / f"corpus{suffix}", b'{"id": "0", "contents": "\\"T\\"\\nx"}\r\n\n{"id": "1", "contents": "y"}'
-    if suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("corpus.jsonl", line)
+def packed(path: Path, content: bytes) -> Path:
+    """Write the content the way the path's ending says."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("readme.txt", "no data")
+            archive.writestr(f"folder/{path.stem}", content)
     else:
-        path.write_bytes(gzip.compress(line) if suffix.endswith(".gz") else line)
+        pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+        path.write_bytes(pack.get(path.suffix, bytes)(content))
+    return path
+
+
+SUFFIXES = ["", ".gz", ".zip", ".zst", ".bz2", ".xz"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_reads_compressed_corpora(tmp_path: Path, suffix: str) -> None:
+    line = b'{"id": "0", "contents": "\\"T\\"\\nx"}\r\n\n{"id": "1", "contents": "y"}'
+    path = packed(tmp_path / f"corpus.jsonl{suffix}", line)
     assert list(flashrag.read_passages(path)) == [Passage("0", '"T"\nx'), Passage("1", "y")]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES[1:])
+def test_a_cut_or_altered_archive_is_refused(tmp_path: Path, suffix: str) -> None:
+    rows = b"".join(b'{"id": "%d", "contents": "%d"}\n' % (n, n * n) for n in range(5000))
+    path = packed(tmp_path / f"corpus.jsonl{suffix}", rows)
+    whole = path.read_bytes()
+    for cut in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match="cut off or damaged"):
+            list(flashrag.read_passages(path))
+
+
+def test_frames_of_zstandard_and_members_of_gzip_follow_each_other(tmp_path: Path) -> None:
+    first, second = b'{"id": "0", "contents": "a"}\n', b'{"id": "1", "contents": "b"}\n'
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(first) + zstandard.compress(second))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(first) + gzip.compress(second))
+    for suffix in (".zst", ".gz"):
+        assert [p.id for p in flashrag.read_passages(tmp_path / f"c.jsonl{suffix}")] == ["0", "1"]
+
+
+def test_title_and_text_become_contents(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", {"id": 1, "title": "Ada", "text": "A poet's daughter."})
+    assert list(flashrag.read_passages(path)) == [Passage("1", '"Ada"\nA poet\'s daughter.')]
+    with pytest.raises(DataError, match=r"c.jsonl:1: the row has no 'title'"):
+        list(flashrag.read_passages(write(tmp_path / "c.jsonl", {"id": 1, "text": "x"})))
+
+
+TABLE = 'id\ttext\ttitle\n1\t"Ada said ""no""\tand left."\tAda\n2\tplain, with "quotes" inside\t"Tab\tTitle"\n3\t"two\nlines"\tÜ\n'
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zip"])
+def test_reads_the_table_of_dpr(tmp_path: Path, suffix: str) -> None:
+    path = packed(tmp_path / f"psgs.tsv{suffix}", TABLE.encode())
+    assert list(flashrag.read_passages(path)) == [
+        Passage("1", '"Ada"\nAda said "no"\tand left.'),
+        Passage("2", '"Tab\tTitle"\nplain, with "quotes" inside'),
+        Passage("3", '"Ü"\ntwo\nlines'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "says"),
+    [
+        (["id\ttext", "1\tx"], 1, "the columns are ['id', 'text']; name them id, text and title"),
+        (["id\ttext\ttitle", "1\tx"], 2, "the row has 2 fields; write three"),
+        (["id\ttext\ttitle", "1\t \tT"], 2, "text=' ' is blank"),
+        (["id\ttext\ttitle", "1\tx\tT", "1\ty\tT"], 3, "id='1' was already used in line 2"),
+        (["id\ttext\ttitle", '1\t"x\tT', "2\ty\tT"], 3, "unexpected end of data; close every quoted field"),
+        (["id\ttext\ttitle", '1\t"x" (song)\tT'], 2, "close every quoted field"),
+        (["id\ttext\ttitle", b"1\t\xff\tT"], 2, "is not UTF-8"),
+        (["id\ttext\ttitle"], None, "holds no row"),
+    ],
+)
+def test_a_bad_table_is_named(tmp_path: Path, rows: list[str | bytes], line: int | None, says: str) -> None:
+    path = write(tmp_path / "c.tsv", *rows)
+    with pytest.raises(DataError) as caught:
+        list(flashrag.read_passages(path))
+    assert says in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:{line}: " if line else f"{path} ")
 
 
 @pytest.mark.parametrize(
