@@ -95,6 +95,27 @@ class TransferConfig(Section):
     piece_mb: int = Field(default=256, ge=1, description="Largest piece of a file fetched by one connection, in MB.")
 
 
+class DriftConfig(Section):
+    """How far a snapshot may differ from the last accepted one; above warn it is reported, above critical it stops the run."""
+
+    rows_warn: float = Field(default=0.1, ge=0, description="Relative change of a set's number of rows to report.")
+    rows_critical: float = Field(default=0.5, ge=0, description="Relative change of a set's number of rows that stops the run.")
+    shape_warn: float = Field(
+        default=0.1,
+        ge=0,
+        description="Shift of lengths, question words or kinds of answers to report (population stability index; 0.1 is visible, 0.25 large).",
+    )
+    shape_critical: float = Field(default=0.5, ge=0, description="Such a shift that stops the run.")
+    vocabulary_warn: float = Field(
+        default=0.05, ge=0, le=1, description="Shift of the corpus's vocabulary to report (Jensen-Shannon divergence in bits, 0 to 1)."
+    )
+    vocabulary_critical: float = Field(default=0.3, ge=0, le=1, description="Such a shift that stops the run.")
+    accept: bool = Field(
+        default=False,
+        description="Accept this snapshot however far it drifted; drift is reported still. A changed data section is always accepted.",
+    )
+
+
 class ValidationConfig(Section):
     """Limits of the data-quality suites."""
 
@@ -102,11 +123,33 @@ class ValidationConfig(Section):
         default=0.5,
         ge=0,
         le=1,
-        description="Least share of held-out questions with a gold answer somewhere in the corpus (yes/no questions count as found).",
+        description="Least share of held-out questions with a gold answer somewhere in the corpus (yes/no questions count as found); below it train and dev are reported, test stops the run.",
     )
-    max_leakage: float = Field(default=0.0, ge=0, le=1, description="Largest share of test questions whose text also occurs in train.")
+    max_leakage: float = Field(
+        default=0.0, ge=0, le=1, description="Largest share of dev or test questions whose words also stand, in the same order, in train."
+    )
+    max_near_leakage: float = Field(
+        default=0.02, ge=0, le=1, description="Largest share of dev or test questions that nearly stand in train (see near_overlap)."
+    )
+    near_overlap: float = Field(
+        default=0.8, gt=0, le=1, description="Share of common content words (Jaccard) from which two questions are near duplicates."
+    )
+    max_repeated_questions: float = Field(
+        default=0.01, ge=0, le=1, description="Share of questions repeated within a set from which it is reported."
+    )
+    max_question_chars: int = Field(default=4000, ge=10, description="Longest question accepted, in characters.")
+    max_answer_chars: int = Field(default=1000, ge=1, description="Longest gold answer accepted, in characters.")
     max_passage_chars: int = Field(default=20_000, ge=100, description="Longest passage accepted, in characters.")
-    max_duplicate_passages: float = Field(default=0.01, ge=0, le=1, description="Largest share of passages with identical contents.")
+    max_duplicate_passages: float = Field(
+        default=0.01, ge=0, le=1, description="Largest share of passages whose words stand, in the same order, in an earlier passage."
+    )
+    max_bad_encoding: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Largest share of rows with replacement characters, control characters or mojibake, each; any is reported.",
+    )
+    drift: DriftConfig = Field(default_factory=DriftConfig, description="Limits against the last accepted snapshot.")
 
 
 class PromptConfig(Section):

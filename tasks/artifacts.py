@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from prefect.exceptions import PrefectException
 from research_rl import manifest
 from research_rl.manifest import Manifest
 from research_rl.stages import STAGES
+from tasks.docs import SUMMARY, named, rank
 from tasks.job import Job
 from tasks.track import FLOW, StageRun
 
-__all__ = ["evaluation_table", "index_card", "quality_table", "report_page"]
+__all__ = ["evaluation_table", "index_card", "quality_table", "refused_table", "report_page"]
 
 _WAIT_S = 30.0
 _CELL = 100
@@ -42,6 +43,18 @@ def showing(what: str) -> Generator[None]:
 
 def quality_table(job: Job, found: Manifest, run: StageRun) -> None:
     """Publish the data-quality table; with MLflow the same report as a file."""
+    checks, against = found.facts["checks"], found.facts["drift"]["against"]
+    _quality(checks, f"Accepted, report {found.hash[:12]}, drift against {against[:19]}", job.workspace.work("data-docs"))
+    if run.fresh:
+        run.artifact(job.workspace.folder("validate") / "report.json")
+
+
+def refused_table(checks: Sequence[Mapping[str, Any]], docs: Path) -> None:
+    """Publish the table of a snapshot that broke critical expectations, those first."""
+    _quality(sorted(checks, key=rank), "REFUSED", docs)
+
+
+def _quality(checks: Sequence[Mapping[str, Any]], what: str, docs: Path) -> None:
     rows = [
         {
             "suite": item["suite"],
@@ -50,15 +63,15 @@ def quality_table(job: Job, found: Manifest, run: StageRun) -> None:
             "limit": item["limit"][:80],
             "observed": item["observed"][:80],
             "result": "passed" if item["passed"] else item["severity"],
-            "first rows": ", ".join(item["rows"]),
+            "first rows": "; ".join(map(named, item["rows"])),
         }
-        for item in found.facts["checks"]
+        for item in checks
     ]
-    warnings = found.counts.get("warnings", 0)
+    failed = sum(not item["passed"] for item in checks)
     with showing("the data-quality table"):
-        create_table_artifact(rows, key="data-quality", description=f"{len(rows)} checks, {warnings} warnings; report {found.hash[:12]}")
-    if run.fresh:
-        run.artifact(job.workspace.folder("validate") / "report.json")
+        create_table_artifact(
+            rows, key="data-quality", description=f"{what}: {len(rows)} checks, {failed} not passed; data docs: {docs / SUMMARY}"
+        )
 
 
 def index_card(job: Job, found: Manifest, run: StageRun) -> None:

@@ -18,6 +18,8 @@ __all__ = ["SNAPSHOT", "render", "write"]
 
 SNAPSHOT = "download"
 _HEADER = "# Written by `python -m tasks.dvc_file` from the stage table in research_rl/stages.py.\n"
+# Stages that read their last artifact: DVC must not remove it before they run.
+_KEPT = {"validate"}
 # A checkout's own environment comes first; elsewhere the caller's PATH decides.
 _COMMAND = "PATH=.venv/bin:$PATH python -m research_rl run {name}"
 
@@ -34,7 +36,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         found["deps"] = [STAGES[parent].folder for parent in stage.parents]
     if stage.sections:
         found["params"] = list(stage.sections)
-    found["outs"] = [stage.folder]
+    found["outs"] = [{stage.folder: {"persist": True}} if stage.name in _KEPT else stage.folder]
     return found
 
 

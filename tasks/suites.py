@@ -8,18 +8,22 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import ValidationConfig
+from research_rl.config import DriftConfig, ValidationConfig
+from tasks.columns import ENCODING_DEFECTS
+from tasks.docs import write_summary
+from tasks.questions import COLUMNS
+from tasks.statistics import CorpusStatistics, Example
 
-__all__ = ["Check", "Frame", "check", "corpus_frames", "question_frame"]
+__all__ = ["Check", "Frame", "check", "corpus_frames", "drift_frame", "question_frame", "schema_frame"]
 
 _SHOWN = 3
-QUESTION_COLUMNS = ("id", "question", "answers", "chars", "leaked", "answered", "unknown_support")
-_CLEAN = r"\ufffd"
+_LISTED = 20
+_SHARES = ("malformed", "repeated_ids", "repeated_contents", *ENCODING_DEFECTS, "untitled", "wordless", "overlong")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Check:
     observed: str
     severity: str
     passed: bool
-    rows: tuple[str, ...] = ()
+    rows: tuple[Example, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready record."""
@@ -42,79 +46,140 @@ class Check:
 
 @dataclass(frozen=True)
 class Frame:
-    """One suite: its name, its rows, `expect` which builds the expectations, and examples of offending rows by column."""
+    """One suite: its name, its rows, `expect` which builds the expectations, and what names a row.
+
+    `examples` shows offending rows by column where the frame's own rows are not those of the data.
+    """
 
     suite: str
-    rows: Sequence[dict[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
     expect: Callable[[Any], list[Any]]
-    examples: dict[str, list[str]]
+    named: tuple[str, ...] = ()
+    columns: tuple[str, ...] | None = None
+    examples: Mapping[str, Sequence[Example]] = field(default_factory=dict[str, Sequence[Example]])
 
 
-def question_frame(split: str, rows: Sequence[dict[str, Any]], limits: ValidationConfig) -> Frame:
-    """Return the suite of one question set; `rows` have the columns of QUESTION_COLUMNS."""
+def question_frame(split: str, rows: Sequence[Mapping[str, Any]], limits: ValidationConfig) -> Frame:
+    """Return the suite of one question set; `rows` have the columns of questions.COLUMNS."""
 
     def expect(e: Any) -> list[Any]:
-        found = [
-            e.ExpectTableColumnsToMatchSet(column_set=list(QUESTION_COLUMNS), severity="critical"),
+        between, lengths = e.ExpectColumnValuesToBeBetween, e.ExpectColumnValueLengthsToBeBetween
+        return [
+            e.ExpectTableColumnsToMatchSet(column_set=list(COLUMNS), severity="critical"),
             e.ExpectTableRowCountToBeBetween(min_value=1, severity="critical"),
             e.ExpectColumnValuesToBeUnique(column="id", severity="critical"),
-            e.ExpectColumnValueLengthsToBeBetween(column="id", min_value=1, severity="critical"),
-            e.ExpectColumnValueLengthsToBeBetween(column="question", min_value=3, max_value=4000, severity="critical"),
-            e.ExpectColumnValuesToNotMatchRegex(column="question", regex=_CLEAN, severity="critical"),
-            e.ExpectColumnValuesToBeUnique(column="question", mostly=0.99, severity="warning"),
-            e.ExpectColumnValuesToBeBetween(column="answers", min_value=1, severity="critical"),
-            e.ExpectColumnValuesToBeBetween(column="unknown_support", max_value=0, severity="critical"),
+            lengths(column="id", min_value=1, severity="critical"),
+            between(column="chars", min_value=3, max_value=limits.max_question_chars, severity="critical"),
+            between(column="words", min_value=1, severity="critical"),
+            between(column="answers", min_value=1, severity="critical"),
+            between(column="longest_answer", min_value=1, max_value=limits.max_answer_chars, severity="critical"),
+            none(between, "echo", 0.0, "critical"),
+            *encodings(between, limits),
+            none(between, "repeated", limits.max_repeated_questions, "warning"),
+            none(between, "unknown_support", 0.0, "critical"),
+            between(
+                column="answered",
+                min_value=1,
+                mostly=limits.min_answer_coverage,
+                severity="critical" if split == "test" else "warning",
+            ),
+            *(leaks(between, limits) if split != "train" else []),
+            *([none(between, "shared", 0.0, "warning")] if split == "test" else []),
         ]
-        if split != "train":
-            found.append(e.ExpectColumnMeanToBeBetween(column="leaked", max_value=limits.max_leakage, severity="critical"))
-        if split == "test":
-            found.append(e.ExpectColumnMeanToBeBetween(column="answered", min_value=limits.min_answer_coverage, severity="critical"))
-        return found
 
-    examples = {
-        "leaked": [row["id"] for row in rows if row["leaked"]],
-        "answered": [row["id"] for row in rows if not row["answered"]],
-    }
-    return Frame(split, rows, expect, examples)
+    return Frame(split, rows, expect, ("line", "id", "text", "note"))
 
 
-def corpus_frames(
-    shards: Sequence[dict[str, int]],
-    sample: Sequence[dict[str, str]],
-    repeated: float,
-    examples: dict[str, list[str]],
-    limits: ValidationConfig,
-) -> list[Frame]:
-    """Return the corpus suites: one row per shard, one row of whole-corpus shares, and a sample of passages."""
+def schema_frame(split: str, problem: str) -> Frame:
+    """Return the suite of a question set that cannot be read to its end because of `problem`."""
+    return Frame(
+        split, [{"problem": problem}], lambda e: [e.ExpectColumnValuesToBeNull(column="problem", severity="critical")], ("problem",),
+        examples={"problem": [{"problem": problem}]},
+    )  # fmt: skip
+
+
+def none(between: Any, column: str, share: float, severity: str) -> Any:
+    """Expect a column of counts to be zero in all rows but a share."""
+    return between(column=column, max_value=0, mostly=round(1 - share, 9), severity=severity)
+
+
+def leaks(between: Any, limits: ValidationConfig) -> list[Any]:
+    """Expect few rows to stand, or nearly stand, in train."""
+    return [none(between, "leaked", limits.max_leakage, "critical"), none(between, "near", limits.max_near_leakage, "critical")]
+
+
+def encodings(between: Any, limits: ValidationConfig) -> list[Any]:
+    """Report any defect of encoding; too many stop the run, but for a mere other normal form."""
+    stopping = [name for name in ENCODING_DEFECTS if name != "unnormalised"]
+    return [
+        *(none(between, name, 0.0, "warning") for name in ENCODING_DEFECTS),
+        *(none(between, name, limits.max_bad_encoding, "critical") for name in stopping),
+    ]
+
+
+def corpus_frames(corpus: CorpusStatistics, limits: ValidationConfig) -> list[Frame]:
+    """Return the corpus suites: whole-corpus shares, the first rows with a defect, shards, and a sample of passages."""
+
+    def whole(e: Any) -> list[Any]:
+        def most(column: str, share: float) -> Any:
+            return e.ExpectColumnMaxToBeBetween(column=column, max_value=share, severity="critical")
+
+        stopping = ("replacement", "control", "mojibake")
+        return [
+            *(most(name, 0.0) for name in ("malformed", "repeated_ids", "overlong")),
+            most("repeated_contents", limits.max_duplicate_passages),
+            *(most(name, limits.max_bad_encoding) for name in stopping),
+            most("wordless", 0.001),
+        ]
 
     def per_shard(e: Any) -> list[Any]:
         return [
             e.ExpectColumnValuesToBeBetween(column="rows", min_value=1, severity="critical"),
             e.ExpectColumnValuesToBeBetween(column="longest", max_value=limits.max_passage_chars, severity="critical"),
-            e.ExpectColumnValuesToBeBetween(column="replacement", max_value=0, severity="warning"),
-            e.ExpectColumnValuesToBeBetween(column="untitled", max_value=0, severity="warning"),
         ]
 
-    def whole(e: Any) -> list[Any]:
-        return [e.ExpectColumnMaxToBeBetween(column="repeated_contents", max_value=limits.max_duplicate_passages, severity="critical")]
+    def single(e: Any) -> list[Any]:
+        return [e.ExpectColumnValuesToBeBetween(column=name, max_value=0, severity="warning") for name in _SHARES]
 
     def sampled(e: Any) -> list[Any]:
         return [
             e.ExpectColumnValuesToBeUnique(column="id", severity="critical"),
-            e.ExpectColumnValueLengthsToBeBetween(column="contents", min_value=1, severity="critical"),
             e.ExpectColumnValuesToMatchRegex(column="contents", regex=r"\w", mostly=0.999, severity="critical"),
             e.ExpectColumnValueLengthsToBeBetween(column="contents", min_value=40, mostly=0.95, severity="warning"),
         ]
 
+    shares = {name: round(corpus.share(name), 9) for name in _SHARES}
     return [
-        Frame("corpus shards", shards, per_shard, examples),
-        Frame("corpus", [{"repeated_contents": repeated}], whole, examples),
-        Frame("corpus sample", sample, sampled, {}),
+        Frame("corpus", [{"rows": corpus.rows, **shares}], whole, examples=corpus.examples),
+        Frame("corpus rows", offending(corpus), single, ("line", "id", "text"), columns=("line", "id", "text", *_SHARES)),
+        Frame("corpus shards", corpus.shards, per_shard, ("shard",), examples={"longest": corpus.examples.get("overlong", ())}),
+        Frame("corpus sample", [{"id": name, "contents": text} for _, name, text in corpus.sample], sampled, ("id", "contents")),
     ]
 
 
+def offending(corpus: CorpusStatistics) -> list[dict[str, Any]]:
+    """Return the first rows of each defect, with a 1 in that defect's column."""
+    none = dict.fromkeys(_SHARES, 0)
+    return [{**row, **none, name: 1} for name in _SHARES for row in corpus.examples.get(name, ())]
+
+
+def drift_frame(rows: Sequence[Mapping[str, Any]], limits: DriftConfig, stops: bool) -> Frame:
+    """Return the suite on `drift.compare`'s rows; drift above the critical limits fails only where it `stops` the run."""
+
+    def expect(e: Any) -> list[Any]:
+        def most(column: str, level: str) -> Any:
+            return e.ExpectColumnValuesToBeBetween(
+                column=column, max_value=getattr(limits, f"{column}_{level}"), severity="warning" if level == "warn" else level
+            )
+
+        levels = ("warn", "critical") if stops else ("warn",)
+        return [most(column, level) for column in ("rows", "shape", "vocabulary") for level in levels]
+
+    return Frame("drift", rows, expect, ("set", "measure", "before", "after"))
+
+
 def check(frames: Sequence[Frame], docs: Path) -> list[Check]:
-    """Validate every frame and write the HTML data docs below `docs`."""
+    """Validate every frame and write the HTML data docs below `docs`, docs.SUMMARY first."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
     import pandas as pd
@@ -135,10 +200,11 @@ def check(frames: Sequence[Frame], docs: Path) -> list[Check]:
             checkpoint = context.checkpoints.add(
                 gx.Checkpoint(name=frame.suite, validation_definitions=[definition], result_format=_format(frame))
             )
-            result = checkpoint.run(batch_parameters={"dataframe": pd.DataFrame(list(frame.rows))})
+            result = checkpoint.run(batch_parameters={"dataframe": pd.DataFrame(list(frame.rows), columns=frame.columns)})
             for outcome in next(iter(result.run_results.values())).results:
                 found.append(_check(frame, outcome.to_json_dict()))
         context.build_data_docs(site_names=["docs"])
+    write_summary([item.to_json() for item in found], docs)
     return found
 
 
@@ -151,10 +217,8 @@ def _site(docs: Path) -> Any:
 
 
 def _format(frame: Frame) -> dict[str, Any]:
-    named = ["id"] if frame.rows and "id" in frame.rows[0] else []
-    return {"result_format": "COMPLETE", "unexpected_index_column_names": named, "partial_unexpected_count": 20} if named else {
-        "result_format": "COMPLETE"
-    }  # fmt: skip
+    named = {"unexpected_index_column_names": list(frame.named), "return_unexpected_index_query": False} if frame.named else {}
+    return {"result_format": "COMPLETE", "partial_unexpected_count": _LISTED, **named}
 
 
 def _check(frame: Frame, outcome: dict[str, Any]) -> Check:
@@ -174,7 +238,7 @@ def _check(frame: Frame, outcome: dict[str, Any]) -> Check:
 
 
 def _limit(arguments: dict[str, Any]) -> str:
-    names = ("column_set", "min_value", "max_value", "mostly", "regex")
+    names = ("min_value", "max_value", "mostly", "regex")
     return ", ".join(f"{name}={arguments[name]}" for name in names if arguments.get(name) is not None)
 
 
@@ -187,9 +251,9 @@ def _observed(result: dict[str, Any], raised: dict[str, Any]) -> str:
     return f"{result.get('unexpected_count', 0)} of {result.get('element_count', 0)} rows differ"
 
 
-def _rows(frame: Frame, column: str, result: dict[str, Any]) -> tuple[str, ...]:
-    known = frame.examples.get(column)
-    if known:
-        return tuple(known[:_SHOWN])
-    listed = result.get("unexpected_index_list") or []
-    return tuple(str(row.get("id", row)) if isinstance(row, dict) else f"row {row}" for row in listed[:_SHOWN])
+def _rows(frame: Frame, column: str, result: dict[str, Any]) -> tuple[Example, ...]:
+    known = frame.examples.get(column) or [
+        {name: value for name, value in row.items() if name in frame.named and value not in ("", None)}
+        for row in (result.get("unexpected_index_list") or [])[:_SHOWN]
+    ]
+    return tuple(known[:_SHOWN])

@@ -1,89 +1,170 @@
 """Stage validate: judge the raw snapshot by Great Expectations suites before anything is built from it.
 
-Knows which statistic meets which limit; leaves reading to `statistics` and the expectations to `suites`.
-The artifact is report.json alone. Data docs (HTML) carry times and paths, so they go to artifacts/.work/data-docs.
+Knows which statistic meets which limit; leaves measuring to `statistics` and `questions`, expectations to `suites`. The artifact
+is the report and the accepted snapshot's statistics, with those of the one accepted before it: what drift is measured against.
+Data docs (HTML) carry times and paths, so they go to artifacts/.work/data-docs.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from research_rl import manifest
 from research_rl.data.download import CORPUS, SPLITS
 from research_rl.data.flashrag import Question, read_questions, supporting_ids
-from research_rl.errors import DataError
+from research_rl.errors import DataError, ManifestError
 from research_rl.stages import Context
-from tasks.artifacts import quality_table
+from tasks import drift
+from tasks.answers import Sought
+from tasks.artifacts import quality_table, refused_table
+from tasks.docs import SUMMARY, named
+from tasks.questions import Texts, rows
 from tasks.stage import stage_task
-from tasks.statistics import CorpusStatistics, answered, measure_corpus
-from tasks.suites import Check, Frame, check, corpus_frames, question_frame
+from tasks.statistics import CorpusStatistics, measure_corpus
+from tasks.suites import Check, Frame, check, corpus_frames, drift_frame, question_frame, schema_frame
+from tasks.track import StageRun
 
-__all__ = ["run_stage", "validate"]
+__all__ = ["QualityError", "run_stage", "validate"]
 
-REPORT = "report.json"
+REPORT, STATISTICS = "report.json", "statistics.json"
 DOCS = "data-docs"
+FIRST = "no earlier snapshot"
+
+
+class QualityError(DataError):
+    """Critical expectations are broken; `checks` are all outcomes."""
+
+    def __init__(self, message: str, checks: Sequence[dict[str, Any]], docs: Path) -> None:
+        super().__init__(message)
+        self.checks, self.docs = checks, docs
 
 
 def run_stage(context: Context) -> None:
-    """Publish the data-quality report. Raises DataError naming the first broken critical expectations."""
-    folder = context.parent("download")
-    questions = {split: list(read_questions(folder / f"{split}.jsonl")) for split in SPLITS}
-    corpus, found = _measure(context, folder / CORPUS, questions)
-    context.progress("checking the suites", 0.9)
-    docs = context.workspace.work(DOCS)
+    """Publish the data-quality report. Raises QualityError naming the broken critical expectations and the first rows."""
+    folder, docs = context.parent("download"), context.workspace.work(DOCS)
     shutil.rmtree(docs, ignore_errors=True)
-    checks = check(_frames(context, questions, corpus, found), docs)
+    questions = _questions(folder, docs)
+    sought = Sought.of(
+        (answer for items in questions.values() for item in items for answer in item.golden_answers),
+        (passage for items in questions.values() for item in items for passage in supporting_ids(item)),
+    )
+    corpus = _measure(context, folder / CORPUS, sought)
+    context.progress("comparing the question sets", 0.85)
+    tables = _tables(context, questions, sought, corpus)
+    profiles = {"corpus": drift.corpus_profile(corpus)}
+    profiles |= {split: drift.question_profile(questions[split], table) for split, table in tables.items()}
+    earlier, accepted = _earlier(context)
+    moved = drift.compare(earlier["profiles"], profiles) if earlier else []
+    context.progress("checking the suites", 0.9)
+    frames = [question_frame(split, table, context.config.validation) for split, table in tables.items()]
+    frames += corpus_frames(corpus, context.config.validation) + _drift(context, moved, earlier, accepted)
+    checks = check(frames, docs)
+    context.progress(f"data docs: {docs / SUMMARY}", 0.99)
     _require(checks, docs)
+    _publish(context, checks, profiles, earlier, {"moved": moved, "corpus": corpus, "tables": tables})
+
+
+def _questions(folder: Path, docs: Path) -> dict[str, list[Question]]:
+    """Read all sets. Raises QualityError that names the first row of each set that breaks the format."""
+    questions: dict[str, list[Question]] = {}
+    broken: list[Frame] = []
+    for split in SPLITS:
+        try:
+            questions[split] = list(read_questions(folder / f"{split}.jsonl"))
+        except DataError as error:
+            broken.append(schema_frame(split, str(error)))
+    if broken:
+        _require(check(broken, docs), docs)
+    return questions
+
+
+def _measure(context: Context, path: Path, sought: Sought) -> CorpusStatistics:
+    total = max(1, context.parents["download"].counts.get("corpus", 0))
+    return measure_corpus(
+        path,
+        sought,
+        context.config.validation.max_passage_chars,
+        context.workspace.work("validate"),
+        lambda seen: context.progress(f"{seen:,} passages measured", 0.8 * seen / total),
+    )
+
+
+def _tables(
+    context: Context, questions: Mapping[str, Sequence[Question]], sought: Sought, corpus: CorpusStatistics
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the row tables of all sets; dev and test are looked up in train, test in dev as well."""
+    earlier: dict[str, Texts] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for split in ("train", "dev", "test"):
+        tables[split] = rows(questions[split], earlier, sought, corpus)
+        earlier[split] = Texts(context.config.validation.near_overlap)
+        earlier[split].add(split, questions[split])
+    return tables
+
+
+def _earlier(context: Context) -> tuple[dict[str, Any] | None, bool]:
+    """Return the snapshot to compare with, and whether the present one was accepted before.
+
+    The last artifact holds the last accepted snapshot. If that is the present one, validated again, the comparison is the
+    same as it was then, so that equal inputs give equal artifacts.
+    """
+    folder = context.workspace.folder(context.stage.name)
+    try:
+        manifest.load(folder)
+        kept = json.loads((folder / STATISTICS).read_bytes())
+    except (ManifestError, FileNotFoundError):
+        return None, False
+    if kept["snapshot"]["data"] == context.parents["download"].hash:
+        return kept["earlier"], True
+    return kept["snapshot"], False
+
+
+def _drift(context: Context, moved: Sequence[dict[str, Any]], earlier: dict[str, Any] | None, accepted: bool) -> list[Frame]:
+    """Return the drift suite. Drift stops a run only when the source itself changed under an unchanged configuration."""
+    if not earlier:
+        return []
+    limits = context.config.validation.drift
+    deliberate = earlier["source"] != context.parents["download"].config_hash
+    return [drift_frame(moved, limits, not (accepted or deliberate or limits.accept))]
+
+
+def _publish(
+    context: Context, checks: Sequence[Check], profiles: dict[str, Any], earlier: dict[str, Any] | None, seen: dict[str, Any]
+) -> None:
+    download = context.parents["download"]
+    corpus: CorpusStatistics = seen["corpus"]
+    tables: dict[str, list[dict[str, Any]]] = seen["tables"]
     with context.publish() as staging:
         report = [item.to_json() for item in checks]
-        (staging.path / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        snapshot = {"data": download.hash, "source": download.config_hash, "profiles": profiles}
+        _write(staging.path / REPORT, report)
+        _write(staging.path / STATISTICS, {"snapshot": snapshot, "earlier": earlier})
         staging.counts |= {"passages": corpus.rows, "checks": len(checks), "warnings": sum(not item.passed for item in checks)}
-        staging.counts |= {split: len(rows) for split, rows in questions.items()}
-        staging.facts |= {"checks": report, "answer_coverage": round(sum(found) / len(found), 6), "longest_passage": corpus.longest}
+        staging.counts |= {split: len(table) for split, table in tables.items()}
+        staging.facts |= {
+            "checks": report,
+            "answer_coverage": {split: round(sum(row["answered"] for row in table) / len(table), 6) for split, table in tables.items()},
+            "longest_passage": corpus.longest,
+            "lengths": {name: {key: drop_bins(value) for key, value in item["lengths"].items()} for name, item in profiles.items()},
+            "drift": {"against": earlier["data"] if earlier else FIRST, "measures": [_moved(row) for row in seen["moved"]]},
+        }
 
 
-def _measure(context: Context, path: Path, questions: dict[str, list[Question]]) -> tuple[CorpusStatistics, list[bool]]:
-    total = max(1, context.parents["download"].counts.get("corpus", 0))
-    support = {passage for rows in questions.values() for row in rows for passage in supporting_ids(row)}
-    limit = context.config.validation.max_passage_chars
-    corpus = measure_corpus(path, support, limit, lambda rows: context.progress(f"{rows:,} passages measured", 0.5 * rows / total))
-    test = questions["test"]
-    found = answered(
-        test, corpus.kept, path, lambda rows: context.progress(f"answers sought in {rows:,} passages", 0.5 + 0.4 * rows / total)
-    )
-    return corpus, found
+def drop_bins(lengths: Mapping[str, Any]) -> dict[str, int]:
+    """Return the quantiles of a profile's lengths."""
+    return {name: value for name, value in lengths.items() if name != "bins"}
 
 
-def _frames(context: Context, questions: dict[str, list[Question]], corpus: CorpusStatistics, found: list[bool]) -> list[Frame]:
-    limits = context.config.validation
-    train = {_key(row) for row in questions["train"]}
-    frames: list[Frame] = []
-    for split, rows in questions.items():
-        hits = found if split == "test" else [True] * len(rows)
-        leaks = train if split != "train" else frozenset[str]()
-        table = [_row(row, row_found, leaks, corpus) for row, row_found in zip(rows, hits, strict=True)]
-        frames.append(question_frame(split, table, limits))
-    share = corpus.repeated_contents / max(1, corpus.rows)
-    return [*frames, *corpus_frames(corpus.shards, corpus.sample, share, corpus.examples, limits)]
+def _moved(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value == value}
 
 
-def _key(question: Question) -> str:
-    return " ".join(question.question.lower().split())
-
-
-def _row(question: Question, found: bool, train: set[str] | frozenset[str], corpus: CorpusStatistics) -> dict[str, Any]:
-    return {
-        "id": question.id,
-        "question": question.question,
-        "answers": len(question.golden_answers),
-        "chars": len(question.question),
-        "leaked": int(_key(question) in train),
-        "answered": int(found),
-        "unknown_support": sum(passage not in corpus.kept for passage in supporting_ids(question)),
-    }
+def _write(path: Path, tree: Any) -> None:
+    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _require(checks: Sequence[Check], docs: Path) -> None:
@@ -92,13 +173,25 @@ def _require(checks: Sequence[Check], docs: Path) -> None:
         return
     lines = [
         f"{item.suite}: {item.expectation}({', '.join(filter(None, (item.column, item.limit)))}) observed {item.observed}"
-        + (f", first rows: {', '.join(item.rows)}" if item.rows else "")
+        + "".join(f"\n    {named(row)}" for row in item.rows)
         for item in broken
     ]
-    raise DataError(
-        f"{len(broken)} data-quality checks failed; correct the source or the limits in validation.*, details in {docs / 'index.html'}\n  "
-        + "\n  ".join(lines)
+    hint = "; to accept the drift, run once with validation.drift.accept=true" if any(item.suite == "drift" for item in broken) else ""
+    raise QualityError(
+        f"{len(broken)} data-quality checks failed; correct the source or the limits in validation.*{hint}; details in "
+        f"{docs / SUMMARY}\n  " + "\n  ".join(lines),
+        [item.to_json() for item in checks],
+        docs,
     )
 
 
-validate = stage_task("validate", after=quality_table)
+def _watched(context: Context, run: StageRun) -> None:
+    """Build the stage; what it refuses is shown before the error goes on."""
+    try:
+        run_stage(context)
+    except QualityError as error:
+        refused_table(error.checks, error.docs)
+        raise
+
+
+validate = stage_task("validate", build=_watched, after=quality_table)

@@ -15,9 +15,10 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows.data import research_data
 from research_rl import config, manifest
-from research_rl.errors import DataError
 from research_rl.stages import Workspace
 from tasks import versions
+from tasks.validate import QualityError
+from tests import defects
 
 SMALL: dict[str, Any] = {
     "data.generated.entities": 60,
@@ -75,27 +76,33 @@ def test_a_second_run_skips_everything_and_a_parameter_reruns_what_depends_on_it
     assert {name for name in STAGES if found[name] == "Completed"} == {"embed", "index"}
 
 
-def test_bad_data_fails_once_with_one_message_and_publishes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    passages = [{"id": str(n), "contents": f"Title {n}\nPassage number {n} says nothing much about anything."} for n in range(20)]
-    question = {"id": "q", "question": "What is the name of it?", "golden_answers": ["Zanzibar"], "metadata": {}}
-    (source / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
-    for split in ("train", "dev", "test"):
-        (source / f"{split}.jsonl").write_text(json.dumps(question) + "\n")
-    overrides = {"data.source": "folder", "data.folder": str(source)}
-    with pytest.raises(DataError, match="leaked") as caught:
+def table(run: FlowRun, key: str) -> list[dict[str, Any]]:
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    return next(json.loads(item.data) if isinstance(item.data, str) else item.data for item in found if item.key == key)  # type: ignore[return-value]
+
+
+def test_bad_data_fails_once_shows_its_rows_and_publishes_nothing(tmp_path: Path) -> None:
+    data = defects.snapshot()
+    for _, _, spoil in defects.DEFECTS.values():
+        spoil(data)
+    overrides = {"data.source": "folder", "data.folder": str(defects.write(data, tmp_path / "source"))}
+    with pytest.raises(QualityError) as caught:
         research_data(workspace=str(tmp_path / "work"), overrides=overrides)
     message = str(caught.value)
-    assert "test: expect_column_mean_to_be_between(leaked, max_value=0.0) observed 1" in message
-    assert "test: expect_column_mean_to_be_between(answered, min_value=0.5) observed 0, first rows: q" in message
+    assert "test: expect_column_values_to_be_between(leaked, max_value=0.0) observed 1 of 40 rows differ" in message
+    assert "line 1, id test120, text Which banner flies in the square of Village0" in message
     run = last_run()
     assert run.state_name == "Failed" and states(run)["validate"] == "Failed"
+    shown = {(row["suite"], row["column"]): row["first rows"] for row in table(run, "data-quality") if row["result"] == "critical"}
+    assert shown.keys() >= {(suite, column) for suite, column, _ in defects.DEFECTS.values()}
+    assert "nearly train line 2" in shown["test", "near"] and "line 4, id train3" in shown["train", "echo"]
     with get_client(sync_client=True) as client:
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
     assert [task.run_count for task in tasks if task.name.startswith("validate")] == [1], "a data error is not worth another try"
     space = Workspace(tmp_path / "work")
     assert not space.folder("validate").exists() and manifest.load(space.folder("download"))
+    assert (space.work("data-docs") / "summary.html").is_file()
     assert not list(space.services.glob("*.pid"))
 
 

@@ -1,17 +1,23 @@
-"""What the validation measures: duplicates, defects, samples, and answers found in the corpus."""
+"""What the validation measures: words, lengths, defects, duplicates, samples, and answers found in the corpus."""
 
 from __future__ import annotations
 
 import json
+import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from research_rl.data.flashrag import Question
-from research_rl.errors import DataError
 from tasks import statistics
-from tasks.statistics import answered, measure_corpus, repeated, squeeze
+from tasks.answers import Sought
+from tasks.columns import encoding_defects, keys, words
+from tasks.statistics import CorpusStatistics, measure_corpus, repeated
+
+ALPHABET = "ab cé ßÅ.,-—’\n_9 Ωж中"
 
 
 def write(path: Path, rows: list[tuple[str, str]]) -> Path:
@@ -19,69 +25,136 @@ def write(path: Path, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
-def question(answers: tuple[str, ...], support: tuple[str, ...] = ()) -> Question:
-    return Question("q", "Who?", answers, {"supporting_passage_ids": list(support)})
+def measured(path: Path, answers: tuple[str, ...] = (), ids: tuple[str, ...] = (), max_chars: int = 1000) -> CorpusStatistics:
+    return measure_corpus(path, Sought.of(answers, ids), max_chars, path.parent / "scratch", lambda rows: None)
 
 
-def quiet(rows: int) -> None:
-    pass
+def column(texts: list[str]) -> pa.Array:
+    return pa.array(texts, pa.large_string())
 
 
-def test_later_rows_of_a_repeated_value_are_marked() -> None:
-    assert repeated(np.array([3, 1, 3, 3, 2, 1])).tolist() == [False, False, True, True, False, True]
+def test_words_are_those_of_a_regular_expression() -> None:
+    draw = random.Random(1)
+    texts = ["".join(draw.choices(ALPHABET, k=draw.randrange(40))) for _ in range(2000)]
+    expected = [tuple(re.findall(r"\w+", text.lower())) for text in texts]
+    found = words(column(texts))
+    assert found.counts.tolist() == [len(item) for item in expected]
+    same: dict[int, set[tuple[str, ...]]] = {}
+    for key, item in zip(found.row_keys().tolist(), expected, strict=True):
+        same.setdefault(key, set()).add(item)
+    assert all(len(items) == 1 for items in same.values()), "different words, same key"
+    assert len(same) == len(set(expected)), "same words, different keys"
 
 
-def test_a_corpus_is_counted_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "SHARD_ROWS", 2)
-    path = write(
-        tmp_path / "c.jsonl", [("a", "A\nred"), ("b", "B\nblue \ufffd"), ("c", "no title"), ("d", "A\nred"), ("e", "E\n" + "x" * 50)]
-    )
-    found = measure_corpus(path, {"b"}, 40, quiet)
-    assert found.rows == 5 and [shard["rows"] for shard in found.shards] == [2, 2, 1]
-    assert [shard["replacement"] for shard in found.shards] == [1, 0, 0]
-    assert [shard["untitled"] for shard in found.shards] == [0, 1, 0]
-    assert found.repeated_contents == 1 and found.examples["repeated_contents"] == ["row 4 repeats row 1"]
-    assert found.longest == 52 and found.examples["longest"] == ["e (52 characters)"]
-    assert found.kept == {"b": "B\nblue \ufffd"}
-
-
-def test_the_sample_is_bounded_and_depends_on_the_corpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "SAMPLE_ROWS", 10)
-    path = write(tmp_path / "c.jsonl", [(str(row), f"T\ntext {row}") for row in range(500)])
-    one, two = (measure_corpus(path, (), 1000, quiet).sample for _ in range(2))
-    assert one == two and len(one) == 10
-    assert any(int(row["id"]) >= 100 for row in one), "the sample must reach past the beginning"
-
-
-def test_words_are_matched_whole() -> None:
-    assert squeeze("Ann") not in squeeze("Anna left")
-    assert squeeze("Ann Lee") in squeeze("It was ann, lee's sister's friend: ANN LEE!")
+def test_keys_tell_texts_of_any_length_apart() -> None:
+    texts = ["", "a", "a\0", "b", "12345678", "123456789", "x" * 16, "x" * 17, "x" * 8 + "y" + "x" * 8, *map(str, range(100_000))]
+    assert len(set(keys(column(texts)).tolist())) == len(texts)
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("text", "expected"),
     [
-        (question(("Paris",), ("s",)), True),
-        (question(("Lyon",), ("s",)), True),
-        (question(("Rome",), ("s",)), False),
-        (question(("yes",)), True),
-        (question(("Saint Paul", "Lyon")), True),
-        (question(("?!",)), False),
+        ("São Paulo — “quoted”, naïve, 中文, tab\tand\nline", set[str]()),
+        ("a\ufffdb", {"replacement"}),
+        ("bell\x07", {"control"}),
+        ("del\x7f", {"control"}),
+        ("next\x9dline", {"control"}),
+        ("CafÃ©", {"mojibake"}),
+        ("itâ€™s", {"mojibake"}),
+        ("Â£5", {"mojibake"}),
+        ("ï»¿bom", {"mojibake"}),
+        ("e\u0301", {"unnormalised"}),
     ],
-    ids=["in support", "elsewhere in the corpus", "nowhere", "yes or no", "an alias", "no words"],
 )
-def test_an_answer_is_sought_in_support_then_everywhere(tmp_path: Path, asked: Question, expected: bool) -> None:
-    path = write(tmp_path / "c.jsonl", [("s", "France\nIts capital is Paris."), ("t", "Rhone\nIt flows by Lyon; the Romance of it.")])
-    kept = measure_corpus(path, {"s"}, 1000, quiet).kept
-    assert answered([asked], kept, path, quiet) == [expected]
+def test_defects_of_encoding_are_told_apart(text: str, expected: set[str]) -> None:
+    found = encoding_defects(column(["before", text, "after"]))
+    assert {name for name, mask in found.items() if mask[1]} == expected
+    assert not any(mask[0] or mask[2] for mask in found.values())
 
 
-def test_no_second_pass_when_support_answers_all(tmp_path: Path) -> None:
-    assert answered([question(("red",), ("a",))], {"a": "A\nred"}, tmp_path / "absent.jsonl", quiet) == [True]
+@pytest.mark.parametrize("parts", [1, 7])
+def test_later_rows_of_a_repeated_key_are_found_with_the_row_they_repeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    values = np.random.default_rng(0).integers(0, 500, 1000).astype(np.uint64)
+    values.tofile(tmp_path / "keys")
+    monkeypatch.setattr(statistics, "_MERGED", -(-len(values) // parts))
+    count, first = repeated(tmp_path / "keys")
+    last: dict[int, int] = {}
+    expected: list[tuple[int, int]] = []
+    for row, value in enumerate(values.tolist()):
+        if value and value in last:
+            expected.append((row, last[value]))
+        last[value] = row
+    assert (count, first) == (len(expected), expected[: statistics.EXAMPLES])
 
 
-def test_a_torn_line_names_file_and_line(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.jsonl", [("a", "A\nred")])
-    path.write_text(path.read_text() + '{"id": "b", "cont')
-    with pytest.raises(DataError, match=r"c\.jsonl:2"):
-        measure_corpus(path, (), 100, quiet)
+def test_a_corpus_is_counted_and_its_defects_named(tmp_path: Path) -> None:
+    rows = [("a", "A\nred"), ("b", "B\nblue \ufffd"), ("c", "no title"), ("d", "a\nRED!"), ("e", "E\n" + "x" * 50)]
+    found = measured(write(tmp_path / "c.jsonl", rows), ids=("b", "z"), max_chars=40)
+    assert found.rows == 5 and found.longest == 52
+    assert {name: count for name, count in found.defects.items() if count} == {
+        "replacement": 1, "untitled": 1, "overlong": 1, "repeated_contents": 1,
+    }  # fmt: skip
+    assert found.examples["repeated_contents"] == [{"line": 4, "id": "d", "text": "repeats line 1: a RED!"}]
+    assert found.examples["overlong"] == [{"line": 5, "id": "e", "text": "E " + "x" * 50}]
+    assert found.known.sum() == 1 and not list((tmp_path / "scratch").iterdir())
+
+
+def test_torn_lines_are_counted_among_good_ones(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [("a", "A\nred"), ("b", "B\nblue"), ("b", "C\ngreen")])
+    good = path.read_bytes().splitlines()
+    bad = [b'{"id": "x", "cont', b"", b'{"id": "x"}', b'{"id": 7, "contents": "x"}', b'{"id": "x", "contents": " "}', b"[]"]
+    bad.append(b'{"id": "\xff", "contents": "x"}')
+    path.write_bytes(b"\n".join([good[0], *bad, *good[1:]]))
+    found = measured(path)
+    assert found.rows == 10 and found.defects["malformed"] == len(bad) and found.defects["repeated_ids"] == 1
+    assert [item["line"] for item in found.examples["malformed"]] == [2, 3, 4, 5, 6]
+    assert found.examples["repeated_ids"] == [{"line": 10, "id": "b", "text": "repeats line 9: C green"}]
+
+
+def test_the_result_depends_neither_on_shards_nor_on_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(str(n % 990), f"T\ntext {n} of {'é' if n % 7 else 'e'}" + " more" * (n % 5)) for n in range(1000)]
+    path = write(tmp_path / "c.jsonl", rows)
+    whole = measured(path, ("text 77", "text 1000"))
+    monkeypatch.setattr(statistics, "SHARD_BYTES", 9000)
+    monkeypatch.setattr(statistics, "BLOCK_BYTES", 500)
+    cut = measured(path, ("text 77", "text 1000"))
+    assert len(cut.shards) > 5 and sum(shard["rows"] for shard in cut.shards) == 1000
+    for name in ("rows", "longest", "defects", "examples", "sample"):
+        assert getattr(whole, name) == getattr(cut, name), name
+    for name in ("chars", "words", "found", "known"):
+        assert (getattr(whole, name) == getattr(cut, name)).all(), name
+    assert whole.defects["repeated_ids"] == 10 and whole.found.sum() == 1
+    lengths = Counter(len(text) for _, text in rows)
+    assert {size: int(count) for size, count in enumerate(cut.chars) if count} == lengths
+
+
+def test_the_sample_is_bounded_and_drawn_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "SAMPLE_ROWS", 10)
+    sample = measured(write(tmp_path / "c.jsonl", [(str(row), f"T\ntext {row}") for row in range(500)])).sample
+    assert len(sample) == 10 and {int(name) // 250 for _, name, _ in sample} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (("Paris",), True),
+        (("Lyon’s",), False),
+        (("capital is: PARIS",), True),
+        (("capital of Paris",), False),
+        (("it Rhone",), False),
+        (("Rom",), False),
+        (("yes",), True),
+        (("Saint Paul", "Lyon"), True),
+        (("?!",), False),
+        (("Its capital is Paris and no other town",), False),
+        (("France its capital is Paris and also the rest is not sought",), True),
+    ],
+    ids=["word", "none", "punctuation", "order", "across", "part", "yes", "alias", "nothing", "long", "head"],
+)
+def test_an_answer_is_found_where_its_words_stand_side_by_side(tmp_path: Path, answers: tuple[str, ...], expected: bool) -> None:
+    rows = [("s", "France\nIts capital is Paris, and also it"), ("t", "Rhone\nIt flows by Lyon—the Romance of it.")]
+    sought = Sought.of(answers, ())
+    found = measure_corpus(write(tmp_path / "c.jsonl", rows), sought, 1000, tmp_path, lambda rows: None)
+    assert sought.answered(answers, found.found) is expected

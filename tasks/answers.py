@@ -1,0 +1,84 @@
+"""Seek answers and passage ids in a corpus in bulk. Knows keys of words; knows no file.
+
+An answer is found where its words stand side by side in a passage, without regard to case and punctuation. Of an answer of
+more than LONGEST words the first are sought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tasks.columns import Bits, Words, keys, phrase_keys, phrases
+
+__all__ = ["Sought"]
+
+LONGEST = 6
+_CLOSED = frozenset({"yes", "no", "noanswer"})
+_BITS = 20
+
+
+@dataclass(frozen=True)
+class Sought:
+    """The answers and passage ids of all question sets, as sorted keys; small enough to hand to every process."""
+
+    ids: Bits
+    by_size: dict[int, tuple[Bits, npt.NDArray[np.int64]]]
+    phrases: int
+    slots: dict[str, int]
+
+    @classmethod
+    def of(cls, answers: Iterable[str], ids: Iterable[str]) -> Sought:
+        """Prepare the search for the answers and for the passages named by `ids`."""
+        texts = list(dict.fromkeys(answers))
+        sizes = phrase_keys(texts, LONGEST)
+        place: dict[tuple[int, int], int] = {}
+        slots = {text: place.setdefault(key, len(place)) for text, key in zip(texts, sizes, strict=True) if key[0]}
+        by_size: dict[int, tuple[Bits, npt.NDArray[np.int64]]] = {}
+        for size in sorted({size for size, _ in place}):
+            pairs = sorted((key, slot) for (words, key), slot in place.items() if words == size)
+            by_size[size] = (np.array([key for key, _ in pairs], np.uint64), np.array([slot for _, slot in pairs], np.int64))
+        return cls(np.unique(keys(pa.array(list(ids), pa.large_string()))), by_size, len(place), slots)
+
+    def find(self, text: Words) -> npt.NDArray[np.bool_]:
+        """Return a mask of the phrases that stand within a row of `text`."""
+        found = np.zeros(self.phrases, dtype=bool)
+        rest = np.repeat(text.starts[1:], text.counts) - np.arange(len(text.keys))
+        for size, (wanted, slots) in self.by_size.items():
+            found[slots[_among(phrases(text, size)[rest[: len(rest) - size + 1] >= size], wanted)]] = True
+        return found
+
+    def known(self, ids: Bits) -> npt.NDArray[np.bool_]:
+        """Return a mask of the sought passage ids that are among `ids`."""
+        found = np.zeros(len(self.ids), dtype=bool)
+        found[_among(ids, self.ids)] = True
+        return found
+
+    def answered(self, answers: Sequence[str], found: npt.NDArray[np.bool_]) -> bool:
+        """Return whether one of the answers was found; yes and no count as found."""
+        return any(
+            answer.strip().lower().rstrip(".") in _CLOSED or ((slot := self.slots.get(answer)) is not None and bool(found[slot]))
+            for answer in answers
+        )
+
+    def missing(self, ids: Sequence[str], known: npt.NDArray[np.bool_]) -> int:
+        """Return how many of the ids were not found."""
+        if not ids:
+            return 0
+        places = np.searchsorted(self.ids, keys(pa.array(ids, pa.large_string())))
+        return int((~known[places]).sum())
+
+
+def _among(values: Bits, wanted: Bits) -> npt.NDArray[np.int64]:
+    """Return the places in `wanted` (sorted, distinct) of the values that occur there; a bit table drops most others first."""
+    if not len(wanted):
+        return np.empty(0, np.int64)
+    table = np.zeros(1 << _BITS, dtype=bool)
+    table[wanted >> np.uint64(64 - _BITS)] = True
+    likely = np.unique(values[table[values >> np.uint64(64 - _BITS)]])
+    places = np.minimum(np.searchsorted(wanted, likely), len(wanted) - 1)
+    return places[wanted[places] == likely]
