@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.duel import Duel, alternate, rate
-from research_rl.index.exact import SCAN, ExactScan, write_scan
+from research_rl.index.exact import ExactScan, scan_name, write_scan
 
 ROWS, DIM, TOP = 100_000, 768, 5
 BATCHES = (1, 8, 32, 128, 512)
@@ -26,7 +26,7 @@ def run(quick: bool) -> Iterator[Duel]:
     flat = faiss.IndexFlatIP(DIM)
     flat.add(vectors)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / SCAN
+        path = Path(folder) / scan_name(0)
         norm, error = write_scan([vectors], path)
         scan = ExactScan(path, [vectors], norm, error)
         _same_ids(scan, flat, queries)

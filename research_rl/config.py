@@ -202,8 +202,12 @@ class EncoderConfig(Section):
 
 
 class IndexConfig(Section):
-    """The vector index."""
+    """The search index: vectors, words, or both."""
 
+    kind: Literal["dense", "bm25", "hybrid"] = Field(
+        default="dense",
+        description="dense: vectors of the encoder; bm25: words, no encoder needed (encoder.kind=none); hybrid: both, joined by rank.",
+    )
     factory: str = Field(
         default="Flat",
         description="faiss index_factory string (Flat is exact), or Exact: a bf16 scan with proven float32 rescoring, faster in batches.",
@@ -213,7 +217,28 @@ class IndexConfig(Section):
     train_rows: int = Field(
         default=100_000, ge=1, description="Most vectors a trained index (IVF, PQ) learns from, spread over the corpus."
     )
-    sample: int = Field(default=256, ge=1, description="Passages used as queries to measure recall@10 of an index that is not exact.")
+    sample: int = Field(
+        default=256, ge=1, description="Passages used as queries to measure recall and latency of an index that is not exact."
+    )
+    shard_rows: int = Field(
+        default=250_000,
+        ge=100,
+        description="Most passages an index file covers; fewer where index.memory_gib asks for it. A killed run repeats at most one.",
+    )
+    memory_gib: float = Field(
+        default=4.0,
+        gt=0,
+        description="Most memory of the embed and index stages together with what they read, GiB; planned for and respected.",
+    )
+    device: Literal["cpu", "gpu"] = Field(default="cpu", description="Where faiss trains and adds; gpu needs a faiss build for it.")
+    prebuilt: str | None = Field(
+        default=None,
+        description="An existing faiss index file over the same corpus rows, used as it is (encoder.vectors=false saves encoding).",
+    )
+    depth: int = Field(default=100, ge=1, description="hybrid: passages each side ranks before the ranks are joined.")
+    rank_offset: int = Field(default=60, ge=1, description="hybrid: the constant of reciprocal rank fusion, 1 / (constant + rank).")
+    k1: float = Field(default=1.5, gt=0, description="bm25: how soon repeated words stop counting.")
+    b: float = Field(default=0.75, ge=0, le=1, description="bm25: how much long passages are discounted.")
 
 
 class PolicyConfig(Section):
@@ -425,7 +450,7 @@ class Config(Section):
     prepare: PrepareConfig = Field(default_factory=PrepareConfig, description="Row selection.")
     corpus: CorpusConfig = Field(default_factory=CorpusConfig, description="Passage store.")
     encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="Text encoder.")
-    index: IndexConfig = Field(default_factory=IndexConfig, description="Vector index.")
+    index: IndexConfig = Field(default_factory=IndexConfig, description="Search index.")
     policy: PolicyConfig = Field(default_factory=PolicyConfig, description="Initial policy.")
     episode: EpisodeConfig = Field(default_factory=EpisodeConfig, description="Episode limits.")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="Reward.")

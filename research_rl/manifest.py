@@ -1,7 +1,8 @@
 """Publish and read artifacts so that a torn one is never accepted. Knows folders and hashes, no stage's meaning.
 
 Invariants: (1) a folder without a valid manifest.json does not exist for any reader; (2) the manifest is written
-last, after every file is on disk; (3) a manifest holds no time and no machine path, so equal inputs give equal bytes.
+last, after every file is on disk; (3) apart from `measured`, which no hash covers, a manifest holds no time and no machine
+path, so equal inputs give equal hashes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is made of and from."""
+    """What an artifact is made of and from, and what building it took (`measured`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     stage: str
@@ -48,15 +49,20 @@ class Manifest(BaseModel):
     counts: dict[str, int]
     facts: dict[str, Any]
     files: tuple[FileEntry, ...]
+    measured: dict[str, Any] = {}
 
     @property
     def hash(self) -> str:
-        """sha256 of the canonical JSON: the name by which children refer to this artifact."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """sha256 of the canonical JSON without `measured`: the name by which children refer to this artifact."""
+        return hashlib.sha256(_canonical(self.model_dump(mode="json", exclude={"measured"}))).hexdigest()
 
     def to_bytes(self) -> bytes:
         """Return the bytes of manifest.json; the same for the same content."""
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+        return _canonical(self.model_dump(mode="json"))
+
+
+def _canonical(tree: dict[str, Any]) -> bytes:
+    return (json.dumps(tree, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 @dataclass
@@ -66,6 +72,7 @@ class Staging:
     path: Path
     counts: dict[str, int] = field(default_factory=dict[str, int])
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    measured: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def file_sha256(path: Path) -> str:
@@ -136,6 +143,7 @@ def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str
         counts=dict(sorted(staging.counts.items())),
         facts=staging.facts,
         files=tuple(files),
+        measured=staging.measured,
     )
     (staging.path / MANIFEST).write_bytes(manifest.to_bytes())
     _fsync(staging.path / MANIFEST)

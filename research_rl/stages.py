@@ -6,15 +6,16 @@ One table serves every driver: the command line, the Prefect tasks and dvc.yaml 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from research_rl import manifest
 from research_rl.config import Config, config_hash
 from research_rl.errors import ConfigError, ManifestError
 from research_rl.manifest import Manifest, Staging
+from research_rl.meter import Meter
 
 __all__ = ["STAGES", "Context", "Progress", "Stage", "Workspace", "current", "run_stage"]
 
@@ -67,6 +68,7 @@ class Context:
     workspace: Workspace
     parents: dict[str, Manifest]
     progress: Progress
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def config_hash(self) -> str:
@@ -79,9 +81,12 @@ class Context:
             raise ManifestError(f"stage {self.stage.name} has no parent {name!r}; its parents are {list(self.parents)}")
         return self.workspace.folder(name)
 
-    def publish(self) -> AbstractContextManager[Staging]:
-        """Open the publication of this stage's artifact; see `manifest.publish`."""
-        return manifest.publish(self.workspace.folder(self.stage.name), self.stage.name, self.config_hash, self.parents)
+    @contextmanager
+    def publish(self) -> Generator[Staging]:
+        """Open the publication of this stage's artifact, see `manifest.publish`; seconds and peak memory are added."""
+        with manifest.publish(self.workspace.folder(self.stage.name), self.stage.name, self.config_hash, self.parents) as staging:
+            yield staging
+            staging.measured |= self.meter.read()
 
 
 def _table(*stages: Stage) -> dict[str, Stage]:
@@ -94,7 +99,7 @@ STAGES = _table(
     Stage("prepare", "research_rl.data.prepare:run", ("download", "validate"), ("seed", "prepare"), "artifacts/prepared", "questions as parquet"),
     Stage("corpus", "research_rl.corpus.build:run", ("download", "validate"), ("corpus",), "artifacts/corpus", "passage store"),
     Stage("embed", "research_rl.embedding.build:run", ("corpus",), ("encoder",), "artifacts/embeddings", "passage vectors"),
-    Stage("index", "research_rl.index.build:run", ("embed",), ("index",), "artifacts/index", "faiss index"),
+    Stage("index", "research_rl.index.build:run", ("corpus", "embed"), ("index",), "artifacts/index", "search index"),
     Stage("policy", "research_rl.training.policy:run", (), ("seed", "policy", "prompt"), "artifacts/policy", "initial policy"),
     Stage("baseline", "research_rl.evaluation.evaluate:run_baseline", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "evaluation"), "artifacts/baseline", "evaluation before training"),
     Stage("train", "research_rl.training.train:run", ("policy", "prepare", "corpus", "embed", "index"), ("seed", "prompt", "episode", "reward", "train"), "artifacts/train", "GRPO"),

@@ -80,7 +80,8 @@ class PassageStore:
         while start < min(stop, self._rows):
             shard, place = divmod(start, self._shard_rows)
             count = min(stop - start, self._shard_rows - place)
-            column = self._shard(shard).column(1).slice(place, count)
+            # A map of its own, closed at once: a pass over the corpus must not keep all of it in resident memory.
+            column = self._map(self.folder / shard_name(shard)).column(1).slice(place, count)
             found += column.to_pylist()
             start += len(column)
         return found

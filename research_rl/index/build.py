@@ -1,122 +1,128 @@
-"""Stage index: put the vectors into a faiss index and prove that it finds what it holds."""
+"""Stage index: files of vectors, of words, or both, and the proof that they find what they hold.
+
+Knows which parts an index has and that it may be cut into files; leaves their making to `dense` and `bm25`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import faiss
-import numpy as np
-
 from research_rl.config import IndexConfig
-from research_rl.embedding import Encoder, Vectors, load_encoder, vector_shards
+from research_rl.corpus.store import PassageStore
+from research_rl.embedding import vector_shards
 from research_rl.errors import ConfigError
-from research_rl.index.search import EXACT, INDEX, Searcher, VectorIndex
+from research_rl.index import budget
+from research_rl.index.search import EXACT
+from research_rl.index.text import Searcher, open_files, ranges_of
+from research_rl.index.vectors import VectorFiles
+from research_rl.index.work import Work
 from research_rl.manifest import Staging
 from research_rl.stages import Context
 
 __all__ = ["run"]
 
-_NEAR = 10
 _CANARY_NEAR = 5
+_SCAFFOLD = ("trained", "bm25-words")
+"""Units of work that only the build needs."""
 
 
 def run(context: Context) -> None:
-    """Publish index.faiss, or scan.bf16 for the factory Exact; facts name the factory and a canary.
+    """Publish index-NNNNN.faiss or scan-NNNNN.bf16 and bm25-*; facts name the kind, a canary and an approximate index's recall.
 
-    An index that is not exact also states its measured recall@10.
-
-    Raises ConfigError for a factory string that faiss refuses or that does not fit the vectors.
+    Raises ConfigError for a factory that faiss refuses or that does not fit the vectors, and for a build that does not
+    fit `index.memory_gib`.
     """
-    config, folder = context.config.index, context.parent("embed")
-    found = context.parents["embed"]
-    shards = [np.load(path, mmap_mode="r") for path in vector_shards(folder, found)]
-    encoder = load_encoder(folder, found)
-    index = None if config.factory == EXACT else _filled(context, shards, found.counts["dim"])
+    config = context.config.index
+    store = PassageStore(context.parent("corpus"), context.parents["corpus"])
+    vectors = VectorFiles(vector_shards(context.parent("embed"), context.parents["embed"]), context.parents["embed"].counts["dim"])
+    _check(config, store, vectors)
+    rows = max(len(store), 1) if config.prebuilt else budget.shard_rows(config, vectors.dim, len(store))
+    ranges = ranges_of(len(store), rows)
+    work = Work(context)
+    facts: dict[str, Any] = {"kind": config.kind}
+    if config.kind != "bm25":
+        facts |= {"factory": config.factory, "metric": config.metric, "exact": config.factory in ("Flat", EXACT)}
+        facts |= _vectors(context, work, vectors, ranges)
+    if config.kind != "dense":
+        from research_rl.index import bm25
+
+        facts |= bm25.build(work, config, store, ranges, context.progress)
+    if config.kind == "hybrid":
+        facts |= {"depth": config.depth, "rank_offset": config.rank_offset}
     with context.publish() as staging:
-        searcher = _scan(staging, shards) if index is None else _faiss(staging, index)
-        staging.counts |= {"vectors": searcher.rows, "dim": searcher.dim}
-        staging.facts |= {"factory": config.factory, "metric": config.metric, "exact": _exact(config)}
-        staging.facts["canary"] = _canary(searcher, encoder, found.facts["canaries"], config)
-        if not _exact(config):
-            staging.facts["recall_at_10"] = _recall(searcher, shards, config.sample)
+        _link(work, staging.path)
+        staging.counts |= {"passages": len(store), "shards": len(ranges), "shard_rows": rows, "dim": vectors.dim}
+        staging.facts |= facts
+        staging.measured |= {
+            "build_seconds": round(work.seconds, 2),
+            "planned_mib": round(budget.peak(config, vectors.dim, len(store)) / 2**20),
+        }
+        _prove(context, staging, vectors)
+    work.remove()
 
 
-def _exact(config: IndexConfig) -> bool:
-    return config.factory in ("Flat", EXACT)
-
-
-def _scan(staging: Staging, shards: Sequence[Vectors]) -> Searcher:
-    """Write the bf16 scan; its float32 vectors stay in the embeddings artifact."""
-    from research_rl.index.exact import SCAN, ExactScan, write_scan
-
-    norm, error = write_scan(shards, staging.path / SCAN)
-    staging.facts |= {"norm": norm, "error": error}
-    return ExactScan(staging.path / SCAN, shards, norm, error)
-
-
-def _faiss(staging: Staging, index: Any) -> Searcher:
-    faiss.write_index(index, str(staging.path / INDEX))
-    return VectorIndex(index)
-
-
-def _filled(context: Context, shards: Sequence[Vectors], dim: int) -> Any:
-    config, total = context.config.index, sum(map(len, shards))
-    try:
-        index = faiss.index_factory(dim, config.factory, faiss.METRIC_INNER_PRODUCT)
-        if not index.is_trained:
-            index.train(_spread(shards, config.train_rows))
-        if config.search:
-            faiss.ParameterSpace().set_index_parameters(index, config.search)
-    except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[-1]
+def _check(config: IndexConfig, store: PassageStore, vectors: VectorFiles) -> None:
+    """Refuse parts that are not there. Raises ConfigError."""
+    if config.kind != "bm25" and not config.prebuilt and len(vectors) != len(store):
         raise ConfigError(
-            f"index.factory={config.factory!r} with index.search={config.search!r} is refused by faiss "
-            f"for {total:,} vectors of {dim} numbers ({reason}); use Flat, or a factory string that fits"
-        ) from None
-    for shard in shards:
-        index.add(np.ascontiguousarray(shard))
-        context.progress(f"{index.ntotal:,} of {total:,} vectors", index.ntotal / max(total, 1))
-    return index
+            f"index.kind={config.kind} needs a vector a passage, the embeddings hold {len(vectors):,} for {len(store):,}; "
+            "set encoder.kind and encoder.vectors=true, index.prebuilt=<file>, or index.kind=bm25"
+        )
+    if config.prebuilt and not vectors.dim:
+        raise ConfigError("index.prebuilt needs the encoder of its vectors for queries, but encoder.kind=none; set encoder.kind")
 
 
-def _spread(shards: Sequence[Vectors], most: int) -> Vectors:
-    """Return at most `most` vectors, taken at equal distances over all shards."""
-    step = max(1, -(-sum(map(len, shards)) // most))
-    return np.concatenate([shard[::step] for shard in shards]).astype(np.float32)
+def _vectors(context: Context, work: Work, vectors: VectorFiles, ranges: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    config = context.config.index
+    if config.prebuilt:
+        from research_rl.index.prebuilt import adopt
+
+        return adopt(work, Path(config.prebuilt), ranges[0][1], vectors.dim)
+    from research_rl.index import dense
+
+    return dense.build(work, config, vectors, ranges, context.progress)
 
 
-def _canary(index: Searcher, encoder: Encoder, canaries: Sequence[dict[str, Any]], config: IndexConfig) -> dict[str, Any]:
+def _link(work: Work, target: Path) -> None:
+    """Give the finished files their names in the artifact; what only the build needed stays behind."""
+    for name in work.units():
+        if name not in _SCAFFOLD:
+            work.link(name, target)
+
+
+def _prove(context: Context, staging: Staging, vectors: VectorFiles) -> None:
+    """Find a canary, and measure an index that is not exact; one file open at a time. Raises ConfigError when none is found."""
+    embed, found = context.parent("embed"), context.parents["embed"]
+    searcher = open_files(staging.path, staging.facts, staging.counts, embed, found, keep=False)
+    staging.facts["canary"] = _canary(searcher, found.facts["canaries"], context.config.index)
+    if staging.facts.get("exact", True) or not len(vectors):
+        return
+    _measure(context.config.index, staging, vectors)
+
+
+def _measure(config: IndexConfig, staging: Staging, vectors: VectorFiles) -> None:
+    """State recall against exact search, and latency over as many files as the budget lets be open at once."""
+    from research_rl.index import report
+    from research_rl.index.dense import open_vectors
+
+    ranges = ranges_of(staging.counts["passages"], staging.counts["shard_rows"])
+    whole = open_vectors(staging.path, staging.facts, vectors, ranges, numbers=range(len(ranges)), keep=False)
+    staging.facts["recall"] = report.recall(whole, vectors, config.sample)
+    held = range(budget.files_held(config, vectors.dim, ranges))
+    served = open_vectors(staging.path, staging.facts, vectors, ranges, numbers=held)
+    staging.measured["latency"] = report.latency(served, vectors.take(vectors.spread(config.sample)))
+    staging.measured["latency_rows"] = served.rows
+
+
+def _canary(index: Searcher, canaries: Sequence[dict[str, Any]], config: IndexConfig) -> dict[str, Any]:
     """Return the first passage whose own beginning, as a query, finds it; the service asks for it when it starts."""
-    _, rows = index.search(encoder.encode_queries([canary["query"] for canary in canaries]), _CANARY_NEAR)
+    _, rows = index.search([canary["query"] for canary in canaries], _CANARY_NEAR)
     for canary, near in zip(canaries, rows, strict=True):
         if canary["row"] in near:
             return {**canary, "top_k": _CANARY_NEAR}
     raise ConfigError(
-        f"index.factory={config.factory!r} finds none of {len(canaries)} passages by their own text among its first {_CANARY_NEAR}; "
-        "use a finer index or another encoder"
+        f"index.kind={config.kind} with index.factory={config.factory!r} finds none of {len(canaries)} passages by their own text "
+        f"among its first {_CANARY_NEAR}; use a finer index, another encoder, or the index.prebuilt of this very corpus"
     )
-
-
-def _recall(index: Searcher, shards: Sequence[Vectors], sample: int) -> float:
-    """Return the share of the exact ten nearest that the index finds, over passages as queries."""
-    queries = _spread(shards, sample)
-    exact = faiss.IndexFlatIP(index.dim)
-    best = [_nearest(exact, shard, queries, start) for shard, start in zip(shards, _starts(shards), strict=True)]
-    scores, rows = (np.concatenate(parts, axis=1) for parts in zip(*best, strict=True))
-    order = np.argsort(-scores, axis=1)[:, :_NEAR]
-    truth = np.take_along_axis(rows, order, axis=1)
-    _, found = index.search(queries, _NEAR)
-    hits = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(truth, found, strict=True)]
-    return round(float(np.sum(hits) / truth.size), 4)
-
-
-def _starts(shards: Sequence[Vectors]) -> list[int]:
-    return [0, *np.cumsum([len(shard) for shard in shards])[:-1].tolist()]
-
-
-def _nearest(exact: Any, shard: Vectors, queries: Vectors, start: int) -> tuple[Vectors, Any]:
-    exact.reset()
-    exact.add(np.ascontiguousarray(shard))
-    scores, rows = exact.search(queries, min(_NEAR, len(shard)))
-    return scores, rows + start

@@ -2,12 +2,13 @@
 
 Knows vectors and rows; knows no text. Invariant: the rows returned are those of an exhaustive float32 search. With e the
 largest error of an approximate score and a_k the k-th best of them, every true neighbour scores at least a_k - 2e, so
-rescoring all rows above that line misses none. The scan file is memory-mapped: further workers share its pages.
+rescoring all rows above that line misses none. Rows of equal score come in row order. Scan and vectors are memory-mapped:
+further workers share their pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,10 @@ import numpy.typing as npt
 import torch
 
 from research_rl.embedding import Vectors
-from research_rl.errors import ManifestError
+from research_rl.errors import DataError, ManifestError
 
-__all__ = ["SCAN", "ExactScan", "write_scan"]
+__all__ = ["ExactScan", "scan_name", "write_scan"]
 
-SCAN = "scan.bf16"
 _GROUP = 64
 """Rows that share one maximum; thresholds are compared with the maxima first."""
 _SCORE_BYTES = 256 << 20
@@ -29,17 +29,35 @@ _ROUND = 2.0**-8
 _SUM = 1e-4
 """Bound on float32 summation error, relative to the norms' product, up to some thousand dimensions."""
 
+_TINY = 1e-35
+"""Bound on what is lost where products fall below float32's normal range and are taken for zero."""
+_LONGEST = 1e18
+"""Longest vector accepted: no product of two leaves float32's range."""
+_RESCORED = 1 << 14
+"""Most candidates rescored at once: a query that scores all rows alike has all of them for candidates."""
+
 Rows = npt.NDArray[np.int64]
 
 
-def write_scan(shards: Sequence[Vectors], path: Path) -> tuple[float, float]:
-    """Write the vectors [rows, dim] as bf16; return the largest norm of a rounded row and of a rounding error."""
+def scan_name(number: int) -> str:
+    """Return the name of a scan file of an index artifact."""
+    return f"scan-{number:05d}.bf16"
+
+
+def write_scan(shards: Iterable[Vectors], path: Path) -> tuple[float, float]:
+    """Write the vectors [rows, dim] as bf16; return the largest norm of a rounded row and of a rounding error.
+
+    Raises DataError for a vector that holds NaN or is too long for its products to stay finite.
+    """
     norm = error = 0.0
     with path.open("wb") as stream:
         for shard in shards:
             exact = torch.from_numpy(np.array(shard, np.float32))
             rounded = exact.to(torch.bfloat16)
-            norm = max(norm, float(rounded.float().norm(dim=1).max()))
+            lengths = rounded.float().norm(dim=1)
+            if not bool((lengths <= _LONGEST).all()):  # false for NaN as well
+                raise DataError(f"a vector is longer than {_LONGEST:g} or holds NaN; encode the passages again, normalised")
+            norm = max(norm, float(lengths.max()))
             error = max(error, float((exact - rounded.float()).norm(dim=1).max()))
             stream.write(rounded.view(torch.int16).numpy().tobytes())
     return norm, error
@@ -63,7 +81,9 @@ class ExactScan:
         self._scan = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(self.rows, self.dim)
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
-        """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows)."""
+        """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows). Raises DataError for NaN."""
+        if not (np.linalg.norm(queries, axis=1) <= _LONGEST).all():
+            raise DataError(f"a query vector is longer than {_LONGEST:g} or holds NaN; encode the query again")
         k = min(top_k, self.rows)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
@@ -82,16 +102,17 @@ class ExactScan:
         """Return for each query the largest difference between an approximate score and the true one."""
         norm_Q = exact_Qd.norm(dim=1)
         rounding = (exact_Qd - rounded_Qd.float()).norm(dim=1) * self._norm + norm_Q * self._error
-        return rounding + norm_Q * (self._norm * (1 + _ROUND) * _ROUND + self._norm * _SUM)
+        return rounding + norm_Q * (self._norm * (1 + _ROUND) * _ROUND + self._norm * _SUM) + _TINY * self.dim
 
     def _merge(self, query: Vectors, candidates: Rows, scores: Vectors, rows: Rows) -> None:
         """Rescore the candidates in float32 and keep the best of them and of what `scores` and `rows` hold."""
-        if not len(candidates):
-            return
-        found = np.concatenate([scores, self._vectors(candidates) @ query])
-        names = np.concatenate([rows, candidates])
-        best = np.lexsort((names, -found))[: len(scores)]
-        scores[:], rows[:] = found[best], names[best]
+        for start in range(0, len(candidates), _RESCORED):
+            some = candidates[start : start + _RESCORED]
+            # Row by row, unlike a matrix product: equal rows get equal scores wherever they stand.
+            found = np.concatenate([scores, np.einsum("nd,d->n", self._vectors(some), query)])
+            names = np.concatenate([rows, some])
+            best = np.lexsort((names, -found))[: len(scores)]
+            scores[:], rows[:] = found[best], names[best]
 
     def _vectors(self, rows: Rows) -> Vectors:
         if len(self._shards) == 1:

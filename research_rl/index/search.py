@@ -1,4 +1,4 @@
-"""Search a built index. Knows vectors, rows and scores; knows no text.
+"""Search vectors. Knows vectors, rows and scores; knows no text.
 
 Deviation from faiss's defaults: batches of four or more queries go through matrix multiplication. The library's own
 threshold leaves batches of up to some hundred queries on the slow path, the very sizes a micro-batching service sees;
@@ -8,7 +8,7 @@ below four queries the plain scan stays faster.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +18,9 @@ import numpy.typing as npt
 
 from research_rl.embedding import Vectors
 from research_rl.errors import ManifestError
-from research_rl.manifest import Manifest
 
-__all__ = ["INDEX", "VectorIndex"]
+__all__ = ["EXACT", "Joined", "VectorIndex", "VectorSearcher", "file_name"]
 
-INDEX = "index.faiss"
 _BLAS_FROM = 4
 """Smallest batch that is faster as a matrix product."""
 _SMALL_BYTES = 64 << 20
@@ -33,8 +31,8 @@ EXACT = "Exact"
 """Factory of the exact bf16 scan (`exact.py`), beside faiss's own factory strings."""
 
 
-class Searcher(Protocol):
-    """What the retriever needs of an index."""
+class VectorSearcher(Protocol):
+    """An index over vectors, or a range of its rows."""
 
     @property
     def rows(self) -> int:
@@ -47,21 +45,13 @@ class Searcher(Protocol):
         ...
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
-        """Return scores and rows, each [len(queries), k], best first."""
+        """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows); row -1 where too few were found."""
         ...
 
 
-def open_index(folder: Path, found: Manifest, shards: Sequence[Path], threads: int = 0) -> Searcher:
-    """Open the index artifact in `folder`; `shards` are the vector files it was built from. Raises ManifestError."""
-    if found.facts["factory"] != EXACT:
-        return VectorIndex.open(folder / INDEX, threads)
-    import torch
-
-    from research_rl.index.exact import SCAN, ExactScan
-
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    vectors = [np.load(path, mmap_mode="r") for path in shards]
-    return ExactScan(folder / SCAN, vectors, found.facts["norm"], found.facts["error"])
+def file_name(number: int) -> str:
+    """Return the name of a faiss file of an index artifact."""
+    return f"index-{number:05d}.faiss"
 
 
 class VectorIndex:
@@ -92,8 +82,50 @@ class VectorIndex:
         """Length of a vector."""
         return int(self._index.d)
 
+    @property
+    def kind(self) -> str:
+        """Name of the index's class, such as IndexFlatIP."""
+        return type(self._index).__name__
+
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows); row -1 where too few were found."""
         faiss.omp_set_num_threads(self._threads)  # holds for the calling thread alone, so it is said where the search runs
         scores, rows = self._index.search(np.ascontiguousarray(queries, np.float32), min(top_k, self.rows))
         return scores, rows
+
+
+Opener = Callable[[], VectorSearcher]
+
+
+class Joined:
+    """Several indexes over consecutive ranges of rows, searched as one.
+
+    With `keep` off each is opened for every search and closed again: slow, but in the memory of the largest alone.
+    """
+
+    def __init__(self, openers: Sequence[Opener], starts: Sequence[int], rows: int, dim: int, *, keep: bool = True) -> None:
+        self.rows, self.dim = rows, dim
+        self._starts = list(starts)
+        self._openers: list[Opener] = [_constant(opener()) for opener in openers] if keep else list(openers)
+
+    def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
+        """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows); rows count from the corpus's first."""
+        found = [self._one(opener, start, queries, top_k) for opener, start in zip(self._openers, self._starts, strict=True)]
+        return merged([scores for scores, _ in found], [rows for _, rows in found], min(top_k, self.rows))
+
+    def _one(self, opener: Opener, start: int, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
+        scores, rows = opener().search(queries, top_k)
+        return scores, np.where(rows < 0, -1, rows + start)
+
+
+def merged(scores: Sequence[Vectors], rows: Sequence[Rows], top_k: int) -> tuple[Vectors, Rows]:
+    """Return the best `top_k` of several lists of hits, each [queries, any]; equal scores keep the order of the lists."""
+    if len(scores) == 1:
+        return scores[0][:, :top_k], rows[0][:, :top_k]
+    all_scores, all_rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
+    order = np.argsort(-np.where(all_rows < 0, -np.inf, all_scores), axis=1, kind="stable")[:, :top_k]
+    return np.take_along_axis(all_scores, order, axis=1), np.take_along_axis(all_rows, order, axis=1)
+
+
+def _constant(made: VectorSearcher) -> Opener:
+    return lambda: made

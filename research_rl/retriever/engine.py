@@ -11,9 +11,9 @@ from typing import Any
 from research_rl import manifest
 from research_rl.config import RetrieverConfig
 from research_rl.corpus.store import PassageStore
-from research_rl.embedding import ENCODER, Encoder, load_encoder, vector_shards
+from research_rl.embedding import ENCODER
 from research_rl.errors import ManifestError
-from research_rl.index.search import EXACT, Searcher, open_index
+from research_rl.index.text import Searcher, open_index, reads_vectors
 from research_rl.manifest import Manifest
 from research_rl.stages import Workspace
 from research_rl.trajectory import Passage
@@ -30,40 +30,37 @@ def _nothing(text: str) -> None:
 class Retriever:
     """Finds passages; `search` is for one thread at a time."""
 
-    def __init__(self, encoder: Encoder, index: Searcher, store: PassageStore, facts: dict[str, Any]) -> None:
-        self._encoder, self._index, self._store = encoder, index, store
+    def __init__(self, index: Searcher, store: PassageStore, facts: dict[str, Any]) -> None:
+        self._index, self._store = index, store
         self.facts = facts
 
     @classmethod
-    def open(cls, workspace: Workspace, config: RetrieverConfig, say: Say = _nothing) -> Retriever:
-        """Open the workspace's knowledge side, telling `say` how far it is.
+    def open(cls, workspace: Workspace, config: RetrieverConfig, say: Say = _nothing, part: tuple[int, int] = (0, 1)) -> Retriever:
+        """Open the workspace's knowledge side, or the i-th of n parts of its index, telling `say` how far it is.
 
-        Raises ManifestError when a part is missing, altered or of another build.
+        Raises ManifestError when something is missing, altered or of another build, ConfigError for more parts than index files.
         """
         say("comparing hashes" if config.verify else "hashes are not compared (retriever.verify=false)")
         corpus = manifest.load(workspace.folder("corpus"), verify=config.verify)
         embed = manifest.load(workspace.folder("embed"), verify=False)
         index = manifest.load(workspace.folder("index"), verify=config.verify)
         if config.verify:
-            _verify_embeddings(workspace, embed, vectors=index.facts["factory"] == EXACT)
-        _chained(workspace, "index", index, "embed", embed)
-        _chained(workspace, "embed", embed, "corpus", corpus)
-        shards = vector_shards(workspace.folder("embed"), embed)
-        vectors = open_index(workspace.folder("index"), index, shards, config.threads)
-        store = PassageStore(workspace.folder("corpus"), corpus)
-        say("index and passages are open, loading the encoder")
-        encoder = load_encoder(workspace.folder("embed"), embed)
-        _same_shape(vectors, store, encoder)
-        facts = {"rows": vectors.rows, "dim": vectors.dim, "factory": index.facts["factory"], "encoder": embed.facts["encoder"]}
+            _verify_embeddings(workspace, embed, vectors=reads_vectors(index))
+        _chained(workspace, "embed", embed, {"corpus": corpus})
+        _chained(workspace, "index", index, {"embed": embed, "corpus": corpus})
+        say("opening index, passages and encoder")
+        searcher = open_index(workspace.folder("index"), index, workspace.folder("embed"), embed, config.threads, part=part)
+        facts = {"rows": searcher.rows, **_described(index), "encoder": embed.facts["encoder"]}
         hashes = {"index": index.hash, "embed": embed.hash, "corpus": corpus.hash}
-        made = cls(encoder, vectors, store, {**facts, "manifests": hashes})
-        made._sing(index.facts["canary"])
-        say("the canary was found")
+        made = cls(searcher, PassageStore(workspace.folder("corpus"), corpus), {**facts, "manifests": hashes})
+        if part == (0, 1):  # a part need not hold the canary
+            made._sing(index.facts["canary"])
+            say("the canary was found")
         return made
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """Return up to `top_k` passages for each query, best first, with scores."""
-        scores, rows = self._index.search(self._encoder.encode_queries(queries), top_k)
+        scores, rows = self._index.search(queries, top_k)
         return [self._passages(row, score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
 
     def _passages(self, rows: list[int], scores: list[float]) -> list[Passage]:
@@ -80,13 +77,18 @@ class Retriever:
             )
 
 
-def _chained(workspace: Workspace, child: str, found: Manifest, parent: str, made: Manifest) -> None:
-    wanted = found.parents.get(parent, "nothing")
-    if wanted != made.hash:
-        raise ManifestError(
-            f"{workspace.folder(child)} was built from {parent} {wanted[:12]}, but {workspace.folder(parent)} is {made.hash[:12]}; "
-            f"run the stage {child} again or bring back the {parent} it was built from"
-        )
+def _described(index: Manifest) -> dict[str, Any]:
+    return {"kind": index.facts["kind"], "dim": index.counts["dim"], "factory": index.facts.get("factory")}
+
+
+def _chained(workspace: Workspace, child: str, found: Manifest, parents: dict[str, Manifest]) -> None:
+    for parent, made in parents.items():
+        wanted = found.parents.get(parent, "nothing")
+        if wanted != made.hash:
+            raise ManifestError(
+                f"{workspace.folder(child)} was built from {parent} {wanted[:12]}, but {workspace.folder(parent)} is {made.hash[:12]}; "
+                f"run the stage {child} again or bring back the {parent} it was built from"
+            )
 
 
 def _verify_embeddings(workspace: Workspace, embed: Manifest, *, vectors: bool) -> None:
@@ -96,12 +98,3 @@ def _verify_embeddings(workspace: Workspace, embed: Manifest, *, vectors: bool) 
         read = vectors or entry.path.startswith(f"{ENCODER}/")
         if read and manifest.file_sha256(folder / entry.path) != entry.sha256:
             raise ManifestError(f"{folder / entry.path} was altered after it was built; remove {folder} and rerun")
-
-
-def _same_shape(index: Searcher, store: PassageStore, encoder: Encoder) -> None:
-    if index.rows != len(store):
-        raise ManifestError(f"the index holds {index.rows:,} vectors, the corpus {len(store):,} passages; run the index stage again")
-    if index.dim != encoder.dim:
-        raise ManifestError(
-            f"the index holds vectors of {index.dim}, the encoder makes {encoder.dim}; run the embed and index stages again"
-        )

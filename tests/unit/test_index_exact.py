@@ -22,8 +22,8 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 def _scan(tmp_path: Path, vectors: np.ndarray, *cuts: int) -> ExactScan:
     shards = np.split(vectors, cuts)
-    norm, error = write_scan(shards, tmp_path / exact.SCAN)
-    return ExactScan(tmp_path / exact.SCAN, shards, norm, error)
+    norm, error = write_scan(shards, tmp_path / exact.scan_name(0))
+    return ExactScan(tmp_path / exact.scan_name(0), shards, norm, error)
 
 
 def _truth(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
@@ -58,9 +58,9 @@ def test_small_score_buffers_change_nothing(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_scan_of_another_length_is_refused(tmp_path: Path) -> None:
     vectors = _unit(np.random.default_rng(0).standard_normal((100, 32)))
-    norm, error = write_scan([vectors], tmp_path / exact.SCAN)
+    norm, error = write_scan([vectors], tmp_path / exact.scan_name(0))
     with pytest.raises(ManifestError, match=r"99 vectors of 32 need"):
-        ExactScan(tmp_path / exact.SCAN, [vectors[:99]], norm, error)
+        ExactScan(tmp_path / exact.scan_name(0), [vectors[:99]], norm, error)
 
 
 def test_the_retriever_answers_alike_over_the_scan_and_over_the_flat_index(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def test_it_finds_passages_with_scores(workspace: Workspace) -> None:
     assert all(a.score >= b.score for a, b in zip(found[0], found[0][1:], strict=False))
 
 
-@pytest.mark.parametrize("name", ["corpus/passages-00000.arrow", "corpus/id-rows.npy", "embeddings/encoder/idf.npy", "index/index.faiss"])
+@pytest.mark.parametrize(
+    "name", ["corpus/passages-00000.arrow", "corpus/id-rows.npy", "embeddings/encoder/idf.npy", "index/index-00000.faiss"]
+)
 def test_one_flipped_bit_is_refused(workspace: Workspace, name: str) -> None:
     flip(workspace.root / "artifacts" / name)
     with pytest.raises(ManifestError, match=name.split("/")[-1]):

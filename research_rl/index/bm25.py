@@ -1,0 +1,192 @@
+"""BM25 over words: English Snowball stems without stop words, scored and stored as bm25s does. Knows text and rows.
+
+Deviations from bm25s's own building: two passes over batches of text (count, then score), so that memory holds one
+file's scores and the vocabulary, never the corpus; scores use the whole corpus's statistics, so that an index cut into
+several files answers like one. `bm25s.BM25.load` opens every file folder's arrays.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bm25s
+import numpy as np
+import numpy.typing as npt
+import Stemmer
+
+from research_rl.config import IndexConfig
+from research_rl.corpus.store import PassageStore
+from research_rl.embedding import Vectors
+from research_rl.errors import ManifestError
+from research_rl.index.search import merged
+from research_rl.index.work import Work
+
+__all__ = ["Bm25", "build", "unit"]
+
+_WORD = re.compile(r"(?u)\b\w\w+\b")
+_BATCH = 2000
+_VOCABULARY = "bm25-vocabulary.json"
+_TOKENS, _LENGTHS, _FREQUENCIES = "tokens.i32", "lengths.npy", "frequencies.npy"
+_PARTS = ("data", "indices", "indptr")
+
+Rows = npt.NDArray[np.int64]
+Range = tuple[int, int]
+Progress = Callable[[str, float], None]
+
+
+class _Stems(dict[str, int]):
+    """Numbers of words: equal for words with one stem, -1 for stop words. An unknown word gets the next number."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(bm25s.tokenization.STOPWORDS_EN, -1))
+        self.numbers: dict[str, int] = {}
+        self._stem = Stemmer.Stemmer("english").stemWord
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = self.numbers.setdefault(self._stem(word), len(self.numbers))
+        return number
+
+
+def build(work: Work, config: IndexConfig, store: PassageStore, ranges: Sequence[Range], progress: Progress) -> dict[str, Any]:
+    """Build the word index as units of `work`; return the facts `Bm25.open` needs."""
+    counted = work.unit("bm25-words", partial(_count, store, progress))
+    for number, (start, stop) in enumerate(ranges):
+        work.unit(unit(number), partial(_score, work.folder / "bm25-words", config, number, start, stop))
+        progress(f"{stop:,} of {len(store):,} passages scored", 0.7 + 0.3 * stop / max(len(store), 1))
+    work.unit("bm25-vocabulary", partial(_vocabulary, work.folder / "bm25-words"))
+    return counted
+
+
+def unit(number: int) -> str:
+    """Return the name of the unit of work that makes the files of a range of rows."""
+    return f"bm25-{number:05d}"
+
+
+def _count(store: PassageStore, progress: Progress, folder: Path) -> dict[str, Any]:
+    """Write every passage's stems as numbers, and how many passages hold each stem."""
+    stems, lengths = _Stems(), np.zeros(len(store), np.int32)
+    frequencies = np.zeros(1 << 16, np.int64)
+    with (folder / _TOKENS).open("wb") as stream:
+        for start, texts in store.batches(_BATCH):
+            tokens, counts = _numbers(stems, texts)
+            tokens.tofile(stream)
+            lengths[start : start + len(texts)] = counts
+            pairs = np.unique(_pairs(tokens, counts))
+            frequencies = _grown(frequencies, len(stems.numbers))
+            frequencies += np.bincount(pairs & 0xFFFFFFFF, minlength=len(frequencies))
+            progress(f"words of {start + len(texts):,} of {len(store):,} passages", 0.7 * (start + len(texts)) / max(len(store), 1))
+    np.save(folder / _LENGTHS, lengths)
+    np.save(folder / _FREQUENCIES, frequencies[: len(stems.numbers)])
+    (folder / _VOCABULARY).write_text(json.dumps(stems.numbers, ensure_ascii=False), encoding="utf-8")
+    return {"words": len(stems.numbers), "mean_length": float(lengths.mean()) if len(lengths) else 0.0}
+
+
+def _numbers(stems: _Stems, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Return the stems of all texts in a row, and how many each text has."""
+    number = stems.__getitem__
+    found = [np.fromiter(map(number, _WORD.findall(text.lower())), np.int32) for text in texts]
+    kept = [numbers[numbers >= 0] for numbers in found]
+    return np.concatenate(kept), np.fromiter(map(len, kept), np.int32, len(kept))
+
+
+def _pairs(tokens: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Rows:
+    """Return passage and stem of every token as one number, passage in the upper half."""
+    return np.repeat(np.arange(len(counts), dtype=np.int64) << 32, counts) | tokens
+
+
+def _grown(values: Rows, size: int) -> Rows:
+    return values if size <= len(values) else np.concatenate([values, np.zeros(max(size, 2 * len(values)) - len(values), np.int64)])
+
+
+def _score(words: Path, config: IndexConfig, number: int, start: int, stop: int, folder: Path) -> dict[str, Any]:
+    """Score rows `start` to `stop` - 1 against every stem they hold: Lucene's BM25, as bm25s's default."""
+    lengths, frequencies = np.load(words / _LENGTHS), np.load(words / _FREQUENCIES)
+    counts = lengths[start:stop]
+    first = int(lengths[:start].sum(dtype=np.int64))
+    tokens = np.fromfile(words / _TOKENS, np.int32, int(counts.sum(dtype=np.int64)), offset=4 * first)
+    pairs, times = np.unique(_by_stem(tokens, counts), return_counts=True)
+    stem, row = pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32)
+    idf = np.log(1 + (len(lengths) - frequencies + 0.5) / (frequencies + 0.5))
+    longer = 1 - config.b + config.b * counts / max(lengths.mean(), 1e-9)
+    tf = times.astype(np.float32)
+    scores = (idf.astype(np.float32)[stem] * (tf / (config.k1 * longer[row] + tf))).astype(np.float32)
+    starts = np.searchsorted(stem, np.arange(len(frequencies) + 1)).astype(np.int64)
+    for part, values in zip(_PARTS, (scores, row, starts), strict=True):
+        np.save(folder / _file(number, part), values)
+    return {}
+
+
+def _by_stem(tokens: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Rows:
+    return (tokens.astype(np.int64) << 32) | np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+
+
+def _vocabulary(words: Path, folder: Path) -> dict[str, Any]:
+    (folder / _VOCABULARY).write_bytes((words / _VOCABULARY).read_bytes())
+    return {}
+
+
+def _file(number: int, part: str) -> str:
+    return f"bm25-{number:05d}-{part}.npy"
+
+
+class Bm25:
+    """Searches the word index of an index folder; the scores are memory-mapped."""
+
+    def __init__(self, vocabulary: dict[str, int], parts: Sequence[tuple[bm25s.BM25, int]]) -> None:
+        self._numbers, self._parts = vocabulary, parts
+        self._stem = Stemmer.Stemmer("english").stemWord
+        self._stop = frozenset(bm25s.tokenization.STOPWORDS_EN)
+        self.rows: int = sum(int(part.scores["num_docs"]) for part, _ in parts)
+
+    @classmethod
+    def open(cls, folder: Path, ranges: Sequence[Range], numbers: Iterable[int]) -> Bm25:
+        """Open the files `numbers`. Raises ManifestError."""
+        try:
+            vocabulary = json.loads((folder / _VOCABULARY).read_text(encoding="utf-8"))
+            return cls(vocabulary, [(_load(folder, number, *ranges[number]), ranges[number][0]) for number in numbers])
+        except (OSError, ValueError) as error:
+            raise ManifestError(f"{folder} holds no word index ({error}); run the index stage again") from None
+
+    def search(self, queries: Sequence[str], top_k: int) -> tuple[Vectors, Rows]:
+        """Return scores and rows, each [len(queries), k], k = min(top_k, rows), equal scores in row order.
+
+        Row -1 where fewer passages share a word with the query.
+        """
+        k = min(top_k, self.rows)
+        tokens = [self._tokens(query) for query in queries]
+        found = [[_best(part, start, numbers, k) for numbers in tokens] for part, start in self._parts]
+        stacked = [(np.stack([s for s, _ in part]), np.stack([r for _, r in part])) for part in found]
+        return merged([scores for scores, _ in stacked], [rows for _, rows in stacked], k)
+
+    def _tokens(self, query: str) -> list[int]:
+        """Return the numbers of the query's known stems; a repeated word counts as often as it occurs, as in bm25s."""
+        words = [word for word in _WORD.findall(query.lower()) if word not in self._stop]
+        return [number for word in words if (number := self._numbers.get(self._stem(word))) is not None]
+
+
+def _load(folder: Path, number: int, start: int, stop: int) -> bm25s.BM25:
+    made = bm25s.BM25()
+    data, indices, starts = (_file(number, part) for part in _PARTS)
+    made.load_scores(folder, data, indices, starts, num_docs=stop - start, mmap=True)
+    made.nonoccurrence_array = None
+    # A slice of a memmap costs several times one of the plain array over the same pages.
+    made.scores |= {part: np.asarray(made.scores[part]) for part in _PARTS}
+    return made
+
+
+def _best(index: bm25s.BM25, start: int, numbers: list[int], k: int) -> tuple[Vectors, Rows]:
+    """Return the k best rows that hold any of the stems."""
+    best, rows = np.full(k, -np.inf, np.float32), np.full(k, -1, np.int64)
+    if not numbers:
+        return best, rows
+    scores = index.get_scores_from_ids(numbers)
+    line = max(np.partition(scores, -k)[-k] if k < len(scores) else 0.0, np.finfo(np.float32).tiny)
+    found = np.flatnonzero(scores >= line)
+    order = found[np.lexsort((found, -scores[found]))][:k]
+    best[: len(order)], rows[: len(order)] = scores[order], order + start
+    return best, rows

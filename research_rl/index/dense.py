@@ -1,0 +1,171 @@
+"""Build and open the vector side of an index: files over ranges of rows, each in the memory planned for it.
+
+Knows faiss and the bf16 scan; knows no text. One training serves all files, so that an inverted file cut into several
+answers like one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+
+from research_rl.config import IndexConfig
+from research_rl.errors import ConfigError
+from research_rl.index.search import EXACT, Joined, VectorIndex, VectorSearcher, file_name
+from research_rl.index.vectors import VectorFiles
+from research_rl.index.work import Work
+
+__all__ = ["build", "open_vectors", "row_bytes", "template"]
+
+_ADD = 4096
+"""Vectors added at once."""
+_TRAINED = "trained"
+
+Progress = Callable[[str, float], None]
+Range = tuple[int, int]
+
+
+def build(work: Work, config: IndexConfig, vectors: VectorFiles, ranges: Sequence[Range], progress: Progress) -> dict[str, Any]:
+    """Build one file a range of rows as units of `work`; return the facts `open_vectors` needs. Raises ConfigError."""
+    scan = config.factory == EXACT
+    if not scan:
+        _train(work, config, vectors)
+    records: list[dict[str, Any]] = []
+    for number, (start, stop) in enumerate(ranges):
+        make = partial(_scan, vectors, number, start, stop) if scan else partial(_fill, work, config, vectors, number, start, stop)
+        records.append(work.unit(unit(number), make))
+        progress(f"{stop:,} of {len(vectors):,} vectors", stop / max(len(vectors), 1))
+    return {"bounds": records} if scan else {}
+
+
+def unit(number: int) -> str:
+    """Return the name of the unit of work that makes a file."""
+    return f"dense-{number:05d}"
+
+
+def template(config: IndexConfig, dim: int) -> Any:
+    """Return the empty index of `index.factory`. Raises ConfigError for a factory or search string that faiss refuses."""
+    try:
+        index = faiss.index_factory(dim, config.factory, faiss.METRIC_INNER_PRODUCT)
+        if config.search:
+            faiss.ParameterSpace().set_index_parameters(index, config.search)
+        return index
+    except RuntimeError as error:
+        raise _refused(config, f"for vectors of {dim} numbers", error) from None
+
+
+def row_bytes(config: IndexConfig, dim: int) -> float:
+    """Return the bytes a vector takes in an index file."""
+    if config.factory == EXACT:
+        return 2.0 * dim
+    index = template(config, dim)
+    graph: Any = getattr(index, "hnsw", None)
+    if graph is not None:
+        links = graph.cum_nb_neighbors(1) + 1  # one vector in M has M links more, on an upper level
+        return index.storage.sa_code_size() + 4.0 * links + 12
+    return index.sa_code_size() + 8.0 * (faiss.try_extract_index_ivf(index) is not None)
+
+
+def _refused(config: IndexConfig, where: str, error: RuntimeError) -> ConfigError:
+    reason = (str(error).strip().splitlines() or ["unknown"])[-1]
+    return ConfigError(
+        f"index.factory={config.factory!r} with index.search={config.search!r} is refused by faiss {where} ({reason}); "
+        "use Flat, or a factory string that fits"
+    )
+
+
+def _train(work: Work, config: IndexConfig, vectors: VectorFiles) -> None:
+    """Learn what the factory learns (centroids, codebooks) from a sample, once for all files."""
+
+    def learn(folder: Path) -> dict[str, Any]:
+        index = template(config, vectors.dim)
+        if not index.is_trained:
+            sample = vectors.take(vectors.spread(config.train_rows))
+            moved = _placed(config, index)
+            try:
+                moved.train(sample)
+            except RuntimeError as error:
+                raise _refused(config, f"for {len(vectors):,} vectors of {vectors.dim} numbers", error) from None
+            index = _returned(config, moved)
+        faiss.write_index(index, str(folder / _TRAINED))
+        return {}
+
+    work.unit(_TRAINED, learn)
+
+
+def _fill(work: Work, config: IndexConfig, vectors: VectorFiles, number: int, start: int, stop: int, folder: Path) -> dict[str, Any]:
+    empty = faiss.read_index(str(work.folder / _TRAINED / _TRAINED))
+    _reserve(empty, stop - start)
+    index = _placed(config, empty)
+    for _, some in vectors.batches(start, stop, _ADD):
+        index.add(some)
+    faiss.write_index(_returned(config, index), str(folder / file_name(number)))
+    return {}
+
+
+def _reserve(index: Any, rows: int) -> None:
+    """Take the room for all codes at once: a vector that grows holds up to three times its size for a moment."""
+    storage = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
+    if isinstance(storage, faiss.IndexFlatCodes):
+        storage.codes.resize(rows * storage.code_size)
+        storage.codes.resize(0)
+
+
+def _placed(config: IndexConfig, index: Any) -> Any:
+    """Return the index where `index.device` wants it. Raises ConfigError where faiss has no GPU to offer."""
+    if config.device == "cpu":
+        return index
+    if not faiss.get_num_gpus():
+        raise ConfigError(
+            f"index.device=gpu, but this faiss ({faiss.__version__}) sees no GPU; install a faiss build for CUDA on a machine with one, "
+            "or set index.device=cpu"
+        )
+    return faiss.index_cpu_to_all_gpus(index)
+
+
+def _returned(config: IndexConfig, index: Any) -> Any:
+    return index if config.device == "cpu" else faiss.index_gpu_to_cpu(index)
+
+
+def _scan(vectors: VectorFiles, number: int, start: int, stop: int, folder: Path) -> dict[str, Any]:
+    from research_rl.index.exact import scan_name, write_scan
+
+    norm, error = write_scan((some for _, some in vectors.batches(start, stop, _ADD)), folder / scan_name(number))
+    return {"norm": norm, "error": error}
+
+
+def open_vectors(
+    folder: Path,
+    facts: dict[str, Any],
+    vectors: VectorFiles,
+    ranges: Sequence[Range],
+    threads: int = 0,
+    *,
+    numbers: Sequence[int],
+    keep: bool = True,
+) -> VectorSearcher:
+    """Open the files `numbers` of an index folder as one index. Raises ManifestError."""
+    scan = facts["factory"] == EXACT
+    openers = [
+        partial(_open_scan, folder, facts["bounds"][number], vectors, number, ranges[number], threads)
+        if scan
+        else partial(VectorIndex.open, folder / file_name(number), threads)
+        for number in numbers
+    ]
+    rows = sum(ranges[number][1] - ranges[number][0] for number in numbers)
+    return Joined(openers, [ranges[number][0] for number in numbers], rows, vectors.dim, keep=keep)
+
+
+def _open_scan(folder: Path, bounds: dict[str, float], vectors: VectorFiles, number: int, span: Range, threads: int) -> VectorSearcher:
+    import os
+
+    import torch
+
+    from research_rl.index.exact import ExactScan, scan_name
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    return ExactScan(folder / scan_name(number), vectors.mapped(*span), bounds["norm"], bounds["error"])

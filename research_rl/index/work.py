@@ -1,0 +1,85 @@
+"""Unfinished work that survives a kill, in units. Knows folders, hashes and seconds; knows no index.
+
+Invariants: (1) a unit counts as finished only with its record, written after its files, whose sha256 they fit; (2) a
+killed run redoes at most the unit it was in; (3) work begun for other parameters or other parents is never taken up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from research_rl.manifest import file_sha256
+from research_rl.stages import Context
+
+__all__ = ["Work"]
+
+Record = dict[str, Any]
+
+
+class Work:
+    """The work folder of one stage with these parameters and parents."""
+
+    def __init__(self, context: Context) -> None:
+        parents = [found.hash for _, found in sorted(context.parents.items())]
+        key = sha256("/".join([context.config_hash, *parents]).encode()).hexdigest()[:16]
+        self.folder = context.workspace.work(f"{context.stage.name}-{key}")
+        for stale in self.folder.parent.glob(f"{context.stage.name}-*"):
+            if stale != self.folder:
+                shutil.rmtree(stale)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seconds = 0.0
+        """What all finished units took, those of earlier runs included."""
+
+    def unit(self, name: str, build: Callable[[Path], Record]) -> Record:
+        """Return the record of a unit; `build` fills its folder and returns what to record, unless that was done before."""
+        folder = self.folder / name
+        record = _finished(folder)
+        if record is None:
+            record = _build(folder, build)
+        self.seconds += record["seconds"]
+        return record["facts"]
+
+    def units(self) -> list[str]:
+        """Return the names of the finished units."""
+        return sorted(path.stem for path in self.folder.glob("*.json"))
+
+    def link(self, unit: str, target: Path) -> None:
+        """Give the files of a unit a second name in `target`."""
+        for path in (self.folder / unit).iterdir():
+            os.link(path, target / path.name)
+
+    def remove(self) -> None:
+        """End the work."""
+        shutil.rmtree(self.folder)
+
+
+def _build(folder: Path, build: Callable[[Path], Record]) -> Record:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    started = time.monotonic()
+    facts = build(folder)
+    for path in folder.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    record = {"facts": facts, "files": files, "seconds": round(time.monotonic() - started, 3)}
+    temporary = folder.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record))
+    temporary.replace(folder.with_suffix(".json"))
+    return record
+
+
+def _finished(folder: Path) -> Record | None:
+    try:
+        record: Record = json.loads(folder.with_suffix(".json").read_text())
+        whole = all(file_sha256(folder / name) == wanted for name, wanted in record["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if whole else None
