@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tasks.index import corpus, embed, index
 from tasks.job import assignments, opened, resolve, stop_services
 from tasks.policy import policy
 from tasks.prepare import prepare
+from tasks.preview import preview
 from tasks.retriever import retriever
 from tasks.server import server
 from tasks.summary import summary
@@ -32,6 +34,7 @@ def research_train(
     profile: str | None = None,
     overrides: dict[str, Any] = {},  # noqa: B006
     force: list[str] = [],  # noqa: B006
+    dry_run: bool = False,
 ) -> None:
     """Build data, index and initial policy, train it by GRPO with search in the rollout, and evaluate it before and after.
 
@@ -39,10 +42,14 @@ def research_train(
 
     Args:
         workspace: Folder with params.yaml, data/ and artifacts/; relative to the checkout.
-        profile: Profile to start from (laptop, smollm, paper-7b, paper-32b); empty keeps the workspace's params.yaml.
+        profile: Profile to start from (laptop, smollm, paper-7b, paper-32b, ...); empty keeps the workspace's params.yaml.
         overrides: Parameters by dotted name, for example {"train.steps": 40}; written to params.yaml.
         force: Stages to build even when nothing changed.
+        dry_run: Only show the resolved configuration, the plan, and how it differs from the paper; build nothing.
     """
+    if dry_run:
+        preview(workspace, profile, overrides)
+        return
     with opened(workspace, profile, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=frozenset(force)) as job:
         initial = policy.submit(job)
         download(job)
@@ -65,11 +72,16 @@ def research_train(
 
 def main(arguments: list[str]) -> int:
     """Run the flow in this folder with `section.key=value` arguments; return the exit code."""
+    parser = argparse.ArgumentParser("flows.train", description="Build, train and evaluate in this folder.")
+    parser.add_argument("-p", "--profile", help="profile to start from; this folder's params.yaml when left out")
+    parser.add_argument("--dry-run", action="store_true", help="only show the resolved run, its plan and how it differs from the paper")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="parameters for this run")
+    found = parser.parse_intermixed_args(arguments)
     try:
-        overrides = assignments(arguments)
-        resolve(Path(), None, overrides)
+        overrides = assignments(found.overrides)
+        resolve(Path(), found.profile, overrides)
         server()
-        research_train(overrides=overrides)
+        research_train(profile=found.profile, overrides=overrides, dry_run=found.dry_run)
     except ResearchError as error:
         print(f"research-train: {error}", file=sys.stderr)
         return 1

@@ -330,7 +330,17 @@ class TrainConfig(Section):
     tensor_parallel: int = Field(default=1, ge=1, description="Tensor parallel size of the rollout engine.")
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1, description="Share of GPU memory for the rollout engine.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass; saves memory, costs time.")
-    offload: bool = Field(default=False, description="GPU: keep parameters and optimizer state in host memory between uses.")
+    offload: Literal["none", "idle", "always"] = Field(
+        default="none",
+        description="GPU: what lives in host memory. idle: parameters and optimizer state between uses; always: parameters, gradients and optimizer, updated by the processor.",
+    )
+    lora_rank: int = Field(default=0, ge=0, description="Rank of a low-rank adapter trained in place of the weights; 0 trains the weights.")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter; its update is multiplied by lora_alpha / lora_rank.")
+    lora_targets: tuple[str, ...] = Field(
+        default=("all-linear",),
+        min_length=1,
+        description="Modules that get an adapter, by the end of their name; all-linear takes every linear layer.",
+    )
     max_tokens_per_gpu: int | None = Field(
         default=None, ge=64, description="GPU: tokens per forward/backward pass; twice the longest trajectory when empty."
     )
@@ -413,6 +423,49 @@ class ServingConfig(Section):
     start_deadline_s: float = Field(default=600.0, gt=0, description="Seconds until the server must answer.")
 
 
+class ClusterConfig(Section):
+    """Where the trainer runs. Changes no artifact."""
+
+    launcher: Literal["local", "ray-job"] = Field(
+        default="local", description="local: a process of this machine with a private Ray; ray-job: a job of the Ray cluster at `address`."
+    )
+    address: str = Field(
+        default="http://127.0.0.1:8265",
+        description="launcher ray-job: the cluster's dashboard; a token comes from RAY_AUTH_TOKEN. Workspace and checkout must be shared with its nodes.",
+    )
+    lease_s: float = Field(
+        default=60.0, ge=2, description="launcher ray-job: seconds without a sign of life of this process after which the job ends itself."
+    )
+
+
+class PlanConfig(Section):
+    """Rates and limits that `research plan` reckons with. Changes no artifact; the defaults are assumptions with their source."""
+
+    gpu_memory_gib: float = Field(default=80.0, gt=0, description="Memory of one GPU, GiB (H100 SXM: 80).")
+    host_memory_gib: float = Field(default=1024.0, gt=0, description="Memory of one machine, GiB.")
+    gpu_tflops: float = Field(default=989.0, gt=0, description="Peak dense bf16 rate of one GPU, TFLOP/s (NVIDIA's data sheet, H100 SXM).")
+    gpu_bandwidth: float = Field(default=3.35, gt=0, description="Memory bandwidth of one GPU, TB/s (NVIDIA's data sheet, H100 SXM).")
+    train_efficiency: float = Field(default=0.3, gt=0, le=1, description="Share of the peak rate that training reaches. Assumption.")
+    decode_efficiency: float = Field(default=0.4, gt=0, le=1, description="Share of the bandwidth that decoding reaches. Assumption.")
+    train_tokens_per_s: float | None = Field(
+        default=None, gt=0, description="Measured tokens/s of training per GPU; replaces the estimate."
+    )
+    decode_tokens_per_s: float | None = Field(
+        default=None, gt=0, description="Measured tokens/s of rollouts per GPU; replaces the estimate."
+    )
+    response_tokens: int = Field(
+        default=400, ge=1, description="Tokens the policy writes per episode (read off the paper's curves: 350 to 400 late in training)."
+    )
+    searches: float = Field(default=4.0, ge=0, description="Searches per episode (read off the paper's curves: 3.5 to 4).")
+    passage_tokens: int = Field(default=140, ge=1, description="Tokens of one passage (100 words at 1.4 tokens a word). Assumption.")
+    search_s: float = Field(default=0.5, ge=0, description="Seconds per search under a step's load. Assumption.")
+    longest: float = Field(default=4.0, ge=1, description="Longest episode of a step over the mean one; the step waits for it. Assumption.")
+    step_overhead_s: float = Field(
+        default=30.0, ge=0, description="Seconds per step for weight transfer, batching and logging. Assumption."
+    )
+    price_per_gpu_hour: float = Field(default=2.5, ge=0, description="Price of one GPU for an hour, in your currency. Assumption.")
+
+
 class EnvironmentsConfig(Section):
     """Interpreters of the other environments. Changes no artifact."""
 
@@ -458,6 +511,8 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
     retriever: RetrieverConfig = Field(default_factory=RetrieverConfig, description="Retriever service.")
     serving: ServingConfig = Field(default_factory=ServingConfig, description="Model server.")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Where the trainer runs.")
+    plan: PlanConfig = Field(default_factory=PlanConfig, description="Rates and limits of `research plan`.")
     environments: EnvironmentsConfig = Field(default_factory=EnvironmentsConfig, description="Interpreters.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow and DVC.")
 
@@ -477,11 +532,30 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def load_profile(name: str, overrides: Iterable[str] = ()) -> Config:
-    """Read `configs/<name>.yaml` over the defaults and apply dotted overrides. Raises ConfigError."""
+    """Read `configs/<name>.yaml` over the defaults and apply dotted overrides. Raises ConfigError.
+
+    A profile may name another as `extends`; its own values then replace that one's.
+    """
+    path = PROFILES / f"{name}.yaml"
+    return _build({**_profile(name), "profile": name}, overrides, str(path))
+
+
+def _profile(name: str) -> dict[str, Any]:
     path = PROFILES / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"profile={name!r} is not one of {profiles()}; choose one of them or add {path}")
-    return _build({**_read(path), "profile": name}, overrides, str(path))
+    tree = _read(path)
+    base = tree.pop("extends", None)
+    return _overlay(_profile(base), tree) if base else tree
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return `below` with the values of `above` put in, section by section."""
+    merged = dict(below)
+    for name, value in above.items():
+        found = merged.get(name)
+        merged[name] = _overlay(found, value) if isinstance(found, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def save(config: Config, path: Path) -> bool:

@@ -11,6 +11,7 @@ from research_rl import manifest
 from research_rl.config import Config, config_hash
 from research_rl.errors import ConfigError, ManifestError
 from research_rl.stages import STAGES, Workspace
+from research_rl.training import plan as training
 
 __all__ = ["Row", "State", "describe", "state"]
 
@@ -61,7 +62,7 @@ def _hash(workspace: Workspace, stage: str) -> str:
 
 
 def describe(config: Config, workspace: Workspace) -> str:
-    """Return the plan as text. Raises ConfigError when the index cannot fit on the disk."""
+    """Return the plan as text. Raises ConfigError when index or training cannot fit."""
     rows = state(config, workspace)
     lines = [f"profile {config.profile}, workspace {workspace.root}", ""]
     lines += [f"{row.stage:<10} {'skip' if row.state == 'current' else 'build':<6} {row.state}: {row.detail}" for row in rows]
@@ -70,12 +71,7 @@ def describe(config: Config, workspace: Workspace) -> str:
 
 
 def _budget(config: Config, workspace: Workspace) -> list[str]:
-    train = config.train
-    trajectories = train.prompts * train.group
-    lines = [
-        f"train: {train.steps} steps x {train.prompts} questions x {train.group} rollouts = {train.steps * trajectories:,} episodes "
-        f"of at most {config.episode.max_response_tokens:,} tokens, on {train.hardware} with {train.engine}"
-    ]
+    lines = training.lines(config, workspace.folder("policy"))
     rows = _passages(config, workspace)
     if rows is None:
         return [*lines, "index: size known after download"]

@@ -90,11 +90,7 @@ def environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
     common = {
         "PYTHONPATH": str(CHECKOUT),
         "PYTHONUNBUFFERED": "1",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
         "RAY_DEDUP_LOGS": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_API_KEY": token,
         "VLLM_NO_USAGE_STATS": "1",
@@ -102,7 +98,18 @@ def environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
         "HYDRA_FULL_ERROR": "1",
         "HF_DATASETS_CACHE": str(paths.work / "datasets"),
     }
-    return {**common, **(_cpu_environment(config, token) if config.train.hardware == "cpu" else {})}
+    private = _private_ray(token) if config.cluster.launcher == "local" else {}
+    return {**common, **private, **(_cpu_environment(config, token) if config.train.hardware == "cpu" else {})}
+
+
+def _private_ray(token: str) -> dict[str, str]:
+    """Variables of a Ray that the trainer starts for itself; a cluster that stands has its own."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
 
 
 def _data(config: Config, paths: Paths) -> dict[str, Any]:
@@ -145,6 +152,20 @@ def _policy(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ACTOR}.checkpoint.load_contents": ["model", "optimizer", "extra"],
         f"{_REF}.strategy": "fsdp2",
         f"{_REF}.fsdp_config.strategy": "fsdp2",
+        **_adapter(config),
+    }
+
+
+def _adapter(config: Config) -> dict[str, Any]:
+    """A low-rank adapter; verl merges it into the weights it hands to the engine, which then needs no adapter support."""
+    train = config.train
+    if not train.lora_rank:
+        return {}
+    return {
+        f"{_MODEL}.lora_rank": train.lora_rank,
+        f"{_MODEL}.lora_alpha": train.lora_alpha,
+        f"{_MODEL}.target_modules": "all-linear" if train.lora_targets == ("all-linear",) else list(train.lora_targets),
+        f"{_MODEL}.lora.merge": True,
     }
 
 
@@ -202,10 +223,12 @@ def _gpu(config: Config) -> dict[str, Any]:
         f"{_ROLLOUT}.log_prob_max_token_len_per_gpu": 2 * tokens,
         f"{_REF}.log_prob_use_dynamic_bsz": True,
         f"{_REF}.log_prob_max_token_len_per_gpu": 2 * tokens,
-        f"{_ACTOR}.fsdp_config.param_offload": train.offload,
-        f"{_ACTOR}.fsdp_config.optimizer_offload": train.offload,
+        f"{_ACTOR}.fsdp_config.param_offload": train.offload == "idle",
+        f"{_ACTOR}.fsdp_config.optimizer_offload": train.offload == "idle",
+        f"{_ACTOR}.fsdp_config.offload_policy": train.offload == "always",
         f"{_REF}.fsdp_config.param_offload": True,
         f"{_ROLLOUT}.gpu_memory_utilization": train.gpu_memory_utilization,
+        f"{_ROLLOUT}.max_num_seqs": 1024,
         f"{_ROLLOUT}.max_num_batched_tokens": max(8192, config.prompt.max_tokens + config.episode.max_response_tokens),
         f"{_ROLLOUT}.agent.num_workers": max(1, min(8 * train.nodes, train.prompts)),
         "trainer.device": "cuda",
@@ -248,6 +271,13 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         "trainer.v1.sampler.custom_sampler.path": f"pkg://{_CPU}.sampler",
         "trainer.v1.sampler.custom_sampler.name": "EagerReplayBuffer",
         "trainer.device": "cpu",
+        **(_small_ray(paths) if config.cluster.launcher == "local" else {}),
+    }
+
+
+def _small_ray(paths: Paths) -> dict[str, Any]:
+    """The private Ray of a CPU run; Ray refuses these words about a cluster that stands."""
+    return {
         # verl's bundles ask for 3 CPUs and each of its actors for 1, whatever the machine has.
         "ray_kwargs.ray_init.num_cpus": 12,
         "+ray_kwargs.ray_init.num_gpus": 1,

@@ -1,79 +1,110 @@
-"""verl's own schema accepts what is rendered for every shipped profile, hardware and engine, and understands it as meant."""
+"""verl's own schema accepts what is rendered for every shipped profile and engine, and understands it as meant."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from research_rl.config import CHECKOUT, Config, load_profile, profiles
+from research_rl.errors import TrainingError
+from research_rl.training import paper
+from research_rl.training.dry_run import compose
 from research_rl.training.overrides import Paths, render
-from research_rl.training.supervise import interpreter
 
-COMBINATIONS = [("cpu", "vllm"), ("gpu", "vllm"), ("gpu", "sglang")]
-PAPER = [
-    "train.lr=1e-6",
-    "train.prompts=256",
-    "train.group=5",
-    "train.kl_coef=0.001",
-    "train.temperature=1.0",
-    "prompt.max_tokens=512",
-    "episode.max_response_tokens=8192",
-    "train.gradient_checkpointing=true",
-    "train.tensor_parallel=2",
-    "train.gpus_per_node=8",
-    "train.offload=true",
-]
+GPU_PROFILES = [name for name in profiles() if load_profile(name).train.hardware == "gpu"]
+CASES: dict[str, tuple[str, list[str]]] = {
+    **{f"{name}/{engine}": (name, [f"train.engine={engine}"]) for name in GPU_PROFILES for engine in ("vllm", "sglang")},
+    **{name: (name, []) for name in profiles() if name not in GPU_PROFILES},
+    "smollm/gpu": ("smollm", ["train.hardware=gpu"]),
+    "idle": ("paper-7b-node", ["train.offload=idle"]),
+    "adapter": ("paper-7b-node", ["train.lora_rank=16", "train.lora_alpha=64", "train.lora_targets=[q_proj, v_proj]"]),
+    "cluster": ("laptop", ["cluster.launcher=ray-job", "train.validate_every=5"]),
+}
 
 
 def paths(model: str = "/models/it's here") -> Paths:
     return Paths(Path(model), Path("/d/train.parquet"), Path("/d/dev.parquet"), Path("/w"), Path("/tmp/r"))
 
 
-def compose(cases: dict[str, list[str]], folder: Path) -> subprocess.CompletedProcess[str]:
-    file = folder / "cases.json"
-    file.write_text(json.dumps(cases))
-    command = [str(interpreter(Config())), str(Path(__file__).with_name("verl_compose.py")), str(file)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(CHECKOUT)})
+def config(name: str) -> Config:
+    profile, chosen = CASES[name]
+    return load_profile(profile, chosen)
 
 
 @pytest.fixture(scope="module")
-def understood(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cases: dict[str, list[str]] = {}
-    for hardware, engine in COMBINATIONS:
-        chosen = [f"train.hardware={hardware}", f"train.engine={engine}"]
-        for profile in profiles():
-            cases[f"{profile}/{hardware}/{engine}"] = render(load_profile(profile, chosen), paths())
-        cases[f"paper-like/{hardware}/{engine}"] = render(load_profile("laptop", PAPER + chosen), paths())
-    cases["no-kl"] = render(load_profile("laptop", ["train.kl_coef=0", "train.validate_every=5"]), paths())
-    done = compose(cases, tmp_path_factory.mktemp("compose"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def understood() -> dict[str, Any]:
+    return compose(Config(), {name: render(config(name), paths()) for name in CASES})
 
 
 def test_every_profile_composes_in_struct_mode_and_validates(understood: dict[str, Any]) -> None:
-    assert len(understood) == len(COMBINATIONS) * (len(profiles()) + 1) + 1
+    assert len(GPU_PROFILES) == 8
     for name, found in understood.items():
-        assert found["strategy"] == ["fsdp2", "fsdp2"] and found["critic"] is False, name
-        assert found["model"] == "/models/it's here"
-        if "/" in name:
-            assert found["engine"] == name.split("/")[2]
-            assert found["device"] == {"cpu": "cpu", "gpu": "cuda"}[name.split("/")[1]]
+        train, policy = config(name).train, found["actor_rollout_ref"]
+        assert policy["actor"]["fsdp_config"]["strategy"] == policy["ref"]["fsdp_config"]["strategy"] == "fsdp2", name
+        assert policy["model"]["path"] == "/models/it's here"
+        assert policy["rollout"]["name"] == train.engine
+        assert found["trainer"]["device"] == {"cpu": "cpu", "gpu": "cuda"}[train.hardware]
+        assert (found["trainer"]["nnodes"], found["trainer"]["n_gpus_per_node"]) == (train.nodes, train.gpus_per_node)
+        assert policy["actor"]["use_kl_loss"] is (train.kl_coef > 0)
 
 
-def test_paper_like_values_arrive(understood: dict[str, Any]) -> None:
-    found = understood["paper-like/gpu/sglang"]
-    assert (found["lr"], found["batch"], found["lengths"], found["reference"]) == (1e-6, [256, 256, 5], [512, 8192], True)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("name", GPU_PROFILES)
+def test_a_paper_profile_differs_from_the_paper_only_with_a_reason(name: str, engine: str, understood: dict[str, Any]) -> None:
+    compared = paper.compare(config(f"{name}/{engine}"), understood[f"{name}/{engine}"])
+    assert [(item.parameter.name, item.value) for item in compared if item.unexplained] == []
+    packed = understood[f"{name}/{engine}"]["actor_rollout_ref"]
+    assert packed["model"]["override_config"] == {"attn_implementation": "flash_attention_2"}
+    assert packed["model"]["use_remove_padding"] and packed["actor"]["use_dynamic_bsz"] and packed["rollout"]["log_prob_use_dynamic_bsz"]
 
 
-def test_no_kl_needs_no_reference_model(understood: dict[str, Any]) -> None:
-    assert understood["no-kl"]["reference"] is False
+def test_a_changed_hyperparameter_is_noticed(understood: dict[str, Any]) -> None:
+    changed = load_profile("paper-7b", ["episode.top_k=3"])
+    compared = paper.compare(changed, understood["paper-7b/vllm"])
+    assert [item.parameter.name for item in compared if item.unexplained] == ["passages a search"]
 
 
-def test_an_unknown_extra_is_refused_by_verl(tmp_path: Path) -> None:
-    config = load_profile("laptop", ["train.extra={trainer.no_such_option: 1}"])
-    done = compose({"typo": render(config, paths())}, tmp_path)
-    assert done.returncode != 0 and "no_such_option" in done.stderr
+def test_the_document_shows_the_table_of_the_profile(understood: dict[str, Any]) -> None:
+    table = paper.table(paper.compare(config("paper-7b/vllm"), understood["paper-7b/vllm"]))
+    document = (CHECKOUT / "docs/paper_index.md").read_text()
+    assert table in document, "docs/paper_index.md is not what the profile gives; put this table into it:\n" + table
+
+
+def test_the_differing_profiles_differ_where_the_document_says(understood: dict[str, Any]) -> None:
+    def values(name: str) -> dict[str, Any]:
+        return {item.parameter.name: item.value for item in paper.compare(config(name), understood[name])}
+
+    first = values("paper-7b/vllm")
+    differing = {name: {key for key, value in values(f"{name}/vllm").items() if value != first[key]} for name in GPU_PROFILES}
+    node, large, host = {"machines"}, {"GPUs an engine", "GPUs a server"}, {"training state lives in host memory"}
+    assert differing == {
+        "paper-7b": set(),
+        "paper-7b-base": set(),
+        "paper-7b-node": node,
+        "paper-7b-base-node": node,
+        "paper-32b": large,
+        "paper-32b-base": large,
+        "paper-32b-node": node | large | host,
+        "paper-32b-base-node": node | large | host,
+    }
+
+
+def test_offload_and_adapter_reach_verl(understood: dict[str, Any]) -> None:
+    fsdp = understood["idle"]["actor_rollout_ref"]["actor"]["fsdp_config"]
+    assert (fsdp["param_offload"], fsdp["optimizer_offload"], fsdp["offload_policy"]) == (True, True, False)
+    model = understood["adapter"]["actor_rollout_ref"]["model"]
+    assert (model["lora_rank"], model["lora_alpha"], model["target_modules"]) == (16, 64, ["q_proj", "v_proj"])
+    assert model["lora"]["merge"] is True
+
+
+def test_a_cluster_that_stands_is_not_told_its_size(understood: dict[str, Any]) -> None:
+    assert understood["cluster"]["ray_kwargs"]["ray_init"] == {"num_cpus": None, "runtime_env": {"py_executable": None}}
+    assert understood["laptop"]["ray_kwargs"]["ray_init"]["num_gpus"] == 1
+
+
+def test_an_unknown_extra_is_refused_by_verl() -> None:
+    typo = load_profile("laptop", ["train.extra={trainer.no_such_option: 1}"])
+    with pytest.raises(TrainingError, match="no_such_option"):
+        compose(Config(), {"typo": render(typo, paths())})

