@@ -1,6 +1,6 @@
 """Run verl's trainer as a watched subprocess until every step is done. Knows processes, files and deadlines; knows no stage.
 
-Invariants: (1) nothing an attempt started outlives it (`services.spawn`), Ray's daemons included; (2) an attempt that is
+Invariants: (1) nothing an attempt started outlives it (`launch`), Ray's daemons included; (2) an attempt that is
 silent past its deadline is ended and the next resumes from the last whole checkpoint; (3) `metrics.jsonl` and `rollouts/`
 hold each step exactly once, whatever was killed in between.
 """
@@ -18,15 +18,15 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from research_rl import services
 from research_rl.config import CHECKOUT, Config
 from research_rl.errors import TrainingError
 from research_rl.retriever import TOKEN
 from research_rl.stages import Progress
-from research_rl.training import checkpoints, episodes, overrides
+from research_rl.training import checkpoints, episodes, launch, overrides
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.metrics_log import MetricsLog, Tail, numbers
 from research_rl.training.overrides import Paths
@@ -78,6 +78,18 @@ class Run:
     retriever_token: str | None = None
     store: Store | None = None
 
+    @cached_property
+    def launcher(self) -> launch.Launcher:
+        """What starts the trainer."""
+        return launch.launcher(self.config, self.services, self.retriever_url)
+
+    @property
+    def interpreter(self) -> Path:
+        """The policy environment's interpreter; on a cluster only its nodes need to have it."""
+        if self.config.cluster.launcher == "local":
+            return interpreter(self.config)
+        return CHECKOUT / self.config.environments.policy
+
     @property
     def metrics(self) -> Path:
         """The merged metrics, one line a step."""
@@ -114,7 +126,7 @@ def interpreter(config: Config) -> Path:
 
 def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> Outcome:
     """Train until `train.steps` are done; resume after a failure. Raises TrainingError with the last log lines."""
-    services.reap(run.services)
+    run.launcher.reap()
     _make_folders(run)
     _restore(run, progress)
     state = _State(run, hooks, progress, MetricsLog(run.metrics))
@@ -294,7 +306,7 @@ class _Attempt:
             hooks.on_attempt_end(self.number, why)
         return _Failure(self.number, why, self.steps > 0, process.tail(_TAIL_LINES)) if why else None
 
-    def _start(self, paths: Paths) -> services.Process:
+    def _start(self, paths: Paths) -> launch.Started:
         run = self.state.run
         paths.agent.write_text(overrides.agent_yaml(run.config, paths, run.retriever_url))
         env = overrides.environment(run.config, paths, secrets.token_hex(32))
@@ -302,9 +314,9 @@ class _Attempt:
         env["RESEARCH_GRACE_S"] = "3"
         if run.retriever_token:
             env[TOKEN] = run.retriever_token
-        command = [str(interpreter(run.config)), "-m", "verl.trainer.main_ppo", *overrides.render(run.config, paths)]
+        command = [str(run.interpreter), "-m", "verl.trainer.main_ppo", *overrides.render(run.config, paths)]
         command.append(f"hydra.run.dir={paths.work / 'hydra'}")
-        return services.spawn("train", command, folder=run.services, env=env, cwd=paths.work, log=self._log)
+        return run.launcher.start(command, env, paths.work, self._log)
 
     @property
     def _log(self) -> Path:
@@ -314,7 +326,7 @@ class _Attempt:
     def _raw_metrics(self) -> Path:
         return self.state.run.logs / f"attempt_{self.number}.metrics.jsonl"
 
-    def _watch(self, process: services.Process) -> str | None:
+    def _watch(self, process: launch.Started) -> str | None:
         metrics, log = Tail(self._raw_metrics), Tail(self._log)
         self.last = time.monotonic()
         while True:
