@@ -31,6 +31,7 @@ _LEASED = Path(__file__).with_name("_leased.py")
 _BEAT_S = 1.0
 _ASK_S = 1.0
 _STOP_S = 60.0
+_SUBMIT_S = 120.0
 _ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 143}
 
 
@@ -92,12 +93,20 @@ class RayJobs:
         self.address = address
         token = token or _token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.client = httpx.Client(base_url=address, headers=headers, timeout=10.0, trust_env=False)
+        self.client = httpx.Client(base_url=address, headers=headers, timeout=httpx.Timeout(60.0, connect=5.0), trust_env=False)
 
     def submit(self, name: str, entrypoint: str, env: Mapping[str, str]) -> None:
-        """Submit a job under the id `name`. Raises ServiceError."""
+        """Submit a job under the id `name`; a cluster that has just started may need a while to take it. Raises ServiceError."""
         body = {"submission_id": name, "entrypoint": entrypoint, "runtime_env": {"env_vars": dict(env)}}
-        self._send("POST", "", body)
+        deadline = time.monotonic() + _SUBMIT_S
+        while True:
+            try:
+                self._send("POST", "", body)
+                return
+            except ServiceError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_ASK_S)
 
     def info(self, name: str) -> dict[str, Any]:
         """Return the job's record: `status`, `message`, `driver_exit_code` and more. Raises ServiceError."""
