@@ -2,7 +2,8 @@
 
 Training, evaluation and tests all drive `run_episode`. Invariants: (1) ids the engine produced are never decoded and
 encoded again; (2) a failed search becomes an observation and a record, never an exception; (3) every episode ends
-with exactly one StopReason; (4) the response never exceeds `max_response_tokens`.
+with exactly one StopReason; (4) the response never exceeds `max_response_tokens`; (5) time before a closed gate counts
+against no limit, and a search that failed while the gate closed is asked again after it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from research_rl import protocol
-from research_rl.trajectory import Author, Passage, SearchRecord, Segment, StopReason, Trajectory
+from research_rl.trajectory import Author, Passage, SearchFault, SearchRecord, Segment, StopReason, Trajectory
 
-__all__ = ["Completion", "Engine", "Limits", "SearchFailure", "Searcher", "Tokenizer", "run_episode"]
+__all__ = ["Completion", "Engine", "Gate", "Limits", "SearchFailure", "Searcher", "Tokenizer", "run_episode"]
 
 _OPEN = f" {protocol.RESULT_OPEN}\n"
 _CLOSE = f"\n{protocol.RESULT_CLOSE}"
 EMPTY_QUERY = "the query was empty; write it between <search> and </search>".replace("<", "[").replace(">", "]")
 NOTHING_FOUND = "no passage was found"
+_TRIES = 3
+"""Most times one search is asked because the gate closed over it."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class SearchFailure:
-    """A search that got no answer; `reason` is told to the model and counted."""
+    """A search that got no answer; `reason` is told to the model, `fault` is counted."""
 
     reason: str
+    fault: SearchFault = SearchFault.BROKEN
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,39 @@ class Searcher(Protocol):
         ...
 
 
-async def run_episode(prompt_ids: Sequence[int], engine: Engine, searcher: Searcher, tokenizer: Tokenizer, limits: Limits) -> Trajectory:
+class Gate(Protocol):
+    """Stands before every search; closed while asking makes no sense, for a bounded time."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether a search would have to wait."""
+        ...
+
+    async def wait(self) -> None:
+        """Return once the gate is open."""
+        ...
+
+    def report(self, fault: SearchFault | None) -> None:
+        """Hear how a search ended; None is an answer."""
+        ...
+
+
+class _Open:
+    closed = False
+
+    async def wait(self) -> None: ...
+
+    def report(self, fault: SearchFault | None) -> None: ...
+
+
+async def run_episode(
+    prompt_ids: Sequence[int], engine: Engine, searcher: Searcher, tokenizer: Tokenizer, limits: Limits, gate: Gate | None = None
+) -> Trajectory:
     """Let the model reason, search and answer; return what happened. Cancels cleanly, raises nothing of the engine's."""
     trajectory = Trajectory(tuple(prompt_ids))
     try:
-        async with asyncio.timeout(limits.wall_s):
-            trajectory.stop = await _Episode(trajectory, engine, searcher, tokenizer, limits).run()
+        async with asyncio.timeout(limits.wall_s) as clock:
+            trajectory.stop = await _Episode(trajectory, engine, searcher, tokenizer, limits, gate or _Open(), clock).run()
     except TimeoutError:
         trajectory.stop = StopReason.TIME_LIMIT
     except Exception as error:  # noqa: BLE001 - the boundary: whatever an engine raises costs this trajectory, not its group
@@ -100,6 +131,8 @@ class _Episode:
     searcher: Searcher
     tokenizer: Tokenizer
     limits: Limits
+    gate: Gate
+    clock: asyncio.Timeout
     used: int = 0
 
     async def run(self) -> StopReason:
@@ -127,29 +160,54 @@ class _Episode:
 
     async def _search(self, query: str | None) -> str:
         if not query:
-            self.trajectory.searches.append(SearchRecord("", (), 0.0, "empty query"))
+            self.trajectory.searches.append(SearchRecord("", (), 0.0, "empty query", SearchFault.EMPTY_QUERY))
             return EMPTY_QUERY
-        started = time.perf_counter()
-        found = await self._ask(query)
-        seconds = time.perf_counter() - started
-        self.trajectory.search_seconds += seconds
+        before = self.trajectory.search_seconds
+        found = await self._find(query)
+        seconds = self.trajectory.search_seconds - before
         if isinstance(found, SearchFailure):
-            self.trajectory.searches.append(SearchRecord(query, (), seconds, found.reason))
+            self.trajectory.searches.append(SearchRecord(query, (), seconds, found.reason, found.fault))
             return f"search failed: {found.reason}"
-        self.trajectory.searches.append(SearchRecord(query, tuple(passage.id for passage in found), seconds))
-        return "\n\n".join(passage.contents for passage in found).strip() or NOTHING_FOUND
+        text = "\n\n".join(passage.contents for passage in found).strip()
+        fault = None if text else SearchFault.NOTHING
+        self.trajectory.searches.append(SearchRecord(query, tuple(passage.id for passage in found), seconds, None, fault))
+        return text or NOTHING_FOUND
+
+    async def _find(self, query: str) -> list[Passage] | SearchFailure:
+        """Ask; ask again when the gate closed over a failure, so that an outage told nobody anything about the query."""
+        found: list[Passage] | SearchFailure = SearchFailure("not asked")
+        for _ in range(_TRIES):
+            if self.gate.closed:
+                await self._pause()
+            started = time.perf_counter()
+            found = await self._ask(query)
+            self.trajectory.search_seconds += time.perf_counter() - started
+            self.gate.report(found.fault if isinstance(found, SearchFailure) else None)
+            if not (isinstance(found, SearchFailure) and self.gate.closed):
+                break
+        return found
+
+    async def _pause(self) -> None:
+        """Wait before the gate with the episode's clock stopped."""
+        now, due = asyncio.get_running_loop().time, self.clock.when()
+        started = now()
+        self.clock.reschedule(None)
+        await self.gate.wait()
+        waited = now() - started
+        self.trajectory.paused_seconds += waited
+        self.clock.reschedule(None if due is None else due + waited)
 
     async def _ask(self, query: str) -> list[Passage] | SearchFailure:
         try:
             async with asyncio.timeout(self.limits.search_timeout_s):
                 found = await self.searcher.search([query], self.limits.top_k)
         except TimeoutError:
-            return SearchFailure(f"no answer in {self.limits.search_timeout_s:g} s")
+            return SearchFailure(f"no answer in {self.limits.search_timeout_s:g} s", SearchFault.TIMEOUT)
         except Exception as error:  # noqa: BLE001 - the boundary: a broken searcher must not lose a trajectory
-            return SearchFailure(type(error).__name__)
+            return SearchFailure(type(error).__name__, SearchFault.BROKEN)
         if isinstance(found, SearchFailure):
             return found
-        return found[0] if len(found) == 1 else SearchFailure(f"{len(found)} replies to 1 query")
+        return found[0] if len(found) == 1 else SearchFailure(f"{len(found)} replies to 1 query", SearchFault.GARBAGE)
 
     def _observe(self, body: str) -> None:
         """Append one result block, its body cut to `max_result_tokens`, the whole cut to the response budget."""

@@ -352,6 +352,9 @@ class TrainConfig(Section):
     )
     start_deadline_s: float = Field(default=900.0, gt=0, description="Longest time to the first step.")
     max_attempts: int = Field(default=3, ge=1, description="Starts of the trainer, each resuming from the last complete checkpoint.")
+    episodes_in_flight: int = Field(
+        default=256, ge=1, description="Episodes one agent worker plays at once; others wait, their clock not yet running."
+    )
     extra: dict[str, Any] = Field(default_factory=dict, description="Further verl overrides by dotted name; applied last.")
 
 
@@ -402,6 +405,14 @@ class RetrieverConfig(Section):
         default=0, ge=0, description="CPU threads of a search; 0 takes one for a small index and all cores for a large one."
     )
     verify: bool = Field(default=True, description="Compare every byte of corpus and index with its manifest at start.")
+    pause_share: float = Field(
+        default=0.3, ge=0, lt=1, description="Training pauses when more than this share of recent searches got no answer from the service."
+    )
+    pause_least: int = Field(default=8, ge=1, description="Fewest failed searches that make training pause.")
+    pause_window_s: float = Field(default=30.0, gt=0, description="How far back searches count as recent, in seconds.")
+    pause_max_s: float = Field(
+        default=600.0, gt=0, description="Longest wait for the service to be well again; then training stops, to be resumed later."
+    )
 
 
 class ServingConfig(Section):

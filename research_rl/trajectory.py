@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["Author", "Passage", "SearchRecord", "Segment", "StopReason", "Trajectory"]
+__all__ = ["Author", "Passage", "SearchFault", "SearchRecord", "Segment", "StopReason", "Trajectory"]
 
 
 class Author(StrEnum):
@@ -37,6 +37,29 @@ class StopReason(StrEnum):
     """The engine raised; what was written before is kept."""
 
 
+class SearchFault(StrEnum):
+    """Why a search brought no passage; at most one each, and each is a metric."""
+
+    EMPTY_QUERY = "empty_query"
+    """The model wrote no query."""
+    NOTHING = "nothing"
+    """The retriever answered, without a passage."""
+    REFUSED = "refused"
+    """The retriever refused the request (4xx)."""
+    TIMEOUT = "timeout"
+    """No answer within the search's deadline."""
+    UNREACHABLE = "unreachable"
+    """No connection, or one that broke."""
+    BUSY = "busy"
+    """The retriever turned the search away (503, 429)."""
+    SERVER_ERROR = "server_error"
+    """Another 5xx."""
+    GARBAGE = "garbage"
+    """An answer that is not understood."""
+    BROKEN = "broken"
+    """The searcher raised."""
+
+
 @dataclass(frozen=True)
 class Passage:
     """One retrieved passage; `score` is the inner product."""
@@ -48,12 +71,13 @@ class Passage:
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """One search: the model's query, what came back, how long it took; `error` names a failure."""
+    """One search: the model's query, what came back, how long it took; `error` tells a failure, `fault` names its kind."""
 
     query: str
     passage_ids: tuple[str, ...]
     seconds: float
     error: str | None = None
+    fault: SearchFault | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,7 @@ class Trajectory:
     ended_by_eos: bool = False
     engine_seconds: float = 0.0
     search_seconds: float = 0.0
+    paused_seconds: float = 0.0
     error: str | None = None
 
     @property
@@ -108,5 +133,6 @@ class Trajectory:
             "searches": [asdict(search) for search in self.searches],
             "engine_seconds": round(self.engine_seconds, 4),
             "search_seconds": round(self.search_seconds, 4),
+            "paused_seconds": round(self.paused_seconds, 4),
             "error": self.error,
         }

@@ -1,7 +1,8 @@
 """Ask a retriever over HTTP. Knows the wire format and time; never raises for what a server does or fails to do.
 
 Invariants: (1) `search` answers within `timeout_s`, retries included; (2) a reply of the wrong shape is a SearchFailure;
-(3) equal searches in flight are sent once, and failures are never kept.
+(3) equal searches in flight are sent once, and failures are never kept; (4) `take_counts` accounts for every search and
+every try of it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, cast
@@ -17,7 +18,7 @@ from typing import Any, Self, cast
 import httpx
 
 from research_rl.agent import SearchFailure
-from research_rl.trajectory import Passage
+from research_rl.trajectory import Passage, SearchFault
 
 __all__ = ["RetrieverClient"]
 
@@ -33,9 +34,9 @@ Found = list[list[Passage]]
 class _Again(Exception):
     """A failure worth another try, after `pause` seconds where the server named them."""
 
-    def __init__(self, reason: str, pause: float = 0.0) -> None:
+    def __init__(self, reason: str, fault: SearchFault, pause: float = 0.0) -> None:
         super().__init__(reason)
-        self.pause = pause
+        self.fault, self.pause = fault, pause
 
 
 class RetrieverClient:
@@ -48,6 +49,14 @@ class RetrieverClient:
         self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._flying: dict[tuple[tuple[str, ...], int], asyncio.Task[Found | SearchFailure]] = {}
         self._kept: OrderedDict[tuple[tuple[str, ...], int], Found] = OrderedDict()
+        self._counts: Counter[str] = Counter()
+
+    def take_counts(self) -> dict[str, int]:
+        """Return what was counted since the last call: searches `asked`, thereof answered from the cache (`cached`) or by an
+        equal one in flight (`joined`), requests sent (`tries`) and those that failed (`failed_tries/<fault>`).
+        """
+        counts, self._counts = dict(self._counts), Counter()
+        return counts
 
     async def __aenter__(self) -> Self:
         return self
@@ -66,11 +75,15 @@ class RetrieverClient:
         if not queries:
             return []
         key = (tuple(queries), top_k)
+        self._counts["asked"] += 1
         if key in self._kept:
+            self._counts["cached"] += 1
             self._kept.move_to_end(key)
             return [list(passages) for passages in self._kept[key]]
         task = self._flying.get(key)
-        if task is None:
+        if task is not None:
+            self._counts["joined"] += 1
+        else:
             task = self._flying[key] = asyncio.create_task(self._ask(key))
             task.add_done_callback(lambda _: self._flying.pop(key, None))
         found = await asyncio.shield(task)
@@ -82,23 +95,27 @@ class RetrieverClient:
             response = await self._http.get(f"{self.url}/health", timeout=self.timeout_s)
             return cast(dict[str, Any], response.raise_for_status().json())
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
-            return SearchFailure(_reason(error))
+            return SearchFailure(_reason(error), SearchFault.UNREACHABLE)
 
     async def _ask(self, key: tuple[tuple[str, ...], int]) -> Found | SearchFailure:
         deadline = time.monotonic() + self.timeout_s
         pause, tries = _FIRST_PAUSE_S, 0
         while True:
             tries += 1
+            self._counts["tries"] += 1
             try:
                 found = await self._once(*key, deadline - time.monotonic())
             except _Again as error:
+                self._counts[f"failed_tries/{error.fault}"] += 1
                 wait = max(error.pause, random.uniform(pause / 2, pause))
                 if time.monotonic() + wait >= deadline:
-                    return SearchFailure(f"{error} ({tries} tries in {self.timeout_s:g} s)")
+                    return SearchFailure(f"{error} ({tries} tries in {self.timeout_s:g} s)", error.fault)
                 await asyncio.sleep(wait)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
                 continue
-            if not isinstance(found, SearchFailure):
+            if isinstance(found, SearchFailure):
+                self._counts[f"failed_tries/{found.fault}"] += 1
+            elif all(found):  # a retriever that finds nothing may only be ill
                 self._keep(key, found)
             return found
 
@@ -107,14 +124,17 @@ class RetrieverClient:
         try:
             async with asyncio.timeout(max(seconds, 0.001)), self._slots:
                 response = await self._http.post(f"{self.url}/batch_search", json=body, timeout=max(seconds, 0.001))
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise _Again(_reason(error)) from None
+        except (httpx.TimeoutException, TimeoutError) as error:
+            raise _Again(_reason(error), SearchFault.TIMEOUT) from None
+        except httpx.HTTPError as error:
+            raise _Again(_reason(error), SearchFault.UNREACHABLE) from None
         except (httpx.InvalidURL, UnicodeEncodeError) as error:
-            return SearchFailure(_reason(error))
+            return SearchFailure(_reason(error), SearchFault.REFUSED)
         if response.status_code >= 500 or response.status_code == 429:
-            raise _Again(f"retriever answered {response.status_code}", _retry_after(response))
+            fault = SearchFault.BUSY if response.status_code in (429, 503) else SearchFault.SERVER_ERROR
+            raise _Again(f"retriever answered {response.status_code}", fault, _retry_after(response))
         if response.status_code != 200:
-            return SearchFailure(f"retriever answered {response.status_code}: {_detail(response)}")
+            return SearchFailure(f"retriever answered {response.status_code}: {_detail(response)}", SearchFault.REFUSED)
         return _parse(response, len(queries))
 
     def _keep(self, key: tuple[tuple[str, ...], int], found: Found) -> None:
@@ -132,8 +152,10 @@ def _parse(response: httpx.Response, queries: int) -> Found | SearchFailure:
             for pair in zip(documents, scores, strict=True)
         ]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        return SearchFailure(f"retriever's reply is not understood ({type(error).__name__})")
-    return found if len(found) == queries else SearchFailure(f"retriever gave {len(found)} replies to {queries} queries")
+        return SearchFailure(f"retriever's reply is not understood ({type(error).__name__})", SearchFault.GARBAGE)
+    if len(found) != queries:
+        return SearchFailure(f"retriever gave {len(found)} replies to {queries} queries", SearchFault.GARBAGE)
+    return found
 
 
 def _text(value: Any) -> str:

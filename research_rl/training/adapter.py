@@ -3,31 +3,48 @@
 verl's output; holds no loop of its own. Runs inside verl's agent workers.
 
 Named by the agent file, not by verl's `@register`: the decorator would run at first import and drop the file's settings.
-Invariant: `run` raises nothing for a lost search or a broken engine, so no group is ever dropped for them.
+Invariants: (1) `run` raises nothing for a lost search or a broken engine, so no group is ever dropped for them; (2) the
+episodes of a worker share one client, one gate and one limit of episodes in flight.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
-from research_rl.agent import Completion, Limits, Searcher, run_episode
+from research_rl.agent import Completion, Limits, SearchFailure, run_episode
 from research_rl.config import PromptConfig
 from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
 from research_rl.retriever import TOKEN
+from research_rl.retriever.client import RetrieverClient
+from research_rl.retriever.gate import Patience, PauseGate
 from research_rl.reward import Grade, Rule, grade
-from research_rl.training import episodes
+from research_rl.training import episodes, pauses
 from research_rl.trajectory import Trajectory
 
 __all__ = ["SearchAgentLoop", "VerlEngine", "eos_ids"]
 
-_SEARCHERS: dict[str, Searcher] = {}
+_PROBE = "is the retriever there"
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all episodes of this process share."""
+
+    client: RetrieverClient
+    gate: PauseGate
+    turns: asyncio.Semaphore
+
+
+_SHARED: dict[str, _Shared] = {}
 
 
 class VerlEngine:
@@ -64,7 +81,8 @@ class VerlEngine:
 class SearchAgentLoop(AgentLoopBase):
     """One reason-with-search episode per call, graded where it was played.
 
-    Settings come from the agent file: `retriever_url`, `episodes` (folder of records), `rule`, `engine`, `prompt`, `limits`.
+    Settings come from the agent file: `retriever_url`, `episodes` and `pauses` (folders of records), `rule`, `engine`, `prompt`,
+    `limits`, `patience`, `in_flight`.
     """
 
     def __init__(
@@ -72,6 +90,9 @@ class SearchAgentLoop(AgentLoopBase):
         *args: Any,
         retriever_url: str,
         episodes: str,
+        pauses: str,
+        patience: Mapping[str, Any],
+        in_flight: int,
         rule: Rule,
         engine: Literal["vllm", "sglang"],
         prompt: Mapping[str, Any],
@@ -85,7 +106,7 @@ class SearchAgentLoop(AgentLoopBase):
         self._eos = eos_ids(model, self._tokenizer)
         self._prompt = PromptConfig(**prompt)
         self._limits = Limits(**limits)
-        self._searcher = _searcher(retriever_url, self._limits.search_timeout_s)
+        self._shared = _shared(retriever_url, self._limits.search_timeout_s, Patience(**patience), in_flight, Path(pauses))
         self._episodes = Path(episodes)
         self._rule: Rule = rule
         self._engine = engine
@@ -94,7 +115,8 @@ class SearchAgentLoop(AgentLoopBase):
         """Play and grade one episode of a dataset row; return ids, mask, log-probabilities and reward."""
         engine = VerlEngine(self.server_manager, self._tokenizer, self._eos, {**sampling_params, **_STOPPING[self._engine]})
         prompt_ids = encode_prompt(self._tokenizer, question(row), self._prompt)
-        trajectory = await run_episode(prompt_ids, engine, self._searcher, self._tokenizer, self._limits)
+        async with self._shared.turns:
+            trajectory = await run_episode(prompt_ids, engine, self._shared.client, self._tokenizer, self._limits, self._shared.gate)
         graded = grade(trajectory, golds(row), self._rule, self._tokenizer.eos_token)
         self._keep(row, trajectory, graded)
         return _output(trajectory, graded, engine.versions or [int(row["global_steps"]) - 1], self._tokenizer.eos_id)
@@ -111,7 +133,12 @@ class SearchAgentLoop(AgentLoopBase):
             "question": question(row),
             "golds": golds(row),
         }
-        episodes.append(self._episodes, step, str(info["split"]), {**names, **episodes.record(trajectory, graded)})
+        episodes.append(
+            self._episodes,
+            step,
+            str(info["split"]),
+            {**names, **episodes.record(trajectory, graded), "client": self._shared.client.take_counts()},
+        )
 
 
 _STOPPING: dict[str, dict[str, Any]] = {
@@ -138,13 +165,19 @@ def eos_ids(model: Path, tokenizer: FolderTokenizer) -> frozenset[int]:
     return frozenset({tokenizer.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])})
 
 
-def _searcher(url: str, timeout_s: float) -> Searcher:
-    """Return this process's client of the retriever; its connections are shared by all episodes."""
-    from research_rl.retriever.client import RetrieverClient
+def _shared(url: str, timeout_s: float, patience: Patience, in_flight: int, notes: Path) -> _Shared:
+    """Return this process's client of the retriever, its gate and its turns."""
+    if url not in _SHARED:
+        client = RetrieverClient(url, token=os.environ.get(TOKEN), timeout_s=timeout_s)
 
-    if url not in _SEARCHERS:
-        _SEARCHERS[url] = RetrieverClient(url, token=os.environ.get(TOKEN), timeout_s=timeout_s)
-    return _SEARCHERS[url]
+        async def well() -> bool:
+            # A service may call itself healthy and answer nonsense: only a search proves that searching works.
+            answers = not isinstance(await client.health(), SearchFailure)
+            return answers and not isinstance(await client.search([_PROBE], 1), SearchFailure)
+
+        gate = PauseGate(well, patience, lambda note: pauses.append(notes, note))
+        _SHARED[url] = _Shared(client, gate, asyncio.Semaphore(in_flight))
+    return _SHARED[url]
 
 
 def _output(trajectory: Trajectory, graded: Grade, versions: Sequence[int], eos_id: int) -> AgentLoopOutput:

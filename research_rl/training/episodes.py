@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from research_rl.reward import Grade
-from research_rl.trajectory import Author, StopReason, Trajectory
+from research_rl.trajectory import Author, SearchFault, StopReason, Trajectory
 
-__all__ = ["DEV", "TRAIN", "append", "discard", "discard_after", "gather", "record", "steps", "summarise"]
+__all__ = ["DEV", "TRAIN", "append", "discard", "discard_after", "gather", "losses", "record", "steps", "summarise"]
 
 TRAIN, DEV = "train", "dev"
 
@@ -75,17 +76,30 @@ def discard(folder: Path, step: int, split: str = TRAIN) -> None:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return a step's means under `episode/`: reward, F1, EM, format, searches, tokens and the share of each stop reason."""
+    """Return a step's means under `episode/`: reward, F1, EM, format, searches, tokens and the share of each stop reason.
+
+    `episode/search_failed/<fault>` and `search/<count of the client>` are numbers of searches, not means.
+    """
     if not rows:
         return {}
     metrics = {f"episode/{name}": _mean([float(row[field]) for row in rows]) for name, field in _FIELDS.items()}
     metrics["episode/searches"] = _mean([float(len(row["searches"])) for row in rows])
     metrics["episode/failed_searches"] = _mean([float(sum(search["error"] is not None for search in row["searches"])) for row in rows])
+    faults = Counter(str(search.get("fault")) for row in rows for search in row["searches"])
+    metrics.update({f"episode/search_failed/{fault.value}": float(faults[fault.value]) for fault in SearchFault})
+    client = sum((Counter(row.get("client", {})) for row in rows), Counter[str]())
+    metrics.update({f"search/{name}": float(count) for name, count in client.items()})
     for reason in StopReason:
         metrics[f"episode/stop/{reason.value}"] = _mean([float(row["stop"] == reason.value) for row in rows])
     metrics["episode/mixed_groups"] = _mixed_groups(rows)
     metrics["episode/count"] = float(len(rows))
     return metrics
+
+
+def losses(rows: Sequence[dict[str, Any]], prompts: int, group: int) -> dict[str, float]:
+    """Return how many of a step's trajectories and groups are not there whole."""
+    whole = sum(size >= group for size in Counter(str(row["uid"]) for row in rows).values())
+    return {"episode/lost": float(prompts * group - len(rows)), "episode/lost_groups": float(prompts - whole)}
 
 
 _FIELDS = {

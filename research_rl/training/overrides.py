@@ -48,6 +48,11 @@ class Paths:
         return self.work / "episodes"
 
     @property
+    def pauses(self) -> Path:
+        """Folder of the agent workers' notes about pauses of searching."""
+        return self.work / "pauses"
+
+    @property
     def agent(self) -> Path:
         """The agent loop's settings."""
         return self.work / "agent.yaml"
@@ -77,6 +82,14 @@ def agent_yaml(config: Config, paths: Paths, retriever_url: str) -> str:
         "_target_": _ADAPTER,
         "retriever_url": retriever_url,
         "episodes": str(paths.episodes),
+        "pauses": str(paths.pauses),
+        "patience": {
+            "window_s": config.retriever.pause_window_s,
+            "least": config.retriever.pause_least,
+            "share": config.retriever.pause_share,
+            "longest_s": config.retriever.pause_max_s,
+        },
+        "in_flight": config.train.episodes_in_flight,
         "rule": config.reward.rule,
         "engine": config.train.engine,
         "prompt": config.prompt.model_dump(mode="json"),

@@ -2,7 +2,8 @@
 
 Invariants: (1) nothing an attempt started outlives it (`launch`), Ray's daemons included; (2) an attempt that is
 silent past its deadline is ended and the next resumes from the last whole checkpoint; (3) `metrics.jsonl` and `rollouts/`
-hold each step exactly once, whatever was killed in between.
+hold each step exactly once, whatever was killed in between; (4) time in which searching paused counts against no deadline,
+and is itself bounded by `retriever.pause_max_s`.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from research_rl.training import checkpoints, episodes, launch, overrides
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.metrics_log import MetricsLog, Tail, numbers
 from research_rl.training.overrides import Paths
+from research_rl.training.pauses import Pauses
 from research_rl.training.remote import Store, Uploader, restore
-from research_rl.trajectory import StopReason
+from research_rl.trajectory import SearchFault, StopReason
 
 __all__ = ["Outcome", "Run", "TrainHooks", "interpreter", "ray_folder", "supervise"]
 
 MAX_LOST = 0.1
 """Largest share of a step's trajectories that may be missing before training on the rest is refused."""
 MAX_FAILED_SEARCHES = 0.5
-"""Largest share of a step's searches that may get no answer before the retriever counts as lost."""
+"""Largest share of a step's searches that may bring no passage before the retriever counts as lost."""
 _POLL_S = 0.2
 _TAIL_LINES = 30
 _ERROR = re.compile(r"^(?:\x1b\[\d+m\(.*?\)\x1b\[0m )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
@@ -193,6 +195,7 @@ class _State:
     progress: Progress
     log: MetricsLog
     lost: int = 0
+    padding: int = 0
     uploader: Uploader | None = None
 
     def attempts(self) -> int:
@@ -229,7 +232,8 @@ class _State:
         _write_rollouts(self.run.rollouts / f"{step:06d}.jsonl.gz", rows)
         validated = self.validated(step)
         episodes.discard(self.run.paths.episodes, step)
-        self.log.put(step, {**metrics, **episodes.summarise(rows), **validated})
+        losses = episodes.losses(rows, self.run.config.train.prompts, self.run.config.train.group)
+        self.log.put(step, {**metrics, **episodes.summarise(rows), **losses, **validated})
         self._tell(step)
         self._require_whole(step, rows)
 
@@ -246,10 +250,14 @@ class _State:
         self.progress(f"checkpoint of step {checkpoint.step} is passed over: {why}", min(1.0, share))
 
     def padded(self, line: str) -> None:
-        """Count trajectories that verl replaced by padding. Raises TrainingError past the limit."""
+        """Count trajectories that verl replaced by padding, before the step is reported. Raises TrainingError past the limit."""
         if found := _PADDED.search(line):
-            size, padding = int(found[2]), int(found[3])
-            self._lose(padding, size, "verl replaced them by padding; the agent loop raised, see the log")
+            size, self.padding = int(found[2]), int(found[3])
+            self._lose(self.padding, size, "verl replaced them by padding; the agent loop raised, see the log")
+
+    def say(self, text: str) -> None:
+        """Tell the caller what happens between two steps."""
+        self.progress(text, min(1.0, self.log.last / self.run.config.train.steps))
 
     def _tell(self, step: int) -> None:
         metrics, steps = self.log.rows[step], self.run.config.train.steps
@@ -260,11 +268,15 @@ class _State:
 
     def _require_whole(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         train = self.run.config.train
+        expected = train.prompts * train.group
+        missing, self.padding = expected - len(rows) - self.padding, 0
+        if missing > 0:
+            self._lose(missing, expected, f"step {step} left no record of them; the agent loop raised, see the log")
         broken = [row for row in rows if row["stop"] == StopReason.ENGINE_FAILURE.value]
         example = f", the first with {broken[0]['error']}" if broken else ""
-        self._lose(len(broken), train.prompts * train.group, f"the engine failed in step {step}{example}")
-        searches = [search for row in rows for search in row["searches"] if search["error"] != "empty query"]
-        failed = [search["error"] for search in searches if search["error"] is not None]
+        self._lose(len(broken), expected, f"the engine failed in step {step}{example}")
+        searches = [search for row in rows for search in row["searches"] if search["fault"] != SearchFault.EMPTY_QUERY.value]
+        failed = [search["error"] or search["fault"] for search in searches if search["fault"] is not None]
         if len(failed) > MAX_FAILED_SEARCHES * max(len(searches), 1):
             raise TrainingError(
                 f"{len(failed)} of {len(searches)} searches of step {step} failed (limit {MAX_FAILED_SEARCHES:.0%}), "
@@ -273,6 +285,8 @@ class _State:
 
     def _lose(self, count: int, expected: int, why: str) -> None:
         self.lost += count
+        if count:
+            self.say(f"{count} of {expected} trajectories of a step were lost: {why}")
         if count > MAX_LOST * expected:
             raise TrainingError(f"{count} of {expected} trajectories of a step were lost (limit {MAX_LOST:.0%}): {why}")
 
@@ -288,12 +302,16 @@ class _Attempt:
     last: float = 0.0
     announced: int = 0
 
+    def __post_init__(self) -> None:
+        self.pauses = Pauses(self.state.run.paths.pauses, self.state.run.config.retriever.pause_max_s)
+
     def run(self) -> _Failure | None:
         """Start, watch and end the trainer; return why it must be started again, None when all steps are done."""
         self.number = self.state.attempts() + 1
         self.announced = self.resume.step if self.resume else 0
         paths = replace(self.state.run.paths, resume=self.resume.path if self.resume else None)
         shutil.rmtree(paths.ray, ignore_errors=True)
+        shutil.rmtree(paths.pauses, ignore_errors=True)
         hooks = self.state.hooks
         hooks.on_attempt(self.number, self.announced)
         process = self._start(paths)
@@ -333,6 +351,7 @@ class _Attempt:
             ended = process.poll()
             for line in log.lines():
                 self.state.padded(line)
+            self._hear_of_pauses()
             for line in metrics.lines():
                 self._step(json.loads(line))
             self._announce()
@@ -349,9 +368,27 @@ class _Attempt:
         if step == (self.resume.step if self.resume else 0):
             self.state.validated(step)  # the validation before the first step
             return
-        self.state.finish(step, numbers(row["data"]))
+        self.state.finish(step, {**numbers(row["data"]), "search/paused_s": self._paused()})
         self.steps += 1
         self.last = time.monotonic()
+
+    def _paused(self) -> float:
+        """Return how long searching paused since the last step."""
+        return self.pauses.seconds(time.time() - (time.monotonic() - self.last))
+
+    def _hear_of_pauses(self) -> None:
+        """Tell of pauses. Raises TrainingError when a worker gave the retriever up."""
+        retriever, url = self.state.run.config.retriever, self.state.run.retriever_url
+        for note in self.pauses.news():
+            faults = ", ".join(f"{count} {fault}" for fault, count in note["faults"].items())
+            failed = f"{sum(note['faults'].values())} of {note['searches']} recent searches failed ({faults})"
+            if note["event"] == "gave_up":
+                raise TrainingError(
+                    f"{failed} and {url} was not well again within retriever.pause_max_s={retriever.pause_max_s:g}; "
+                    f"repair the retriever and run the stage again, it goes on from its last checkpoint"
+                )
+            waits = f"paused: {failed}; waiting for {url}, at most {retriever.pause_max_s:g} s"
+            self.state.say(waits if note["event"] == "paused" else "the retriever is well again; training goes on")
 
     def _announce(self) -> None:
         """Seal a checkpoint and tell the hooks, once verl's tracker (written after its files) names it and its step is recorded."""
@@ -372,7 +409,7 @@ class _Attempt:
     def _silent(self) -> str | None:
         train = self.state.run.config.train
         name, limit = ("train.step_deadline_s", train.step_deadline_s) if self.steps else ("train.start_deadline_s", train.start_deadline_s)
-        silence = time.monotonic() - self.last
+        silence = time.monotonic() - self.last - self._paused()
         return f"made no step for {silence:.0f} s ({name}={limit:g}; raise it if steps really take longer)" if silence > limit else None
 
 

@@ -35,6 +35,7 @@ _NOT_IN_KEY = (
     "max_attempts",
     "upload",
     "upload_wait_s",
+    "episodes_in_flight",
 )
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from research_rl.agent import SearchFailure
 from research_rl.retriever.client import RetrieverClient
-from research_rl.trajectory import Passage
+from research_rl.trajectory import Passage, SearchFault
 
 GOOD = [[[{"id": "1", "contents": "x"}]], [[0.5]]]
 Reply = tuple[int, bytes, dict[str, str]]
@@ -147,7 +147,9 @@ def test_a_silent_server_and_an_absent_one_end_in_time(server: Server) -> None:
 
 def test_a_refused_request_is_not_repeated_and_says_why(server: Server) -> None:
     server.then(422, {"detail": "top_n=500 exceeds 100"})
-    assert ask(server.url, lambda client: client.search(["q"], 500)) == SearchFailure("retriever answered 422: top_n=500 exceeds 100")
+    assert ask(server.url, lambda client: client.search(["q"], 500)) == SearchFailure(
+        "retriever answered 422: top_n=500 exceeds 100", SearchFault.REFUSED
+    )
     assert len(server.asked) == 1
 
 
@@ -168,3 +170,19 @@ def test_failures_are_not_kept_and_odd_queries_do_no_harm(server: Server) -> Non
     assert none == []
     assert isinstance(odd, SearchFailure | list)
     assert isinstance(ask("http://127.0.0.1:9", lambda client: client.health()), SearchFailure)
+
+
+def test_every_search_and_every_try_is_accounted_for(server: Server) -> None:
+    server.then(503, {}).then(200, [[[]], [[]]]).then(200, [[], []]).then(200, GOOD).pause = 0.05
+
+    async def work(client: RetrieverClient) -> Any:
+        empty = await asyncio.gather(*(client.search(["q"], 1) for _ in range(4)))
+        garbage = await client.search(["q"], 1)
+        good = [await client.search(["q"], 1) for _ in range(3)]
+        return empty, garbage, good, client.take_counts(), client.take_counts()
+
+    empty, garbage, good, counts, after = ask(server.url, work)
+    assert empty == [[[]]] * 4 and good == [[[Passage("1", "x", 0.5)]]] * 3
+    assert garbage.fault is SearchFault.GARBAGE
+    assert counts == {"asked": 8, "joined": 3, "cached": 2, "tries": 4, "failed_tries/busy": 1, "failed_tries/garbage": 1}
+    assert after == {} and len(server.asked) == 4

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from research_rl import protocol
 from research_rl.agent import Completion, Limits, SearchFailure, run_episode
-from research_rl.trajectory import Author, Passage, StopReason, Trajectory
+from research_rl.trajectory import Author, Passage, SearchFault, StopReason, Trajectory
 
 LIMITS = Limits(top_k=2, max_searches=2, max_result_tokens=40, max_response_tokens=600, wall_s=5.0, search_timeout_s=1.0)
 EOS = 0
@@ -162,3 +162,59 @@ def test_last_query_takes_the_last_pair() -> None:
     assert protocol.last_query("<search> a </search> <search> b c </search>") == "b c"
     assert protocol.last_query("<search> a") is None
     assert protocol.last_query("a </search>") is None
+
+
+class Door:
+    """Closes at the first failure for `seconds`, as often as `times`."""
+
+    def __init__(self, seconds: float, times: int) -> None:
+        self.seconds, self.times, self.closed, self.heard = seconds, times, False, []
+
+    async def wait(self) -> None:
+        await asyncio.sleep(self.seconds)
+        self.closed = False
+
+    def report(self, fault: SearchFault | None) -> None:
+        self.heard.append(fault)
+        if fault and self.times:
+            self.closed, self.times = True, self.times - 1
+
+
+class Ill(Shelf):
+    """Fails the first `failures` searches."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__("Paris")
+        self.failures = failures
+
+    async def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]] | SearchFailure:
+        found = await super().search(queries, top_k)
+        return SearchFailure("503", SearchFault.BUSY) if len(self.queries) <= self.failures else found
+
+
+def play_at(door: Door, shelf: Shelf) -> Trajectory:
+    limits = Limits(top_k=2, max_searches=2, max_result_tokens=40, max_response_tokens=600, wall_s=0.2, search_timeout_s=1.0)
+    script = Script("<search>capital</search>", "<answer>Paris</answer>$")
+    return asyncio.run(run_episode((1, 2), script, shelf, Bytes(), limits, door))
+
+
+def test_time_before_a_closed_gate_costs_nothing_and_the_search_is_asked_again() -> None:
+    door, shelf = Door(0.5, 1), Ill(1)
+    trajectory = play_at(door, shelf)
+    assert trajectory.stop is StopReason.ANSWERED and "Paris" in trajectory.text
+    assert [search.fault for search in trajectory.searches] == [None] and len(shelf.queries) == 2
+    assert door.heard == [SearchFault.BUSY, None]
+    assert trajectory.paused_seconds >= 0.5 and trajectory.search_seconds < 0.2
+
+
+def test_a_gate_that_closes_again_and_again_is_left_with_the_failure() -> None:
+    shelf = Ill(99)
+    trajectory = play_at(Door(0.01, 99), shelf)
+    assert trajectory.stop is StopReason.ANSWERED and len(shelf.queries) == 3
+    assert [search.fault for search in trajectory.searches] == [SearchFault.BUSY]
+
+
+def test_nothing_found_is_a_fault_and_no_failure() -> None:
+    trajectory = play_at(Door(0, 0), Shelf())
+    assert [(search.fault, search.error) for search in trajectory.searches] == [(SearchFault.NOTHING, None)]
+    assert "no passage was found" in trajectory.text

@@ -67,6 +67,7 @@ def test_episodes_come_back_in_order_and_sum_up(tmp_path: Path) -> None:
     assert metrics["episode/reward"] == pytest.approx(1 / 3)
     assert metrics["episode/searches"] == 2.0
     assert metrics["episode/mixed_groups"] == 0.5
+    assert episodes.losses(found, prompts=2, group=2) == {"episode/lost": 1.0, "episode/lost_groups": 1.0}
     assert sum(metrics[f"episode/stop/{reason}"] for reason in StopReason) == pytest.approx(1.0)
 
 

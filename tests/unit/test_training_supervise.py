@@ -57,7 +57,7 @@ def episode(step, index, stop):
     row = {"id": f"q{index}", "uid": "u", "rollout": index, "score": float(index % 2), "f1": 0.0, "em": 0.0, "format_ok": True,
            "prompt_tokens": 1, "model_tokens": 1, "result_tokens": 0, "engine_seconds": 0.0, "search_seconds": 0.0, "stop": stop,
            "error": "EngineDeadError: gone" if stop == "engine_failure" else None, "attempt": attempt,
-           "searches": [{"query": "q", "passage_ids": [], "seconds": 0.1, "error": script.get("search_error")}]}
+           "searches": [{"query": "q", "passage_ids": [], "seconds": 0.1, **script.get("fault", {"error": None, "fault": None})}]}
     folder = work / f"episodes/train/{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{os.getpid()}.jsonl", "a") as stream:
@@ -65,7 +65,14 @@ def episode(step, index, stop):
 
 metrics = open(os.environ["VERL_FILE_LOGGER_PATH"], "wb", buffering=0)
 for step in range(step + 1, int(options["trainer.total_training_steps"]) + 1):
-    for index in range(4):
+    for note in script.get("notes", []) if step == 2 else []:
+        folder = work / "pauses"
+        folder.mkdir(exist_ok=True)
+        line = {"event": note, "at": time.time(), "faults": {"timeout": 8}, "searches": 9}
+        with open(folder / "worker.jsonl", "a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        time.sleep(script.get("pause_s", 0) * (note == "paused"))
+    for index in range(script.get("rows", 4)):
         episode(step, index, script.get("stop", "answered"))
     if step == script.get("hang"):
         # A grandchild in its own session, as Ray's daemons are.
@@ -206,12 +213,29 @@ def test_failing_twice_without_a_step_ends_with_the_log(tmp_path: Path) -> None:
     [
         ({"padding": 1, "pause": 5}, "1 of 4 trajectories of a step were lost.*padding"),
         ({"stop": "engine_failure"}, "4 of 4 trajectories.*EngineDeadError: gone"),
-        ({"search_error": "retriever cannot be reached"}, "4 of 4 searches of step 1 failed.*cannot be reached"),
+        ({"rows": 3}, "1 of 4 trajectories of a step were lost.*left no record"),
+        ({"fault": {"error": None, "fault": "nothing"}}, "4 of 4 searches of step 1 failed.*'nothing'"),
+        ({"notes": ["paused", "gave_up"]}, r"8 of 9 recent searches failed \(8 timeout\).*retriever\.pause_max_s=600"),
+        (
+            {"fault": {"error": "retriever cannot be reached", "fault": "unreachable"}},
+            "4 of 4 searches of step 1 failed.*cannot be reached",
+        ),
     ],
 )
 def test_training_on_what_is_left_is_refused(tmp_path: Path, plan: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         supervise(make_run(tmp_path, [plan]), TrainHooks(), ignore)
+
+
+def test_a_pause_is_told_measured_and_no_silence(tmp_path: Path) -> None:
+    said: list[str] = []
+    run = make_run(tmp_path, [{"notes": ["paused", "resumed"], "pause_s": 2.0}], step_deadline_s=1.5)
+    outcome = supervise(run, TrainHooks(), lambda text, share: said.append(text))
+    assert outcome.attempts == 1
+    paused = [row["metrics"]["search/paused_s"] for row in read_metrics(run)]
+    assert 1.9 < sum(paused) < 3.0 and paused[3] == 0
+    told = [text for text in said if "paused" in text or "goes on" in text]
+    assert told[0].startswith("paused: 8 of 9 recent searches failed (8 timeout)") and told[1].endswith("training goes on")
 
 
 def test_a_failing_listener_stops_the_trainer(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""A gate before searches that closes when too many fail. Knows fault counts, time and a probe; knows no HTTP, no episode.
+
+Invariants: (1) it is closed for at most `longest_s` at a stretch; (2) it opens once the probe succeeds; (3) what the model
+did wrong closes nothing; (4) every closing is noted once, and so is its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from research_rl.trajectory import SearchFault
+
+__all__ = ["Note", "Patience", "PauseGate"]
+
+_PROBE_EVERY_S = 1.0
+_NOT_THE_SERVICE = frozenset({None, SearchFault.EMPTY_QUERY, SearchFault.NOTHING, SearchFault.REFUSED})
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When searches pause: more than `share` of those ended in the last `window_s` failed, and at least `least`."""
+
+    window_s: float
+    least: int
+    share: float
+    longest_s: float
+
+
+@dataclass(frozen=True)
+class Note:
+    """What happened to the gate. `faults` counts the window's failures, `searches` all that ended in it; `at` is Unix time."""
+
+    event: Literal["paused", "resumed", "gave_up"]
+    at: float
+    faults: dict[str, int]
+    searches: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready record."""
+        return {"event": self.event, "at": self.at, "faults": self.faults, "searches": self.searches}
+
+
+class PauseGate:
+    """A `Gate`; for one event loop. `probe` says whether searching works again and may take its time; `note` must not raise."""
+
+    def __init__(self, probe: Callable[[], Awaitable[bool]], patience: Patience, note: Callable[[Note], None]) -> None:
+        self._probe, self._patience, self._note = probe, patience, note
+        self._window: deque[tuple[float, SearchFault | None]] = deque()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether searches wait."""
+        return not self._open.is_set()
+
+    async def wait(self) -> None:
+        """Return once the gate is open."""
+        await self._open.wait()
+
+    def report(self, fault: SearchFault | None) -> None:
+        """Count a search's end, and close the gate when too many failed. What ends while it is closed was asked before: ignored."""
+        if self.closed:
+            return
+        now = time.monotonic()
+        self._window.append((now, None if fault in _NOT_THE_SERVICE else fault))
+        while self._window[0][0] < now - self._patience.window_s:
+            self._window.popleft()
+        if fault is not None and self._too_many():
+            self._open.clear()
+            self._watcher = asyncio.create_task(self._watch())
+
+    def _faults(self) -> dict[str, int]:
+        return dict(Counter(str(fault) for _, fault in self._window if fault is not None))
+
+    def _too_many(self) -> bool:
+        failed = sum(self._faults().values())
+        return failed >= self._patience.least and failed > self._patience.share * len(self._window)
+
+    async def _watch(self) -> None:
+        self._tell("paused")
+        try:
+            async with asyncio.timeout(self._patience.longest_s):
+                await self._until_well()
+            self._tell("resumed")
+        except TimeoutError:
+            self._tell("gave_up")
+        finally:
+            self._window.clear()
+            self._open.set()
+
+    async def _until_well(self) -> None:
+        while not await self._probe():
+            await asyncio.sleep(_PROBE_EVERY_S)
+
+    def _tell(self, event: Literal["paused", "resumed", "gave_up"]) -> None:
+        self._note(Note(event, time.time(), self._faults(), len(self._window)))

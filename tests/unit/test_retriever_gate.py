@@ -1,0 +1,89 @@
+"""The gate closes for a sick service only, for a bounded time, and says so once; the supervisor's clock leaves that time out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from research_rl.retriever.gate import Note, Patience, PauseGate
+from research_rl.training import pauses
+from research_rl.training.pauses import Pauses
+from research_rl.trajectory import SearchFault
+
+PATIENCE = Patience(window_s=5.0, least=3, share=0.5, longest_s=0.3)
+
+
+def drive(faults: list[SearchFault | None], well: bool, patience: Patience = PATIENCE) -> tuple[list[Note], float]:
+    """Report faults, wait at the gate; return the notes and the seconds waited."""
+    notes: list[Note] = []
+
+    async def probe() -> bool:
+        await asyncio.sleep(0.05)
+        return well
+
+    async def run() -> float:
+        gate = PauseGate(probe, patience, notes.append)
+        for fault in faults:
+            gate.report(fault)
+        started = time.monotonic()
+        await gate.wait()
+        assert not gate.closed
+        return time.monotonic() - started
+
+    return notes, asyncio.run(run())
+
+
+def test_it_closes_past_the_share_and_opens_with_the_probe() -> None:
+    notes, seconds = drive([None, *[SearchFault.TIMEOUT] * 2, SearchFault.GARBAGE], well=True)
+    assert [note.event for note in notes] == ["paused", "resumed"]
+    assert notes[0].faults == {"timeout": 2, "garbage": 1} and notes[0].searches == 4
+    assert 0.04 < seconds < 0.3
+
+
+def test_it_gives_up_in_bounded_time() -> None:
+    notes, seconds = drive([SearchFault.UNREACHABLE] * 3, well=False)
+    assert [note.event for note in notes] == ["paused", "gave_up"] and 0.25 < seconds < 1.0
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [SearchFault.TIMEOUT] * 2,
+        [None, None, None, *[SearchFault.TIMEOUT] * 3],
+        [SearchFault.EMPTY_QUERY, SearchFault.NOTHING, SearchFault.REFUSED] * 3,
+    ],
+)
+def test_few_failures_and_the_models_own_close_nothing(faults: list[SearchFault | None]) -> None:
+    assert drive(faults, well=False) == ([], pytest.approx(0, abs=0.05))
+
+
+def test_what_lies_before_the_window_is_forgotten() -> None:
+    async def run() -> bool:
+        gate = PauseGate(_never, Patience(window_s=0.05, least=3, share=0.5, longest_s=9.0), lambda note: None)
+        gate.report(SearchFault.TIMEOUT)
+        gate.report(SearchFault.TIMEOUT)
+        await asyncio.sleep(0.1)
+        gate.report(SearchFault.TIMEOUT)
+        return gate.closed
+
+    assert asyncio.run(run()) is False
+
+
+async def _never() -> bool:
+    return False
+
+
+def test_a_pause_of_several_workers_counts_once_and_one_without_end_is_bounded(tmp_path: Path) -> None:
+    now = time.time()
+    pauses.append(tmp_path, Note("paused", now - 10, {"timeout": 3}, 3))
+    pauses.append(tmp_path, Note("resumed", now - 6, {"timeout": 3}, 3))
+    (tmp_path / "other-7.jsonl").write_text(f'{{"event": "paused", "at": {now - 8}}}\n')
+    seen = Pauses(tmp_path, longest_s=3.0)
+    assert [note["event"] for note in seen.news()] == ["paused", "paused", "resumed"]
+    assert seen.news() == []
+    assert seen.seconds(now - 60) == pytest.approx(5.0)
+    assert seen.seconds(now - 7) == pytest.approx(2.0)
+    assert seen.seconds(now) == 0.0
