@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol
 
 from research_rl import protocol
@@ -29,11 +30,15 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Completion:
-    """One turn of the engine. `ids` include the stop string's tokens; `logprobs` is as long as `ids`."""
+    """One turn of the engine. `ids` include the stop string's tokens; `logprobs` is as long as `ids`.
+
+    `text` is what `ids` decode to, where the engine had to know it anyway.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished_by: Literal["stop", "eos", "length"]
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,11 @@ async def run_episode(
     return trajectory
 
 
+@lru_cache(maxsize=8)
+def _brackets(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    return tokenizer.encode(_OPEN), tokenizer.encode(_CLOSE)
+
+
 @dataclass
 class _Episode:
     trajectory: Trajectory
@@ -133,7 +143,11 @@ class _Episode:
     limits: Limits
     gate: Gate
     clock: asyncio.Timeout
+    context: list[int] = field(default_factory=list[int])
     used: int = 0
+
+    def __post_init__(self) -> None:
+        self.context += self.trajectory.prompt_ids
 
     async def run(self) -> StopReason:
         while self.used < self.limits.max_response_tokens:
@@ -149,12 +163,11 @@ class _Episode:
         return StopReason.TOKEN_LIMIT
 
     async def _turn(self) -> tuple[Completion, str]:
-        context = [*self.trajectory.prompt_ids, *self.trajectory.response_ids]
         started = time.perf_counter()
         budget = self.limits.max_response_tokens - self.used
-        completion = await self.engine.generate(context, (protocol.SEARCH_CLOSE,), budget)
+        completion = await self.engine.generate(self.context, (protocol.SEARCH_CLOSE,), budget)
         self.trajectory.engine_seconds += time.perf_counter() - started
-        text = self.tokenizer.decode(completion.ids)
+        text = self.tokenizer.decode(completion.ids) if completion.text is None else completion.text
         self._append(Author.MODEL, completion.ids, completion.logprobs, text)
         return completion, text
 
@@ -213,12 +226,14 @@ class _Episode:
         """Append one result block, its body cut to `max_result_tokens`, the whole cut to the response budget."""
         body_ids = self.tokenizer.encode(protocol.neutralise(body))
         cut = body_ids[: self.limits.max_result_tokens]
-        ids = [*self.tokenizer.encode(_OPEN), *cut, *self.tokenizer.encode(_CLOSE)]
+        opened, closed = _brackets(self.tokenizer)
+        ids = [*opened, *cut, *closed]
         ids = ids[: self.limits.max_response_tokens - self.used]
         self._append(Author.SEARCH, tuple(ids), (0.0,) * len(ids), self.tokenizer.decode(ids))
 
     def _append(self, author: Author, ids: tuple[int, ...], logprobs: tuple[float, ...], text: str) -> None:
         self.trajectory.segments.append(Segment(author, ids, logprobs, text))
+        self.context += ids
         self.used += len(ids)
 
     def _answered(self) -> bool:

@@ -6,7 +6,7 @@ StopReason; (3) `author` alone decides the loss mask: model 1, search 0.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -79,6 +79,10 @@ class SearchRecord:
     error: str | None = None
     fault: SearchFault | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready record."""
+        return {**vars(self), "fault": self.fault.value if self.fault else None}
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -130,7 +134,7 @@ class Trajectory:
             "stop": self.stop.value,
             "ended_by_eos": self.ended_by_eos,
             "segments": [{"author": s.author.value, "text": s.text, "tokens": len(s.ids)} for s in self.segments],
-            "searches": [asdict(search) for search in self.searches],
+            "searches": [search.to_json() for search in self.searches],
             "engine_seconds": round(self.engine_seconds, 4),
             "search_seconds": round(self.search_seconds, 4),
             "paused_seconds": round(self.paused_seconds, 4),

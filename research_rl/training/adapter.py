@@ -66,15 +66,14 @@ class VerlEngine:
         sampling = {**self._sampling, "stop": list(stop), "max_tokens": max_tokens}
         out = await self._client.generate(request_id=self._request_id, prompt_ids=list(prompt_ids), sampling_params=sampling)
         self.versions += [v for v in (out.extra_fields.get("min_global_steps"), out.extra_fields.get("max_global_steps")) if v is not None]
-        ids = tuple(int(token) for token in out.token_ids)
-        logprobs = tuple(float(value) for value in out.log_probs or (0.0,) * len(ids))
-        return Completion(ids, logprobs, self._finished_by(ids, stop))
+        ids = tuple(out.token_ids)
+        text = self._tokenizer.decode(ids)
+        return Completion(ids, tuple(out.log_probs or (0.0,) * len(ids)), self._finished_by(ids, text, stop), text)
 
-    def _finished_by(self, ids: Sequence[int], stop: Sequence[str]) -> Literal["stop", "eos", "length"]:
-        """verl reports "completed" for a stop string and for the length limit alike, so the ids themselves decide."""
+    def _finished_by(self, ids: Sequence[int], text: str, stop: Sequence[str]) -> Literal["stop", "eos", "length"]:
+        """verl reports "completed" for a stop string and for the length limit alike, so what was written decides."""
         if ids and ids[-1] in self._eos:
             return "eos"
-        text = self._tokenizer.decode(ids)
         return "stop" if any(string in text for string in stop) else "length"
 
 

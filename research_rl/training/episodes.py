@@ -42,13 +42,22 @@ def record(trajectory: Trajectory, grade: Grade) -> dict[str, Any]:
 def append(folder: Path, step: int, split: str, row: dict[str, Any]) -> None:
     """Add one record to this process's file of the step, in one write, so that a reader never sees half a line."""
     part = folder / (TRAIN if split == TRAIN else DEV) / f"{step:06d}" / f"{os.getpid()}.jsonl"
-    part.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    handle = os.open(part, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = _open(part)
     try:
         os.write(handle, line)
     finally:
         os.close(handle)
+
+
+def _open(part: Path) -> int:
+    """Open for appending; only the first record of a step has to make the folder."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    try:
+        return os.open(part, flags, 0o644)
+    except FileNotFoundError:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(part, flags, 0o644)
 
 
 def steps(folder: Path) -> list[int]:
