@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     from research_rl.errors import ResearchError
 
+    # Told to end, a verb first ends what it started elsewhere.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments.verb(arguments)
     except ResearchError as error:

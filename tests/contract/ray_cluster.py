@@ -57,7 +57,9 @@ def cluster(nodes: int) -> Generator[Cluster]:
     head = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
     try:
         for arguments in [head, *[[f"--address=127.0.0.1:{port}"]] * (nodes - 1)]:
-            done = subprocess.run([BIN / "ray", "start", *arguments, *common], env=env, capture_output=True, text=True)
+            # The agent, which takes jobs, has a fixed port otherwise: the second Ray of a machine would be without one.
+            agent = f"--dashboard-agent-listen-port={free_port()}"
+            done = subprocess.run([BIN / "ray", "start", *arguments, agent, *common], env=env, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
         with httpx.Client(headers={"Authorization": f"Bearer {found.token}"}, trust_env=False, timeout=30) as client:
             assert client.get(f"{found.address}/api/version").json()["ray_version"] == "2.60.0"

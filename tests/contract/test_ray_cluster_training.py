@@ -1,0 +1,92 @@
+"""Training as a job of a real Ray cluster of two node processes: it finishes, and cancelling it leaves nothing on the cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from ray_cluster import Cluster, cluster
+
+from research_rl.config import CHECKOUT
+
+pytestmark = pytest.mark.long
+SIZE = (
+    "data.generated.entities=60 data.generated.train_questions=64 data.generated.dev_questions=8 data.generated.test_questions=16 "
+    "policy.hidden=64 policy.layers=2 policy.warmup_steps=60 train.prompts=4 train.group=4 train.micro_batch=8 train.save_every=1 "
+    "episode.max_response_tokens=128 episode.max_result_tokens=64 train.start_deadline_s=1800 train.step_deadline_s=1800 "
+    "cluster.launcher=ray-job cluster.lease_s=20 train.nodes=2 train.gpus_per_node=1"
+).split()
+
+
+class Workspace:
+    """A workspace that trains on a cluster from the command line."""
+
+    def __init__(self, root: Path, ray: Cluster) -> None:
+        self.root, self.ray = root, ray
+        self.env = {**os.environ, "RAY_AUTH_TOKEN": ray.token, "PYTHONPATH": str(CHECKOUT)}
+
+    def start(self, stage: str, *overrides: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "research_rl", "run", stage, "-p", "laptop", "-w", str(self.root), *SIZE]
+        command += [f"cluster.address={self.ray.address}", *overrides]
+        with (self.root / f"{stage}.log").open("ab") as log:
+            return subprocess.Popen(command, env=self.env, cwd=CHECKOUT, stdout=log, stderr=subprocess.STDOUT)
+
+    def run(self, stage: str, *overrides: str) -> None:
+        assert self.start(stage, *overrides).wait(1800) == 0, (self.root / f"{stage}.log").read_text()[-6000:]
+
+    def steps(self) -> list[int]:
+        return [json.loads(line)["step"] for path in self.root.rglob("metrics.jsonl") if "logs" not in path.parts for line in path.open()]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Generator[Cluster]:
+    with cluster(2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def workspace(ray: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    found = Workspace(tmp_path_factory.mktemp("workspace"), ray)
+    for stage in ("download", "validate", "prepare", "corpus", "embed", "index", "policy"):
+        found.run(stage)
+    return found
+
+
+def quiet(ray: Cluster, seconds: float) -> list[str]:
+    """Return what still runs on the cluster after at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (left := ray.busy()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return left
+
+
+def test_two_steps_on_two_nodes(workspace: Workspace, ray: Cluster) -> None:
+    workspace.run("train", "train.steps=2")
+    folder = workspace.root / "artifacts" / "train"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert json.loads((folder / "checkpoint/actor/fsdp_config.json").read_text())["world_size"] == 2
+    (log,) = workspace.root.glob("artifacts/.work/train-*/logs/attempt_1.log")
+    assert "Training Progress" in log.read_text()
+    assert quiet(ray, 30) == []
+    assert not list((workspace.root / ".services").rglob("train.job"))
+
+
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGTERM, 60.0), (signal.SIGKILL, 90.0)])
+def test_a_cancelled_run_leaves_nothing_on_the_cluster(workspace: Workspace, ray: Cluster, number: int, seconds: float) -> None:
+    driver = workspace.start("train", "train.steps=50", f"train.lr={1e-4 + int(number) * 1e-6}")
+    before, deadline = len(workspace.steps()), time.monotonic() + 1500
+    while len(workspace.steps()) == before and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert driver.poll() is None, (workspace.root / "train.log").read_text()[-6000:]
+    assert any("main_ppo" in words for words in ray.busy())
+    driver.send_signal(number)
+    driver.wait(120)
+    assert quiet(ray, seconds) == []
