@@ -197,7 +197,7 @@ class Stack:
 
     def _deploy(self, env: Mapping[str, str]) -> None:
         """Make the work pools and deploy everything in prefect.yaml. Raises ServiceError."""
-        for pool, kind in (("laptop", "process"), ("gpu", "process")):
+        for pool, kind in (("laptop", "process"), ("gpu", "process"), ("multinode", "process")):
             self._run(("work-pool", "create", pool, "--type", kind, "--overwrite"), env)
         self._run(("deploy", "--all", "--prefect-file", "prefect.yaml"), env)
 

@@ -17,12 +17,27 @@ from ray_cluster import Cluster, cluster
 from research_rl.config import CHECKOUT
 
 pytestmark = pytest.mark.long
-SIZE = (
-    "data.generated.entities=60 data.generated.train_questions=64 data.generated.dev_questions=8 data.generated.test_questions=16 "
-    "policy.hidden=64 policy.layers=2 policy.warmup_steps=60 train.prompts=4 train.group=4 train.micro_batch=8 train.save_every=1 "
-    "episode.max_response_tokens=128 episode.max_result_tokens=64 train.start_deadline_s=1800 train.step_deadline_s=1800 "
-    "cluster.launcher=ray-job cluster.lease_s=20 train.nodes=2 train.gpus_per_node=1"
-).split()
+SIZE = [
+    "data.generated.entities=60",
+    "data.generated.train_questions=64",
+    "data.generated.dev_questions=8",
+    "data.generated.test_questions=16",
+    "policy.hidden=64",
+    "policy.layers=2",
+    "policy.warmup_steps=60",
+    "train.prompts=4",
+    "train.group=4",
+    "train.micro_batch=8",
+    "train.save_every=1",
+    "episode.max_response_tokens=128",
+    "episode.max_result_tokens=64",
+    "train.start_deadline_s=1800",
+    "train.step_deadline_s=1800",
+    "cluster.launcher=ray-job",
+    "cluster.lease_s=20",
+    "train.nodes=2",
+    "train.gpus_per_node=1",
+]
 
 
 class Workspace:

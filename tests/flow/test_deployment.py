@@ -19,7 +19,7 @@ from research_rl.config import CHECKOUT
 from tasks.services import Stack
 
 PREFECT = str(Path(sys.executable).parent / "prefect")
-DEPLOYMENTS = {"research-train/laptop", "research-train/gpu", "research-eval/nightly", "research-data/weekly"}
+DEPLOYMENTS = {"research-train/laptop", "research-train/gpu", "research-train/multinode", "research-eval/nightly", "research-data/weekly"}
 
 
 @pytest.fixture(scope="module")
