@@ -190,15 +190,44 @@ class EncoderConfig(Section):
     )
     model: str | None = Field(default=None, description="kind sentence: model folder, hub name or pypi:<package>[==<version>][/<folder>].")
     dim: int = Field(default=1024, ge=16, le=8192, description="Vector length of the lexical encoder; a sentence model brings its own.")
-    query_prefix: str = Field(default="", description="Put before each query (e5: 'query: '); kind sentence.")
-    passage_prefix: str = Field(default="", description="Put before each passage (e5: 'passage: '); kind sentence.")
-    max_tokens: int = Field(default=256, ge=16, description="Longest text in tokens; the rest is cut.")
-    batch_tokens: int = Field(default=8192, ge=256, description="Tokens per encoding batch, after sorting by length.")
+    query_prefix: str | None = Field(
+        default=None, description="kind sentence: put before each query (e5: 'query: '); the known model's own when empty, else none."
+    )
+    passage_prefix: str | None = Field(
+        default=None, description="kind sentence: put before each passage (e5: 'passage: '); the known model's own when empty, else none."
+    )
+    pooling: Literal["auto", "mean", "cls"] = Field(
+        default="auto", description="kind sentence: how token vectors become one; auto: as the folder says, else as the known model does."
+    )
+    normalise: bool = Field(default=True, description="kind sentence: bring vectors to unit length, so that the score is the cosine.")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=16,
+        description="kind sentence: longest text in tokens, the rest is cut; when empty the known model's own, else 256.",
+    )
+    batch_tokens: int = Field(default=4096, ge=256, description="Tokens per encoding batch, after sorting by length.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="Number format of passage encoding; auto: bfloat16 where the processor or GPU has matrix instructions for it.",
+        description="Number format of the transformer; auto: bfloat16 where the processor or GPU has matrix instructions for it.",
     )
     shard_rows: int = Field(default=8192, ge=100, description="Passages per vector file; a killed run repeats at most one.")
+
+
+class EncodingConfig(Section):
+    """Where passages are encoded (kind sentence). Changes no artifact."""
+
+    engine: Literal["local", "ray"] = Field(
+        default="local", description="local: this machine; ray: one task a shard on a Ray cluster, which needs no shared disk."
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        description="Processes, each with a copy of the model; 0: one a GPU, else one for all cores (local) or one a core (ray).",
+    )
+    threads: int = Field(default=0, ge=0, description="CPU cores of a worker; 0: all cores shared out among the workers, 1 on Ray.")
+    ray_address: str = Field(
+        default="", description="Address of the cluster, as <host>:6379 or ray://<host>:10001; a cluster of this machine alone when empty."
+    )
 
 
 class IndexConfig(Section):
@@ -514,6 +543,7 @@ class Config(Section):
     prepare: PrepareConfig = Field(default_factory=PrepareConfig, description="Row selection.")
     corpus: CorpusConfig = Field(default_factory=CorpusConfig, description="Passage store.")
     encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="Text encoder.")
+    encoding: EncodingConfig = Field(default_factory=EncodingConfig, description="Where passages are encoded.")
     index: IndexConfig = Field(default_factory=IndexConfig, description="Search index.")
     policy: PolicyConfig = Field(default_factory=PolicyConfig, description="Initial policy.")
     episode: EpisodeConfig = Field(default_factory=EpisodeConfig, description="Episode limits.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,13 +14,22 @@ from research_rl import manifest
 from research_rl.errors import ManifestError
 from research_rl.manifest import Manifest
 
-__all__ = ["ENCODER", "Encoder", "Vectors", "load_encoder", "vector_shards"]
+__all__ = ["ENCODER", "Encoded", "Encoder", "Vectors", "load_encoder", "vector_shards"]
 
 Vectors = npt.NDArray[np.float32]
 """Rows of unit length (all zero for a text without any word), shape [n, dim]."""
 
 ENCODER = "encoder"
 """Folder of the encoder's own files inside an embeddings artifact."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Vectors [rows, dim], the tokens read, and how many further ones were padding."""
+
+    vectors: Vectors
+    tokens: int = 0
+    padding: int = 0
 
 
 class Encoder(Protocol):
@@ -56,9 +66,11 @@ def load_encoder(folder: Path, found: Manifest | None = None) -> Encoder:
         from research_rl.embedding.lexical import LexicalEncoder
 
         return LexicalEncoder.load(folder / ENCODER)
-    from research_rl.embedding.sentence import SentenceEncoder
+    from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
 
-    return SentenceEncoder.load(folder / ENCODER, facts)
+    # Queries may meet vectors made on another machine; bfloat16 without instructions for it would be slower than float32.
+    slow = facts["dtype"] == "bfloat16" and fast_bfloat16() == "float32"
+    return SentenceEncoder.load(folder / ENCODER, facts, dtype="float32" if slow else None)
 
 
 def vector_shards(folder: Path, found: Manifest) -> list[Path]:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from research_rl.corpus.store import PassageStore
-from research_rl.embedding import ENCODER, Encoder, Vectors
+from research_rl.embedding import ENCODER, Encoded
 from research_rl.manifest import file_sha256
 from research_rl.stages import Context
 
@@ -32,11 +32,11 @@ _CANARY_CHARS = 300
 
 @dataclass(frozen=True)
 class _Built:
-    """The encoder at work: what to record about it and how to encode a range of texts."""
+    """The encoder at work: vector length, what to record about it, and how to encode shards, in any order."""
 
-    encoder: Encoder
+    dim: int
     facts: dict[str, Any]
-    encode: Callable[[list[str], Callable[[int], None]], Vectors]
+    encode: Callable[[Iterable[range], Callable[[int], None]], Iterator[tuple[range, Encoded]]]
 
 
 def run(context: Context) -> None:
@@ -49,14 +49,16 @@ def run(context: Context) -> None:
         _publish_nothing(context, store)
         return
     work = _work_folder(context)
-    built = _lexical(context, store, work) if context.config.encoder.kind == "lexical" else _sentence(context, work)
+    built = _lexical(context, store, work) if context.config.encoder.kind == "lexical" else _sentence(context, store, work)
     shards = _encode_all(context, store, built, work) if context.config.encoder.vectors else []
     with context.publish() as staging:
         for path in shards:
             os.link(path, staging.path / path.name)
         shutil.copytree(work / ENCODER, staging.path / ENCODER)
-        staging.counts |= {"vectors": len(store) if shards else 0, "shards": len(shards), "dim": built.encoder.dim}
+        staging.counts |= {"vectors": len(store) if shards else 0, "shards": len(shards), "dim": built.dim}
         staging.facts |= {"encoder": built.facts, "canaries": _canaries(store)}
+        if padding := _padding(shards):
+            staging.facts["padding"] = padding
     shutil.rmtree(work)
 
 
@@ -83,23 +85,26 @@ def _lexical(context: Context, store: PassageStore, work: Path) -> _Built:
     encoder = LexicalEncoder.fit((texts for _, texts in store.batches(_BATCH)), context.config.encoder.dim)
     encoder.save(work / ENCODER)
 
-    def encode(texts: list[str], progress: Callable[[int], None]) -> Vectors:
-        vectors = np.empty((len(texts), encoder.dim), np.float32)
-        for start in range(0, len(texts), _BATCH):
-            vectors[start : start + _BATCH] = encoder.encode_passages(texts[start : start + _BATCH])
-            progress(min(start + _BATCH, len(texts)))
-        return vectors
+    def encode(shards: Iterable[range], progress: Callable[[int], None]) -> Iterator[tuple[range, Encoded]]:
+        for shard in shards:
+            vectors = np.empty((len(shard), encoder.dim), np.float32)
+            for start in range(0, len(shard), _BATCH):
+                texts = store.texts(shard.start + start, min(shard.start + start + _BATCH, shard.stop))
+                vectors[start : start + len(texts)] = encoder.encode_passages(texts)
+                progress(start + len(texts))
+            yield shard, Encoded(vectors)
 
     facts = {"kind": "lexical", "dim": encoder.dim, "normalised": True, "query_prefix": "", "passage_prefix": ""}
-    return _Built(encoder, facts, encode)
+    return _Built(encoder.dim, facts, encode)
 
 
-def _sentence(context: Context, work: Path) -> _Built:
-    from research_rl.embedding import models
+def _sentence(context: Context, store: PassageStore, work: Path) -> _Built:
+    from research_rl.embedding import models, presets, workers
     from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
 
     config = context.config.encoder
     source = models.resolve(config.model, models.cache_folder())
+    settled = presets.settle(config, source)
     if not (work / ENCODER).is_dir():
         shutil.rmtree(work / "encoder.tmp", ignore_errors=True)
         models.copy_model(source, work / "encoder.tmp")
@@ -108,31 +113,30 @@ def _sentence(context: Context, work: Path) -> _Built:
         "kind": "sentence",
         "model": config.model if (config.model or "").startswith("pypi:") else Path(config.model or "").name,
         "model_sha256": models.tree_sha256(work / ENCODER),
-        "normalised": True,
-        "query_prefix": config.query_prefix,
-        "passage_prefix": config.passage_prefix,
-        "max_tokens": config.max_tokens,
-        "batch_tokens": config.batch_tokens,
         "dtype": fast_bfloat16() if config.dtype == "auto" else config.dtype,
+        **settled,
     }
-    encoder = SentenceEncoder.load(work / ENCODER, facts)
-    return _Built(encoder, encoder.facts, encoder.encode_passages)
+    encoder = SentenceEncoder.load(work / ENCODER, facts, threads=context.config.encoding.threads)
+
+    def encode(shards: Iterable[range], progress: Callable[[int], None]) -> Iterator[tuple[range, Encoded]]:
+        def read(shard: range) -> list[str]:
+            return store.texts(shard.start, shard.stop)
+
+        return workers.encode(context.config.encoding, encoder, work / ENCODER, shards, read, progress)
+
+    return _Built(encoder.dim, encoder.facts, encode)
 
 
 def _encode_all(context: Context, store: PassageStore, built: _Built, work: Path) -> list[Path]:
     size, total = context.config.encoder.shard_rows, len(store)
-    shards: list[Path] = []
     report = _Reporter(context, total)
-    for start in range(0, total, size):
-        path = work / f"vectors-{start // size:05d}.npy"
-        rows = min(size, total - start)
-        if _finished(path, rows, built.encoder.dim):
-            report.skip(rows)
-        else:
-            _save(path, built.encode(store.texts(start, start + rows), report.inside))
-            report.close(rows)
-        shards.append(path)
-    return shards
+    paths = {range(start, min(start + size, total)): work / f"vectors-{start // size:05d}.npy" for start in range(0, total, size)}
+    missing = [shard for shard, path in paths.items() if not _finished(path, len(shard), built.dim)]
+    report.skip(total - sum(map(len, missing)))
+    for shard, found in built.encode(missing, report.inside):
+        _save(paths[shard], found)
+        report.close(len(shard))
+    return list(paths.values())
 
 
 class _Reporter:
@@ -148,6 +152,7 @@ class _Reporter:
 
     def close(self, rows: int) -> None:
         self._done += rows
+        self.inside(0)
 
     def inside(self, rows: int) -> None:
         now = time.monotonic()
@@ -158,15 +163,16 @@ class _Reporter:
         self._progress(text, (self._kept + done) / self._total)
 
 
-def _save(path: Path, vectors: Vectors) -> None:
+def _save(path: Path, found: Encoded) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as stream:
-        np.save(stream, vectors)
+        np.save(stream, found.vectors)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
     record = path.with_suffix(".json.tmp")
-    record.write_text(json.dumps({"sha256": file_sha256(path), "shape": vectors.shape}))
+    told = {"sha256": file_sha256(path), "shape": found.vectors.shape, "tokens": found.tokens, "padding": found.padding}
+    record.write_text(json.dumps(told))
     record.replace(path.with_suffix(".json"))
 
 
@@ -176,6 +182,13 @@ def _finished(path: Path, rows: int, dim: int) -> bool:
         return record["shape"] == [rows, dim] and record["sha256"] == file_sha256(path)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _padding(shards: list[Path]) -> dict[str, float]:
+    """Return the tokens of all passages and the share of padding among those computed; nothing without tokens."""
+    records = [json.loads(path.with_suffix(".json").read_text()) for path in shards]
+    tokens, padding = (sum(int(record[name]) for record in records) for name in ("tokens", "padding"))
+    return {"tokens": tokens, "share": round(padding / (tokens + padding), 4)} if tokens else {}
 
 
 def _canaries(store: PassageStore) -> list[dict[str, Any]]:

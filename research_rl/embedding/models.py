@@ -19,9 +19,12 @@ from research_rl.config import CHECKOUT
 from research_rl.errors import ModelError
 from research_rl.manifest import file_sha256
 
-__all__ = ["cache_folder", "copy_model", "resolve", "tree_sha256", "wheel_folder"]
+__all__ = ["MODULES", "cache_folder", "copy_model", "resolve", "tree_sha256", "wheel_folder"]
 
-_MARK = "modules.json"
+MODULES = "modules.json"
+"""File that marks a sentence-transformers folder; it says how token vectors become one."""
+_PLAIN = "config.json"
+"""File that marks a folder of transformers alone."""
 _UNUSED = (".onnx", ".h5", ".ot", ".msgpack", ".bin", ".py", ".md", ".mlmodel")
 
 
@@ -31,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def resolve(model: str | None, cache: Path) -> Path:
-    """Return the folder of a sentence-transformers model. Raises ModelError naming `encoder.model`."""
+    """Return the folder of a sentence-transformers or plain transformers model. Raises ModelError naming `encoder.model`."""
     if not model:
         raise ModelError("encoder.model is empty but encoder.kind=sentence; set it to a folder, a hub name or pypi:<package>")
     if model.startswith("pypi:"):
@@ -73,13 +76,11 @@ def tree_sha256(folder: Path) -> str:
 
 
 def _model_folder(root: Path, inner: str, model: str) -> Path:
-    marks = [root / inner / _MARK] if inner else sorted(root.rglob(_MARK))
-    found = [mark.parent for mark in marks if mark.is_file()]
-    if not found:
-        raise ModelError(
-            f"encoder.model={model}: {root / inner} holds no sentence-transformers model ({_MARK} is missing); name its folder"
-        )
-    return found[0]
+    for mark in (MODULES, _PLAIN):
+        marks = [root / inner / mark] if inner else sorted(root.rglob(mark))
+        if found := [path.parent for path in marks if path.is_file()]:
+            return found[0]
+    raise ModelError(f"encoder.model={model}: {root / inner} holds no model ({MODULES} and {_PLAIN} are missing); name its folder")
 
 
 def _download_wheel(package: str, cache: Path) -> Path:
@@ -113,9 +114,7 @@ def _from_hub(model: str, cache: Path) -> Path:
 
     try:
         name = model if "/" in model else f"sentence-transformers/{model}"
-        return Path(
-            str(snapshot_download(name, cache_dir=cache, ignore_patterns=[f"*{suffix}" for suffix in (".onnx", ".h5", ".ot", ".msgpack")]))
-        )
+        return Path(str(snapshot_download(name, cache_dir=cache, ignore_patterns=["*.onnx", "*.h5", "*.ot", "*.msgpack", "openvino/*"])))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

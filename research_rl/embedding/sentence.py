@@ -1,13 +1,13 @@
-"""The sentence encoder: any sentence-transformers folder. Knows batches and number formats; knows no corpus, no shard.
+"""The sentence encoder: a sentence-transformers or plain transformers folder. Knows batches and number formats; knows no shard.
 
-Texts are sorted into buckets of equal padded length. On a CPU each core works on batches of its own with one thread:
-threads inside one small matrix product wait for each other, and on a busy machine that costs several times the work.
-Passages are encoded in bfloat16 where the processor has matrix instructions for it; queries stay in float32.
+Texts are sorted by length and cut into batches so that padding costs less than another batch would. On a CPU each
+batch runs on one thread: threads inside one small matrix product wait for each other, and on a busy machine that costs
+several times the work. So vectors do not depend on how many threads there are. The transformer runs in bfloat16 where
+the processor has matrix instructions for it; pooling and normalisation are always float32.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +17,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from research_rl.embedding import Vectors
+from research_rl.embedding import Encoded, Vectors
+from research_rl.embedding.models import MODULES
 from research_rl.errors import ModelError
 
-__all__ = ["SentenceEncoder", "buckets", "fast_bfloat16"]
+__all__ = ["SentenceEncoder", "batches", "fast_bfloat16"]
 
-_STEP = 16
-"""Padded lengths are multiples of this."""
+_BATCH_SHARE = 32
+"""A further batch costs about as much as batch_tokens / 32 tokens (measured: 130 for 4,096 on e5-base's shape)."""
 
 Progress = Callable[[int], None]
 Rows = npt.NDArray[np.int64]
@@ -31,11 +32,18 @@ Batch = tuple[Rows, int]
 
 
 class SentenceEncoder:
-    """Encodes with a sentence-transformers model; see `load`."""
+    """Encodes with a transformer and its pooling; see `load`."""
 
-    def __init__(self, model: Any, facts: dict[str, Any]) -> None:
-        self._models, self.facts = {"float32": model}, facts
+    def __init__(self, model: Any, facts: dict[str, Any], threads: int = 0) -> None:
+        import torch
+
+        self.facts = facts
         self._tokenizer, self._device = model.tokenizer, model.device
+        self._pad = int(self._tokenizer.pad_token_id or 0)
+        body, *head = model
+        self._body, self._head = body, [module for module in head if type(module).__name__ != "Normalize"]
+        self._threads = 1 if self._device.type != "cpu" else threads or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
 
     @property
     def dim(self) -> int:
@@ -43,91 +51,163 @@ class SentenceEncoder:
         return int(self.facts["dim"])
 
     @classmethod
-    def load(cls, folder: Path, facts: dict[str, Any]) -> SentenceEncoder:
-        """Open a model folder with recorded facts: prefixes, max_tokens, batch_tokens, dtype. Raises ModelError."""
-        import torch
-        from sentence_transformers import SentenceTransformer
+    def load(cls, folder: Path, facts: dict[str, Any], *, threads: int = 0, dtype: str | None = None) -> SentenceEncoder:
+        """Open a model folder with settled or recorded facts (see `presets.settle`); `threads` 0 takes all cores.
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            model = SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs={"dtype": torch.float32})
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{folder} is no usable sentence-transformers model ({reason}); set encoder.model to a whole one") from error
-        model.eval()
-        dim = int(model.get_embedding_dimension() or 0)
+        `dtype` is the number format at work where it is another than the facts'. Raises ModelError when the model is
+        unusable, or pools or measures otherwise than the facts say.
+        """
+        import torch
+
+        model = _open(folder, facts, "cuda" if torch.cuda.is_available() else "cpu")
         limit = min(int(facts["max_tokens"]), int(model.max_seq_length or facts["max_tokens"]))
-        return cls(model, {**facts, "dim": dim, "max_tokens": limit, "pooling": _pooling(model)})
+        own = {"dim": int(model.get_embedding_dimension() or 0), "pooling": _pooling(model), "max_tokens": limit}
+        for name in ("dim", "pooling"):
+            if facts.get(name, own[name]) != own[name]:
+                raise ModelError(
+                    f"{folder} has {name} {own[name]!r}, but {facts[name]!r} is configured or was recorded with the vectors; "
+                    "leave encoder.pooling at auto, or run the embed stage again"
+                )
+        normalises = any(type(module).__name__ == "Normalize" for module in model)
+        _convert(model, dtype or facts["dtype"])
+        return cls(model, {**facts, **own, "normalised": facts["normalised"] or normalises}, threads)
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
-        """Return one vector a query, shape [len(texts), dim]."""
-        return self._encode([self.facts["query_prefix"] + text for text in texts], "float32", None)
+        """Return one vector a query, shape [len(texts), dim]. Raises ModelError when one has no finite length."""
+        return self._encode([self.facts["query_prefix"] + text for text in texts], None).vectors
 
     def encode_passages(self, texts: Sequence[str], progress: Progress | None = None) -> Vectors:
         """Return one vector a passage, shape [len(texts), dim]; `progress` hears how many are done."""
-        return self._encode([self.facts["passage_prefix"] + text for text in texts], self.facts["dtype"], progress)
+        return self.encode(texts, progress).vectors
 
-    def _encode(self, texts: Sequence[str], dtype: str, progress: Progress | None) -> Vectors:
-        ids: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=self.facts["max_tokens"])["input_ids"]
+    def encode(self, texts: Sequence[str], progress: Progress | None = None) -> Encoded:
+        """Return the vectors of passages with what they cost."""
+        return self._encode([self.facts["passage_prefix"] + text for text in texts], progress)
+
+    def _encode(self, texts: Sequence[str], progress: Progress | None) -> Encoded:
+        if not texts:
+            return Encoded(np.empty((0, self.dim), np.float32))
+        ids: list[list[int]] = self._tokenizer(
+            list(texts), truncation=True, max_length=self.facts["max_tokens"], return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        plan = list(batches(lengths, self.facts["batch_tokens"]))
         vectors, done = np.empty((len(texts), self.dim), np.float32), 0
-        model = self._in(dtype)
 
-        def forward(batch: tuple[Rows, int]) -> tuple[Rows, Vectors]:
+        def forward(batch: Batch) -> tuple[Rows, Vectors]:
             rows, length = batch
-            return rows, self._forward(model, [ids[row] for row in rows], length)
+            return rows, self._forward([ids[row] for row in rows], length)
 
-        for rows, found in self._each(forward, list(buckets([len(row) for row in ids], self.facts["batch_tokens"]))):
+        # Longest first, so that no core is left with the longest at the end.
+        for rows, found in self._pool.map(forward, reversed(plan)):
             vectors[rows] = found
             done += len(rows)
             if progress:
                 progress(done)
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        tokens, computed = int(lengths.sum()), sum(len(rows) * length for rows, length in plan)
+        return Encoded(self._measured(vectors), tokens, computed - tokens)
 
-    def _each(self, forward: Callable[[Batch], tuple[Rows, Vectors]], batches: list[Batch]) -> Iterator[tuple[Rows, Vectors]]:
-        """Run batches, longest first so that no core is left with the longest at the end; one batch stays in this thread."""
-        if len(batches) == 1 or self._device.type != "cpu":
-            yield from map(forward, batches)
-            return
+    def _forward(self, ids: list[list[int]], length: int) -> Vectors:
         import torch
 
-        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(forward, reversed(batches))
-
-    def _forward(self, model: Any, ids: list[list[int]], length: int) -> Vectors:
-        import torch
-
-        padded = self._tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=length, return_tensors="pt")
+        padded = np.full((len(ids), length), self._pad, np.int64)
+        mask = np.zeros((len(ids), length), np.int64)
+        left = self._tokenizer.padding_side == "left"
+        for row, own in enumerate(ids):
+            place = slice(length - len(own), length) if left else slice(0, len(own))
+            padded[row, place], mask[row, place] = own, 1
         with torch.inference_mode():
-            found = model({name: value.to(self._device) for name, value in padded.items()})["sentence_embedding"]
-        return found.float().cpu().numpy()
+            inputs = {"input_ids": torch.from_numpy(padded), "attention_mask": torch.from_numpy(mask)}
+            features = self._body({name: value.to(self._device) for name, value in inputs.items()})
+            features["token_embeddings"] = features["token_embeddings"].float()
+            for module in self._head:
+                features = module(features)
+            return features["sentence_embedding"].cpu().numpy()
 
-    def _in(self, dtype: str) -> Any:
-        """Return the model in a number format, converted at first use."""
-        if dtype not in self._models:
-            import torch
+    def _measured(self, vectors: Vectors) -> Vectors:
+        """Return the vectors at unit length where the facts say so. Raises ModelError for one without a finite length."""
+        norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+        if not (np.isfinite(norms) & (norms > 0)).all():
+            bad = int(np.argmin(np.isfinite(norms) & (norms > 0)))
+            raise ModelError(
+                f"text {bad} of {len(vectors)} has a vector of length {norms[bad]}; the model's weights are damaged or overflow in "
+                f"{self.facts['dtype']}; set encoder.dtype=float32 or take a whole model"
+            )
+        return vectors / norms[:, None] if self.facts["normalised"] else vectors
 
-            self._models[dtype] = copy.deepcopy(self._models["float32"]).to(getattr(torch, dtype))
-        return self._models[dtype]
+
+def batches(lengths: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[Batch]:
+    """Yield batches as (rows, padded length), shortest first, each of at most `batch_tokens` tokens or one text.
+
+    The steps between padded lengths are those of the least cost: tokens with padding, and a fixed price a batch.
+    """
+    order = np.argsort(lengths, kind="stable")
+    steps, counts = np.unique(np.maximum(lengths, 1), return_counts=True)
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    for first, last in _groups(steps, ends, batch_tokens):
+        rows, length = order[ends[first] : ends[last]], int(steps[last - 1])
+        size = max(1, batch_tokens // length)
+        for part in np.array_split(rows, -(-len(rows) // size)):
+            yield part, length
 
 
-def buckets(lengths: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
-    """Yield batches as (rows, padded length): one padded length each, at most `batch_tokens` tokens, shortest first."""
-    padded = -(-np.asarray(lengths, dtype=np.int64) // _STEP) * _STEP
-    order = np.argsort(padded, kind="stable")
-    for length in np.unique(padded):
-        rows = order[padded[order] == length]
-        size = max(1, batch_tokens // int(length))
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size], int(length)
+def _groups(steps: Rows, ends: Rows, batch_tokens: int) -> list[tuple[int, int]]:
+    """Cut the distinct lengths `steps` into groups (first, last + 1) of the least total cost."""
+    best, origin = np.zeros(len(steps) + 1), np.zeros(len(steps) + 1, np.int64)
+    for last in range(1, len(steps) + 1):
+        rows, length = ends[last] - ends[:last], steps[last - 1]
+        pieces = -(-rows // max(1, batch_tokens // length))
+        costs = best[:last] + rows * length + pieces * (batch_tokens / _BATCH_SHARE)
+        origin[last] = np.argmin(costs)
+        best[last] = costs[origin[last]]
+    groups: list[tuple[int, int]] = []
+    last = len(steps)
+    while last:
+        groups.append((int(origin[last]), last))
+        last = int(origin[last])
+    return groups[::-1]
 
 
 def fast_bfloat16() -> Literal["bfloat16", "float32"]:
     """Return the faster number format that keeps quality on this machine (bfloat16: cosine to float32 over 0.9998)."""
     import torch
 
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     cpu = Path("/proc/cpuinfo")
-    amx = cpu.is_file() and " amx_bf16" in cpu.read_text(errors="replace")
-    return "bfloat16" if torch.cuda.is_available() or amx else "float32"
+    flags = cpu.read_text(errors="replace") if cpu.is_file() else ""
+    return "bfloat16" if " amx_bf16" in flags or " avx512_bf16" in flags else "float32"
+
+
+def _open(folder: Path, facts: dict[str, Any], device: str) -> Any:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    kind: dict[str, Any] = {"dtype": torch.float32}
+    try:
+        if (folder / MODULES).is_file():
+            model = SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs=kind)
+        else:
+            body = Transformer(str(folder), model_kwargs={**kind, "local_files_only": True})
+            model = SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), facts["pooling"])], device=device)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder} is no usable sentence-transformers model ({reason}); set encoder.model to a whole one") from error
+    return model.eval()
+
+
+def _convert(model: Any, dtype: str) -> None:
+    """Bring the transformer into the number format; what comes after it stays in float32."""
+    import torch
+
+    if dtype == "float32":
+        return
+    model[0].to(getattr(torch, dtype))
+    if model.device.type == "cpu":
+        from research_rl.embedding.packed import pack
+
+        pack(model[0].model)
 
 
 def _pooling(model: Any) -> str:

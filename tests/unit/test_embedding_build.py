@@ -113,7 +113,7 @@ def test_a_wrong_model_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     for model, says in [
         (None, "encoder.model is empty"),
         ("/no/such/folder", "is not a folder"),
-        (str(tmp_path / "hollow"), "modules.json is missing"),
+        (str(tmp_path / "hollow"), "modules.json and config.json are missing"),
     ]:
         with pytest.raises(ModelError, match=says):
             build.run(context("embed", tmp_path, encoder={"kind": "sentence", "model": model}))

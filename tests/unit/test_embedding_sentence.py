@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from research_rl.embedding.models import copy_model, resolve, tree_sha256
-from research_rl.embedding.sentence import SentenceEncoder, buckets
+from research_rl.embedding.sentence import SentenceEncoder, batches
 from research_rl.errors import ModelError
 
 WORDS = ["the", "of", "in", "a", "who", "born", "river", "city", "painter", "king", "queen", "ship", "sings", "wrote"]
-FACTS = {"query_prefix": "", "passage_prefix": "", "max_tokens": 48, "batch_tokens": 256, "dtype": "float32"}
+FACTS = {"normalised": True, "query_prefix": "", "passage_prefix": "", "max_tokens": 48, "batch_tokens": 256, "dtype": "float32"}
 
 
 def texts(count: int) -> list[str]:
@@ -71,13 +71,60 @@ def test_prefixes_and_bfloat16_follow_the_facts(folder: Path) -> None:
     assert (half.encode_passages(given) * plain.encode_passages(given)).sum(1).min() > 0.999
 
 
-def test_buckets_cover_every_text_once_within_the_budget() -> None:
-    lengths = [1, 16, 17, 31, 32, 33, 200, 5, 5, 5]
-    found = list(buckets(lengths, 64))
+def test_batches_cover_every_text_once_within_the_budget() -> None:
+    lengths = np.array([1, 16, 17, 31, 32, 33, 200, 5, 5, 5])
+    found = list(batches(lengths, 64))
     assert sorted(row for rows, _ in found for row in rows) == list(range(10))
     for rows, length in found:
-        assert all(length - 16 < lengths[row] <= length for row in rows)
+        assert lengths[rows].max() <= length
         assert len(rows) == 1 or len(rows) * length <= 64
+
+
+def test_many_texts_need_next_to_no_padding_and_few_go_together() -> None:
+    draw = np.random.default_rng(0)
+    many, few = draw.integers(30, 140, 8192), draw.integers(8, 24, 8)
+    padded = sum(len(rows) * length for rows, length in batches(many, 4096))
+    assert padded / many.sum() < 1.01
+    assert [(len(rows), length) for rows, length in batches(few, 4096)] == [(8, few.max())]
+
+
+def test_vectors_do_not_depend_on_threads(folder: Path) -> None:
+    given = texts(60)
+    one, three = (SentenceEncoder.load(folder, FACTS, threads=threads).encode_passages(given) for threads in (1, 3))
+    np.testing.assert_array_equal(one, three)
+
+
+def test_a_plain_folder_pools_as_told_and_a_served_model_that_pools_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The same weights without modules.json, as e5 is often kept, give the same vectors once pooling is named."""
+    copy_model(folder, tmp_path / "plain")
+    (tmp_path / "plain" / "modules.json").unlink()
+    given = texts(10)
+    mean = SentenceEncoder.load(tmp_path / "plain", {**FACTS, "pooling": "mean"})
+    np.testing.assert_allclose(mean.encode_passages(given), SentenceEncoder.load(folder, FACTS).encode_passages(given), atol=1e-6)
+    cls = SentenceEncoder.load(tmp_path / "plain", {**FACTS, "pooling": "cls"})
+    assert np.abs(cls.encode_passages(given) - mean.encode_passages(given)).max() > 0.01
+    with pytest.raises(ModelError, match="has pooling 'mean', but 'cls' is configured or was recorded"):
+        SentenceEncoder.load(folder, {**FACTS, "pooling": "cls"})
+    with pytest.raises(ModelError, match="has dim 32, but 48"):
+        SentenceEncoder.load(folder, {**FACTS, "dim": 48})
+
+
+def test_a_damaged_model_does_not_answer(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy_model(folder, tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    weights["embeddings.LayerNorm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="text 0 of 2 has a vector of length nan"):
+        SentenceEncoder.load(tmp_path / "damaged", FACTS).encode_queries(["river", "city"])
+
+
+def test_unnormalised_vectors_keep_their_length(folder: Path) -> None:
+    raw = SentenceEncoder.load(folder, {**FACTS, "normalised": False}).encode_passages(texts(10))
+    lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+    assert np.ptp(lengths) > 0.01
+    np.testing.assert_allclose(raw / lengths, SentenceEncoder.load(folder, FACTS).encode_passages(texts(10)), atol=1e-6)
 
 
 def test_a_copied_model_leaves_other_formats_behind_and_a_broken_one_is_named(folder: Path, tmp_path: Path) -> None:
