@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-DUELS = {"P3": "benchmarks.exact_search", "P8": "benchmarks.rollouts", "P9": "benchmarks.turn_overhead", "P13": "benchmarks.start_up"}
+DUELS = {
+    "P3": "benchmarks.exact_search",
+    "P4": "benchmarks.encoding",
+    "P8": "benchmarks.rollouts",
+    "P9": "benchmarks.turn_overhead",
+    "P13": "benchmarks.start_up",
+}
 
 
 def main() -> int:

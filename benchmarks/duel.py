@@ -15,7 +15,7 @@ Measure = Callable[[], float]
 
 @dataclass(frozen=True)
 class Duel:
-    """One result: medians of both sides in `unit`, their ratio (above 1: ours is better) and the goal for it."""
+    """One result: medians of both sides in `unit`, their ratio (above 1: ours is better), the goal for it, and what else was measured."""
 
     id: str
     what: str
@@ -25,6 +25,7 @@ class Duel:
     ratio: float
     goal: float
     rounds: int
+    note: str = ""
 
     @property
     def holds(self) -> bool:

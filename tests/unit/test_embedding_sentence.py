@@ -10,35 +10,12 @@ import pytest
 from research_rl.embedding.models import copy_model, resolve, tree_sha256
 from research_rl.embedding.sentence import SentenceEncoder, batches
 from research_rl.errors import ModelError
-
-WORDS = ["the", "of", "in", "a", "who", "born", "river", "city", "painter", "king", "queen", "ship", "sings", "wrote"]
-FACTS = {"normalised": True, "query_prefix": "", "passage_prefix": "", "max_tokens": 48, "batch_tokens": 256, "dtype": "float32"}
-
-
-def texts(count: int) -> list[str]:
-    draw = np.random.default_rng(0)
-    return [" ".join(draw.choice(WORDS, draw.integers(1, 60))) for _ in range(count)]
+from tests.encoder_model import FACTS, texts, write_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentence-transformers folder with random weights."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    root = tmp_path_factory.mktemp("model")
-    (root / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ":", "query", "passage"]))
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    BertModel(config).save_pretrained(root / "bert")
-    BertTokenizerFast(str(root / "vocab.txt")).save_pretrained(root / "bert")
-    transformer = Transformer(str(root / "bert"))
-    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(root / "whole"))
-    (root / "whole" / "onnx").mkdir()
-    (root / "whole" / "onnx" / "model.onnx").write_text("unused")
-    return root / "whole"
+    return write_model(tmp_path_factory.mktemp("model") / "whole")
 
 
 def test_sorted_batches_give_what_single_texts_give(folder: Path) -> None:

@@ -1,0 +1,100 @@
+"""An encoder from a hub-like server: one snapshot, without other formats of the weights, resolved again without the server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+
+from research_rl.embedding.sentence import SentenceEncoder
+from tests.encoder_model import FACTS, texts, write_model
+
+COMMIT, REPOSITORY = "0123456789abcdef0123456789abcdef01234567", "owner/encoder"
+RESOLVE = (
+    "import sys; from pathlib import Path; from research_rl.embedding.models import resolve; print(resolve(sys.argv[1], Path(sys.argv[2])))"
+)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What a revision of a model is, and a file at a commit; `folder` holds the files, `asked` the names of those sent."""
+
+    def __init__(self, folder: Path, asked: list[str], *arguments: object) -> None:
+        self._folder, self._asked = folder, asked
+        super().__init__(*arguments)  # pyright: ignore[reportArgumentType]
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        path = self.path.split("?")[0]
+        names = [file.relative_to(self._folder).as_posix() for file in self._folder.rglob("*") if file.is_file()]
+        name = path.removeprefix(f"/{REPOSITORY}/resolve/{COMMIT}/")
+        if path == f"/api/models/{REPOSITORY}/revision/main":
+            self._send(200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": []}).encode(), body)
+        elif path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
+            files = [{"type": "file", "path": name, "size": (self._folder / name).stat().st_size, "oid": name} for name in names]
+            self._send(200, json.dumps(files).encode(), body)
+        elif name in names:
+            self._asked.append(name)
+            self._send(200, (self._folder / name).read_bytes(), body)
+        else:
+            self._send(404, b"", body)
+
+    def _send(self, status: int, content: bytes, body: bool) -> None:
+        self.send_response(status)
+        headers = {"Content-Length": str(len(content)), "ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        for name, value in (headers if status == 200 else {"Content-Length": "0", "X-Error-Code": "RepoNotFound"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def asked() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def server(tmp_path: Path, asked: list[str]) -> Iterator[str]:
+    write_model(tmp_path / "whole")
+    found = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, tmp_path / "whole", asked))
+    Thread(target=found.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{found.server_address[1]}"
+    found.shutdown()
+    found.server_close()
+
+
+def _resolve(server: str, model: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_ENDPOINT": server, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.run([sys.executable, "-c", RESOLVE, model, str(cache)], env=environment, capture_output=True, text=True)
+
+
+def test_a_model_of_the_hub_encodes_like_its_folder(server: str, asked: list[str], tmp_path: Path) -> None:
+    found = _resolve(server, REPOSITORY, tmp_path / "cache")
+    assert found.returncode == 0, found.stderr
+    folder = Path(found.stdout.strip())
+    assert COMMIT in folder.parts
+    assert "model.safetensors" in asked and not any(name.endswith(".onnx") for name in asked)
+    hubs, own = (SentenceEncoder.load(path, FACTS).encode_passages(texts(5)) for path in (folder, tmp_path / "whole"))
+    np.testing.assert_array_equal(hubs, own)
+
+
+def test_an_unknown_model_is_named(server: str, tmp_path: Path) -> None:
+    found = _resolve(server, "owner/nothing", tmp_path / "cache")
+    assert "ModelError: encoder.model=owner/nothing is no folder and the hub does not give it" in found.stderr
