@@ -29,6 +29,7 @@ Results = Iterator[tuple[range, Encoded]]
 
 _AHEAD = 2
 _RETRIES = 3
+_CONNECT_S = 10.0
 _OBJECT_STORE = 512 << 20
 """Bytes of shared memory for texts, vectors and the model on a cluster started here."""
 
@@ -142,6 +143,7 @@ def _cluster(config: EncodingConfig) -> Generator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    _reach(config.ray_address)
     environment = {"py_modules": [str(Path(__file__).parents[1])]}
     options: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False}
     if not config.ray_address:
@@ -155,6 +157,19 @@ def _cluster(config: EncodingConfig) -> Generator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Try the address first: the library itself would try for minutes. Raises ServiceError."""
+    import socket
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except OSError as error:
+        raise ServiceError(f"encoding.ray_address={address!r} gives no cluster ({error}); correct it or start one") from error
 
 
 _loaded: dict[str, SentenceEncoder] = {}

@@ -46,7 +46,7 @@ def test_init_writes_the_profile_once(workspace: Path, capsys: pytest.CaptureFix
     [
         (["run", "prepare", "trian.steps=2"], "trian is unknown; did you mean 'train'?"),
         (["run", "prepair"], "stage='prepair' is not one of"),
-        (["run", "index"], "is missing, torn or built from other parameters; run `research run embed` first"),
+        (["run", "index"], "is missing, torn or built from other parameters; run `research run corpus` first"),
         (["status", "-p", "huge"], "profile='huge' is not one of"),
     ],
 )
