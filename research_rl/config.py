@@ -387,6 +387,44 @@ class TrainConfig(Section):
     extra: dict[str, Any] = Field(default_factory=dict, description="Further verl overrides by dotted name; applied last.")
 
 
+class WatchRule(Section):
+    """One rule over the step metrics."""
+
+    action: Literal["off", "warn", "stop"] = Field(
+        default="stop", description="off: never looked at; warn: told and logged; stop: ends training once its patience is used up."
+    )
+    limit: float = Field(description="Value past which the rule is in breach.")
+    window: int = Field(ge=1, description="Steps averaged; the rule is silent before that many.")
+    patience: int = Field(ge=0, description="Further steps in breach, without a gap, between the warning and the stop.")
+
+
+def _rule(limit: float, window: int, patience: int, description: str, action: Literal["warn", "stop"] = "stop") -> Any:
+    return Field(default=WatchRule(action=action, limit=limit, window=window, patience=patience), description=description)
+
+
+class WatchConfig(Section):
+    """Collapse watch: rules that warn, then stop training. Changes no artifact."""
+
+    nan: WatchRule = _rule(0, 1, 2, "Metrics of the update that are NaN or infinite.")
+    reward_drop: WatchRule = _rule(0.3, 5, 3, "Reward as a share of its best window falls below the limit.")
+    reward_spread: WatchRule = _rule(0.005, 5, 20, "Standard deviation of the reward over a step falls below the limit, unless solved.")
+    no_signal: WatchRule = _rule(0.95, 5, 20, "Share of groups without signal (equal rewards, not all right) exceeds the limit.")
+    entropy_low: WatchRule = _rule(0.02, 3, 5, "Entropy as a share of its first window falls below the limit.")
+    entropy_high: WatchRule = _rule(2.0, 3, 3, "Entropy rises above its first window by more than the limit, nats per token.")
+    kl_reference: WatchRule = _rule(2.0, 3, 5, "KL against the reference model exceeds the limit, nats per token.")
+    kl_step: WatchRule = _rule(0.2, 3, 3, "KL of one update exceeds the limit, nats per token.")
+    grad_norm: WatchRule = _rule(50.0, 3, 5, "Gradient norm as a multiple of its median so far exceeds the limit.")
+    response_short: WatchRule = _rule(0.2, 5, 5, "Tokens written per episode, as a share of the first window's, fall below the limit.")
+    response_long: WatchRule = _rule(5.0, 5, 5, "Tokens written per episode, as a multiple of the first window's, exceed the limit.")
+    searches: WatchRule = _rule(0.1, 5, 5, "Searches per episode, as a share of their best window, fall below the limit.")
+    answered: WatchRule = _rule(0.2, 5, 3, "Share of episodes that end with an answer, against its best window, falls below the limit.")
+    cut_off: WatchRule = _rule(0.9, 5, 10, "Share of episodes cut off by tokens, time or searches exceeds the limit.")
+    throughput: WatchRule = _rule(0.1, 5, 10, "Tokens per second, as a share of their median so far, fall below the limit.")
+    probability_gap: WatchRule = _rule(0.1, 3, 3, "Mean gap of token probabilities between rollout engine and trainer exceeds the limit.")
+    empty_searches: WatchRule = _rule(0.05, 3, 3, "Share of answered searches without any passage text exceeds the limit.")
+    suspect: WatchRule = _rule(0.3, 5, 10, "Share of answers that look made for the grader exceeds the limit.", "warn")
+
+
 class EvaluationConfig(Section):
     """Evaluation on the held-out split."""
 
@@ -549,6 +587,7 @@ class Config(Section):
     episode: EpisodeConfig = Field(default_factory=EpisodeConfig, description="Episode limits.")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="Reward.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="GRPO.")
+    watch: WatchConfig = Field(default_factory=WatchConfig, description="Collapse watch.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
     retriever: RetrieverConfig = Field(default_factory=RetrieverConfig, description="Retriever service.")
     serving: ServingConfig = Field(default_factory=ServingConfig, description="Model server.")

@@ -6,6 +6,7 @@
     ├── ManifestError    (RuntimeError)      an artifact is missing, torn or does not fit its parents
     ├── ServiceError     (RuntimeError)      a service did not start, answer or stop in time
     ├── TrainingError    (RuntimeError)      the trainer failed, hung or lost trajectories
+    │   └── CollapseError                    the step metrics show a collapse; a rule of `watch` stopped training
     └── ModelError       (ValueError)        a model folder or tokenizer is unusable
 
 A message states the value, the limit and the remedy.
@@ -14,6 +15,7 @@ A message states the value, the limit and the remedy.
 from __future__ import annotations
 
 __all__ = [
+    "CollapseError",
     "ConfigError",
     "DataError",
     "ManifestError",
@@ -46,6 +48,10 @@ class ServiceError(ResearchError, RuntimeError):
 
 class TrainingError(ResearchError, RuntimeError):
     """The trainer failed, hung past its deadline or lost trajectories."""
+
+
+class CollapseError(TrainingError):
+    """The step metrics show a collapse; the message names rule, value, limit, step, last good checkpoint and remedy."""
 
 
 class ModelError(ResearchError, ValueError):

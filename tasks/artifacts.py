@@ -20,11 +20,13 @@ from prefect.exceptions import PrefectException
 from research_rl import manifest
 from research_rl.manifest import Manifest
 from research_rl.stages import STAGES
+from research_rl.training.checkpoints import Checkpoint
+from research_rl.training.watch import Finding
 from tasks.docs import SUMMARY, named, rank
 from tasks.job import Job
 from tasks.track import FLOW, StageRun
 
-__all__ = ["evaluation_table", "index_card", "quality_table", "refused_table", "report_page"]
+__all__ = ["evaluation_table", "index_card", "quality_table", "refused_table", "report_page", "watch_note"]
 
 _WAIT_S = 30.0
 _CELL = 100
@@ -99,6 +101,16 @@ def _short(value: Any) -> str:
     text = ", ".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
     text = " ".join(text.split()).replace("|", "\\|")
     return text if len(text) <= _CELL else text[:_CELL] + "…"
+
+
+def watch_note(finding: Finding, kept: Checkpoint | None) -> None:
+    """Publish what a rule of the collapse watch saw and what helps."""
+    rescue = f"step {kept.step}, `{kept.path}`; `train.steps={kept.step}` publishes it" if kept else "none from before the breach"
+    lines = [f"# {'Training stopped' if finding.stops else 'Training in danger'} at step {finding.step}", "", finding.text + ".", ""]
+    lines += ["| | |", "|---|---|", f"| in breach since | step {finding.since} |", f"| last good checkpoint | {rescue} |"]
+    lines += [f"| what helps | {finding.remedy} |", f"| to go on all the same | `watch.{finding.rule}.action=warn` |"]
+    with showing("the finding of the watch"):
+        create_markdown_artifact("\n".join(lines), key="collapse-watch", description=finding.text)
 
 
 def evaluation_table(job: Job, found: Manifest, run: StageRun) -> None:

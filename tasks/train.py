@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from research_rl.stages import Context
+from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.train import TrainHooks, run_with
+from research_rl.training.watch import Finding
+from tasks.artifacts import watch_note
 from tasks.stage import stage_task
 from tasks.track import StageRun
 
@@ -30,6 +33,14 @@ class Watcher(TrainHooks):
     def on_checkpoint(self, step: int, path: Path) -> None:
         """Note the newest whole checkpoint."""
         self.run.tags({"checkpoint_step": str(step)})
+
+    def on_finding(self, finding: Finding, kept: Checkpoint | None) -> None:
+        """Show why the watch warned or stopped, and say it in tags."""
+        tags = {f"watch.{finding.rule}": f"step {finding.step}: {finding.text}"}
+        if finding.stops:
+            tags |= {"collapse": f"step {finding.step}: {finding.text}", "collapse.good_step": str(kept.step) if kept else "none"}
+        self.run.tags(tags)
+        watch_note(finding, kept)
 
 
 def build(context: Context, run: StageRun) -> None:

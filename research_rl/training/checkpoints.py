@@ -8,6 +8,7 @@ seals a complete one: `complete.json`, written last, holds every file's size and
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -19,7 +20,7 @@ from typing import Any, cast
 
 from research_rl.manifest import file_sha256
 
-__all__ = ["SEAL", "Checkpoint", "complete", "discard_after", "fault", "latest", "prune", "safetensors_fault", "seal"]
+__all__ = ["SEAL", "Checkpoint", "complete", "discard_after", "fault", "latest", "link", "prune", "safetensors_fault", "seal"]
 
 SEAL = "complete.json"
 """Written last into a whole checkpoint: `{"files": {name: {"size", "sha256"}}}`."""
@@ -145,6 +146,17 @@ def prune(folder: Path, keep: int) -> None:
     for checkpoint in _all(folder):
         if checkpoint not in kept and checkpoint.step < (kept[-1].step if kept else 0):
             shutil.rmtree(checkpoint.path)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a finished file, or a folder's files, a second name: nothing writes to them again."""
+    if source.is_file():
+        os.link(source, target)
+        return
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, place)
 
 
 def discard_after(folder: Path, step: int) -> None:

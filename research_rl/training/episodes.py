@@ -12,8 +12,11 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import pstdev
 from typing import Any
 
+from research_rl.agent import NOTHING_FOUND
+from research_rl.protocol import RESULT_CLOSE, RESULT_OPEN
 from research_rl.reward import Grade
 from research_rl.trajectory import Author, SearchFault, StopReason, Trajectory
 
@@ -100,7 +103,9 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     metrics.update({f"search/{name}": float(count) for name, count in client.items()})
     for reason in StopReason:
         metrics[f"episode/stop/{reason.value}"] = _mean([float(row["stop"] == reason.value) for row in rows])
-    metrics["episode/mixed_groups"] = _mixed_groups(rows)
+    metrics["episode/reward_std"] = pstdev(float(row["score"]) for row in rows)
+    metrics["episode/empty_searches"] = _mean([float(empty) for row in rows for empty in _empty_replies(row)])
+    metrics["episode/mixed_groups"], metrics["episode/flat_groups"] = _groups(rows)
     metrics["episode/count"] = float(len(rows))
     return metrics
 
@@ -124,12 +129,24 @@ _FIELDS = {
 }
 
 
-def _mixed_groups(rows: Sequence[dict[str, Any]]) -> float:
-    """Return the share of questions whose rollouts differ in reward: only these carry a gradient in GRPO."""
-    groups: dict[str, set[float]] = {}
+def _groups(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Return two shares of the questions: whose rollouts differ in reward (only these carry a gradient in GRPO), and whose
+    rollouts all earn the same without all being right."""
+    groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        groups.setdefault(str(row["uid"]), set()).add(float(row["score"]))
-    return _mean([float(len(scores) > 1) for scores in groups.values()])
+        groups.setdefault(str(row["uid"]), []).append((float(row["score"]), float(row["f1"])))
+    mixed = [len({score for score, _ in group}) > 1 for group in groups.values()]
+    solved = [all(f1 == 1.0 for _, f1 in group) for group in groups.values()]
+    flat = [not differs and not right for differs, right in zip(mixed, solved, strict=True)]
+    return _mean([float(value) for value in mixed]), _mean([float(value) for value in flat])
+
+
+def _empty_replies(row: dict[str, Any]) -> list[bool]:
+    """Return for each search that got an answer whether no passage text came with it: search and result block alternate."""
+    blocks = [str(s["text"]) for s in row.get("segments", []) if s["author"] == Author.SEARCH.value]
+    answered = [block for block, search in zip(blocks, row["searches"], strict=False) if search["error"] is None]
+    bodies = (block.strip().removeprefix(RESULT_OPEN).removesuffix(RESULT_CLOSE).strip() for block in answered)
+    return [body in ("", NOTHING_FOUND) for body in bodies]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -27,12 +27,13 @@ from research_rl.config import CHECKOUT, Config
 from research_rl.errors import TrainingError
 from research_rl.retriever import TOKEN
 from research_rl.stages import Progress
-from research_rl.training import checkpoints, episodes, launch, overrides
+from research_rl.training import checkpoints, episodes, launch, overrides, watch
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.metrics_log import MetricsLog, Tail, numbers
 from research_rl.training.overrides import Paths
 from research_rl.training.pauses import Pauses
 from research_rl.training.remote import Store, Uploader, restore
+from research_rl.training.watch import Finding
 from research_rl.trajectory import SearchFault, StopReason
 
 __all__ = ["Outcome", "Run", "TrainHooks", "interpreter", "ray_folder", "supervise"]
@@ -67,6 +68,9 @@ class TrainHooks:
 
     def on_attempt_end(self, number: int, why: str | None) -> None:
         """Hear why a start of the trainer ended, None when all steps are done. Never called when this process is killed."""
+
+    def on_finding(self, finding: Finding, kept: Checkpoint | None) -> None:
+        """Hear of a rule of `watch` whose breach begins or stops the run, and of the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,7 @@ class _State:
 
     def rewind(self) -> Checkpoint | None:
         """Return the checkpoint to go on from, after forgetting everything later than it."""
+        watch.restore(self.run.paths.checkpoints, self.run.paths.work)
         found = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps, verify=True, passed_over=self._passed_over)
         step = found.step if found else 0
         if found:
@@ -234,8 +239,11 @@ class _State:
         episodes.discard(self.run.paths.episodes, step)
         losses = episodes.losses(rows, self.run.config.train.prompts, self.run.config.train.group)
         self.log.put(step, {**metrics, **episodes.summarise(rows), **losses, **validated})
+        findings = watch.verdicts(self.run.config.watch, self.log.rows, step)
+        self.log.put(step, {**self.log.rows[step], **watch.levels(self.run.config.watch, findings)})
         self._tell(step)
         self._require_whole(step, rows)
+        self._heed(findings)
 
     def validated(self, step: int) -> dict[str, float]:
         """Keep the greedy episodes played on dev after `step`; return their means under `dev/`, none when none were played."""
@@ -265,6 +273,16 @@ class _State:
         self.hooks.on_rollouts(step, self.run.rollouts / f"{step:06d}.jsonl.gz")
         reward = metrics.get("episode/reward", metrics.get("critic/score/mean", 0.0))
         self.progress(f"step {step} of {steps}, reward {reward:.3f}", min(1.0, step / steps))
+
+    def _heed(self, findings: Sequence[Finding]) -> None:
+        """Keep the last good checkpoint, tell of breaches that begin, and raise CollapseError for one that stops the run."""
+        kept = watch.keep_good(self.run.paths.checkpoints, self.run.paths.work, findings)
+        for finding in findings:
+            if finding.stops or finding.since == finding.step:
+                self.hooks.on_finding(finding, kept)
+                self.progress(f"watch {'stops' if finding.stops else 'warns'}: {finding.text}", finding.step / self.run.config.train.steps)
+            if finding.stops:
+                raise watch.collapse(finding, kept)
 
     def _require_whole(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         train = self.run.config.train
@@ -368,7 +386,7 @@ class _Attempt:
         if step == (self.resume.step if self.resume else 0):
             self.state.validated(step)  # the validation before the first step
             return
-        self.state.finish(step, {**numbers(row["data"]), "search/paused_s": self._paused()})
+        self.state.finish(step, {**numbers(row["data"]), **watch.not_finite(row["data"]), "search/paused_s": self._paused()})
         self.steps += 1
         self.last = time.monotonic()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from research_rl.prompts import load_tokenizer, render
 from research_rl.retriever.serve import running
 from research_rl.stages import Context
 from research_rl.training import overrides
+from research_rl.training.checkpoints import link
 from research_rl.training.metrics_log import MetricsLog
 from research_rl.training.remote import Store
 from research_rl.training.supervise import Outcome, Run, TrainHooks, ray_folder, supervise
@@ -99,9 +99,9 @@ def _require_rows(config: Config, path: Path) -> None:
 def _publish(context: Context, training: Run, outcome: Outcome, dropped: int) -> None:
     log = MetricsLog(training.metrics)
     with context.publish() as staging:
-        _link(outcome.checkpoint.path, staging.path / "checkpoint")
-        _link(training.rollouts, staging.path / "rollouts")
-        _link(training.metrics, staging.path / "metrics.jsonl")
+        link(outcome.checkpoint.path, staging.path / "checkpoint")
+        link(training.rollouts, staging.path / "rollouts")
+        link(training.metrics, staging.path / "metrics.jsonl")
         (staging.path / "overrides.json").write_text(json.dumps(_portable_overrides(context.config), indent=1) + "\n")
         staging.counts.update(
             steps=outcome.checkpoint.step, attempts=outcome.attempts, lost_trajectories=outcome.lost, prompts_too_long=dropped
@@ -113,14 +113,3 @@ def _portable_overrides(config: Config) -> dict[str, Any]:
     """Return verl's overrides with names in the place of this machine's folders."""
     names = (Path(f"<{name}>") for name in ("policy", "prepare/train.parquet", "prepare/dev.parquet", "work", "ray"))
     return overrides.resolved(config, overrides.Paths(*names))
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a finished file, or a folder's files, a second name: nothing writes to them again."""
-    if source.is_file():
-        os.link(source, target)
-        return
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.link(path, place)

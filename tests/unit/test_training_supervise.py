@@ -16,10 +16,12 @@ import psutil
 import pytest
 
 from research_rl.config import Config
-from research_rl.errors import TrainingError
+from research_rl.errors import CollapseError, TrainingError
 from research_rl.training import supervise as module
+from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.overrides import Paths
 from research_rl.training.supervise import Run, TrainHooks, supervise
+from research_rl.training.watch import Finding
 
 TRAINER = r"""
 import json, os, re, subprocess, sys, time, zipfile, struct
@@ -89,7 +91,8 @@ for step in range(step + 1, int(options["trainer.total_training_steps"]) + 1):
         lost = script["padding"]
         print(f"INFO: Upsampled batch from {4 - lost} to 4 with {lost} synthetic padding samples for required_multiple=4", flush=True)
         time.sleep(0.6)
-    metrics.write(json.dumps({"step": step, "data": {"loss": step / 10, "attempt": attempt, "bad": None}}).encode() + b"\n")
+    broken = {"actor/grad_norm": None} if script.get("nan_from", 99) <= step <= script.get("nan_to", 99) else {}
+    metrics.write(json.dumps({"step": step, "data": {"loss": step / 10, "attempt": attempt, "bad": None, **broken}}).encode() + b"\n")
     time.sleep(script.get("pause", 0.05))
 if script.get("code"):
     print("ValueError: the model cannot be read", flush=True)
@@ -103,6 +106,10 @@ class Listener(TrainHooks):
         self.steps: list[int] = []
         self.rollouts: list[int] = []
         self.checkpoints: list[int] = []
+        self.findings: list[tuple[str, int, bool]] = []
+
+    def on_finding(self, finding: Finding, kept: Checkpoint | None) -> None:
+        self.findings.append((finding.rule, finding.step, finding.stops))
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps.append(step)
@@ -236,6 +243,40 @@ def test_a_pause_is_told_measured_and_no_silence(tmp_path: Path) -> None:
     assert 1.9 < sum(paused) < 3.0 and paused[3] == 0
     told = [text for text in said if "paused" in text or "goes on" in text]
     assert told[0].startswith("paused: 8 of 9 recent searches failed (8 timeout)") and told[1].endswith("training goes on")
+
+
+def test_a_collapse_warns_then_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    run, listener = make_run(tmp_path, [{"nan_from": 4, "pause": 0.3}], steps=20, keep_checkpoints=1), Listener()
+    with pytest.raises(
+        CollapseError, match=r"step 6: nan: .*\(actor/grad_norm\).*since step 4.*train\.steps=3 publishes it.*watch\.nan\.action=warn"
+    ):
+        supervise(run, listener, ignore)
+    assert listener.findings == [("nan", 4, False), ("nan", 6, True)]
+    assert [row["metrics"]["watch/nan"] for row in read_metrics(run)] == [0.0, 0.0, 0.0, 1.0, 1.0, 2.0]
+    assert json.loads((run.paths.work / "good/good.json").read_text())["step"] == 3
+    assert not list((tmp_path / "services").glob("*.pid"))
+    published = supervise(altered(run, steps=3), TrainHooks(), ignore)
+    assert published.checkpoint.step == 3 and published.attempts == 1, "the last good checkpoint is published without training"
+
+
+def test_a_stopped_run_goes_on_with_its_rule_relaxed(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{"nan_from": 2, "pause": 0.3}, {}], steps=6)
+    with pytest.raises(CollapseError):
+        supervise(run, TrainHooks(), ignore)
+    relaxed = run.config.watch.model_copy(update={"nan": run.config.watch.nan.model_copy(update={"action": "off"})})
+    outcome = supervise(Run(run.config.model_copy(update={"watch": relaxed}), run.paths, run.services, "u"), TrainHooks(), ignore)
+    assert outcome.checkpoint.step == 6 and outcome.attempts == 2
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_breach_that_passes_leaves_nothing_kept(tmp_path: Path) -> None:
+    run, listener = make_run(tmp_path, [{"nan_from": 2, "nan_to": 3}], steps=5), Listener()
+    assert supervise(run, listener, ignore).checkpoint.step == 5
+    assert listener.findings == [("nan", 2, False)] and not (run.paths.work / "good").exists()
+
+
+def altered(run: Run, **train: Any) -> Run:
+    return Run(run.config.model_copy(update={"train": run.config.train.model_copy(update=train)}), run.paths, run.services, "u")
 
 
 def test_a_failing_listener_stops_the_trainer(tmp_path: Path) -> None:
