@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from research_rl.errors import ConfigError
 
@@ -315,12 +315,76 @@ class EpisodeConfig(Section):
     )
 
 
+class RewardTerm(Section):
+    """One term of a composed reward, from 0 to 1, times its weight."""
+
+    kind: Literal["em", "f1", "contains", "format", "judge", "paper", "repository", "retrieval", "searches", "length", "suspicion"] = Field(
+        description="em, f1, contains: the boxed answer against the gold answers; format: the format is right; judge: a judge calls it "
+        "right; paper, repository: that rule; retrieval: share of the supporting passages found; searches: different answered queries "
+        "over target; length: tokens written over target; suspicion: the answer looks made for the grader."
+    )
+    weight: float = Field(allow_inf_nan=False, description="Factor; negative makes the term cost.")
+    target: int = Field(default=1, ge=1, description="searches, length: the number that counts as 1.")
+    needs_format: bool = Field(default=False, description="Whether the term is 0 when the format is wrong.")
+
+
+class StrictConfig(Section):
+    """Hardening against answers made for the grader. Off, they are counted (episode/suspect) and paid."""
+
+    on: bool = Field(default=False, description="A suspect answer earns nothing; answers are compared in Unicode's compatibility form.")
+    max_answer_words: int = Field(default=32, ge=1, description="Longest answer in words, unless a gold answer is longer.")
+    max_candidates: int = Field(default=3, ge=1, description="Most parts of an answer set apart by commas, unless a gold answer has more.")
+    max_pasted_words: int = Field(default=12, ge=1, description="Most consecutive words an answer may share with a result.")
+
+
+class JudgeRule(Section):
+    """How a judge decides. Its address is in the section judge."""
+
+    model: str | None = Field(default=None, description="Name of the judge's model; needed by a term of kind judge.")
+    fallback: Literal["f1", "em", "zero"] = Field(default="f1", description="What stands in where the judge gives no verdict.")
+    max_chars: int = Field(default=400, ge=16, description="Longest answer shown to the judge, in characters.")
+
+
 class RewardConfig(Section):
     """The outcome reward."""
 
-    rule: Literal["paper", "repository"] = Field(
-        default="repository", description="paper: eq. 2 of arXiv 2503.19470; repository: the published code's rule, stricter on format."
+    rule: Literal["paper", "repository", "composed"] = Field(
+        default="repository",
+        description="paper: eq. 2 of arXiv 2503.19470; repository: the published code's rule, stricter on format; composed: reward.terms.",
     )
+    terms: tuple[RewardTerm, ...] = Field(default=(), description="Terms of the weighted sum; rule composed.")
+    strict: StrictConfig = Field(default_factory=StrictConfig, description="Hardening.")
+    judge: JudgeRule = Field(default_factory=JudgeRule, description="The judge's model.")
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether a term needs the judge."""
+        return any(term.kind == "judge" for term in self.terms)
+
+    @model_validator(mode="after")
+    def _fits(self) -> RewardConfig:
+        kinds = [term.kind for term in self.terms]
+        if (self.rule == "composed") != bool(kinds):
+            raise ValueError(f"rule={self.rule!r} with {len(kinds)} terms: rule composed needs terms, the published rules take none")
+        if repeated := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+            raise ValueError(f"terms name {', '.join(repeated)} twice; sum up their weights")
+        if kinds and not any(term.weight > 0 for term in self.terms):
+            raise ValueError("no term has a weight above 0; nothing would be learned")
+        if "contains" in kinds and not self.strict.on:
+            raise ValueError("a term of kind contains pays for stuffed answers; set reward.strict.on=true")
+        if self.asks_judge and not self.judge.model:
+            raise ValueError("a term of kind judge needs reward.judge.model")
+        return self
+
+
+class JudgeConfig(Section):
+    """The judge's server, OpenAI-compatible. Changes no artifact; its token comes from RESEARCH_JUDGE_TOKEN."""
+
+    url: str | None = Field(default=None, description="Address up to the version, such as http://127.0.0.1:8000/v1.")
+    timeout_s: float = Field(default=20.0, gt=0, description="Seconds per request.")
+    attempts: int = Field(default=3, ge=1, description="Requests per answer before the fallback stands in.")
+    concurrency: int = Field(default=16, ge=1, description="Requests in flight per agent worker.")
+    max_tokens: int = Field(default=64, ge=8, description="Longest reply, in tokens.")
 
 
 class TrainConfig(Section):
@@ -586,6 +650,7 @@ class Config(Section):
     policy: PolicyConfig = Field(default_factory=PolicyConfig, description="Initial policy.")
     episode: EpisodeConfig = Field(default_factory=EpisodeConfig, description="Episode limits.")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="Reward.")
+    judge: JudgeConfig = Field(default_factory=JudgeConfig, description="Judge.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="GRPO.")
     watch: WatchConfig = Field(default_factory=WatchConfig, description="Collapse watch.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
@@ -595,6 +660,12 @@ class Config(Section):
     plan: PlanConfig = Field(default_factory=PlanConfig, description="Rates and limits of `research plan`.")
     environments: EnvironmentsConfig = Field(default_factory=EnvironmentsConfig, description="Interpreters.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow and DVC.")
+
+    @model_validator(mode="after")
+    def _judge_is_there(self) -> Config:
+        if self.reward.asks_judge and self.judge.url is None:
+            raise ValueError("reward.terms asks a judge; set judge.url to an OpenAI-compatible address such as http://127.0.0.1:8000/v1")
+        return self
 
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -720,6 +791,8 @@ def _build(tree: Mapping[str, Any], overrides: Iterable[str], origin: str) -> Co
 def _explain(item: Mapping[str, Any]) -> str:
     """Turn one pydantic error into `name=value: reason`, with the nearest known name for an unknown one."""
     name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "value_error":
+        return ": ".join(part for part in (name, str(item["ctx"]["error"])) if part)
     if item["type"] != "extra_forbidden":
         return f"{name}={item['input']!r}: {item['msg']}"
     return f"{name} is unknown{_nearest(item['loc'])}"
@@ -730,7 +803,10 @@ def _nearest(location: tuple[Any, ...]) -> str:
 
     model: Any = Config
     for part in location[:-1]:
-        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        if isinstance(part, int):
+            model = get_args(model)[0]  # a list's place: its items are of one model
+        else:
+            model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
     known = list(getattr(model, "model_fields", {}))
     close = difflib.get_close_matches(str(location[-1]), known, 1, 0.4)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -11,7 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-__all__ = ["exact_match", "normalize", "recall", "token_f1"]
+__all__ = ["contains", "exact_match", "normalize", "recall", "token_f1"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -27,6 +27,12 @@ def exact_match(prediction: str, golds: Sequence[str]) -> float:
     """Return 1.0 when the normalised prediction equals a normalised gold answer, else 0.0."""
     found = normalize(prediction)
     return float(any(found == normalize(gold) for gold in golds))
+
+
+def contains(prediction: str, golds: Sequence[str]) -> float:
+    """Return 1.0 when a normalised gold answer stands anywhere in the normalised prediction, else 0.0. Rewards stuffing."""
+    found = normalize(prediction)
+    return float(any(normalize(gold) in found for gold in golds))
 
 
 def token_f1(prediction: str, golds: Sequence[str]) -> float:

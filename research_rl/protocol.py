@@ -7,6 +7,7 @@ alone writes `<result>` blocks.
 from __future__ import annotations
 
 import re
+import unicodedata
 
 __all__ = [
     "ANSWER_CLOSE",
@@ -19,6 +20,7 @@ __all__ = [
     "TAGS",
     "THINK_CLOSE",
     "THINK_OPEN",
+    "fold",
     "last_query",
     "neutralise",
 ]
@@ -39,12 +41,43 @@ TAGS = (
     ANSWER_CLOSE,
 )
 
-_TAG = re.compile(r"<\s*(/?)\s*(think|search|result|answer)\s*>", re.IGNORECASE)
+_OPEN = "<＜﹤‹〈⟨〈❬❮⧼˂ᐸ≺"
+_CLOSE = ">＞﹥›〉⟩〉❭❯⧽˃ᐳ≻"
+_BARS = "｜¦│∣ǀ"
+_SLASHES = "／∕⁄⧸\\"
+_LETTERS = str.maketrans(
+    "аеорсухѕһіԝктпгνιοαρηκτωϲıո" + _BARS + _SLASHES, "aeopcyxshiwktnrvioapnktwcin" + "|" * len(_BARS) + "/" * len(_SLASHES)
+)
+_LESS, _MORE = (
+    rf"(?:[{chars}]|&(?:amp;)*(?:{name}|#0*{code}|#x0*{code:x});?)" for chars, name, code in ((_OPEN, "lt", 60), (_CLOSE, "gt", 62))
+)
+_SPAN = re.compile(rf"{_LESS}([^{_OPEN}{_CLOSE}]{{1,80}}?){_MORE}", re.IGNORECASE)
+_NAME = re.compile(
+    r"\s*(/?)\s*((?:think|search|result|answer|bos|eos|pad|unk|mask|sep|cls|s|start_of_turn|end_of_turn|endoftext)(?![\w-]).*|\|.*\|)\s*",
+    re.DOTALL,
+)
+_START = re.compile(rf"[{_OPEN}&\[]")
+_INSTRUCTION = re.compile(r"\[(/?INST)\]", re.IGNORECASE)
+
+
+def fold(text: str) -> str:
+    """Return `text` in the letters it passes for: compatibility forms, letters of other scripts, no invisible characters."""
+    shown = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) not in ("Cf", "Mn"))
+    return shown.casefold().translate(_LETTERS)
 
 
 def neutralise(text: str) -> str:
-    """Return `text` with protocol tags in square brackets, so that a passage cannot speak for the model."""
-    return _TAG.sub(lambda m: f"[{m[1]}{m[2]}]", text)
+    """Return `text` with protocol tags and a tokenizer's control marks in square brackets: a passage cannot speak for anyone.
+
+    Also those that only look the part: brackets and letters of other scripts, invisible characters, HTML entities, attributes.
+    """
+    return _INSTRUCTION.sub(r"(\1)", _SPAN.sub(_bare, text)) if _START.search(text) else text
+
+
+def _bare(span: re.Match[str]) -> str:
+    if not (name := _NAME.fullmatch(span[1])) and not (name := _NAME.fullmatch(fold(span[1]))):
+        return span[0]
+    return f"[{name[1]}{name[2].strip()}]"
 
 
 def last_query(text: str) -> str | None:

@@ -13,14 +13,14 @@ it needs no splitting at the assistant's delimiter, whose second occurrence cuts
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from research_rl import protocol
 from research_rl.metrics import exact_match, token_f1
 from research_rl.trajectory import Author, Segment, Trajectory
 
-__all__ = ["FORMAT_REWARD", "Grade", "Rule", "boxed", "check_format", "grade", "graded_text", "score_text"]
+__all__ = ["FORMAT_REWARD", "Grade", "Rule", "answer", "boxed", "check_format", "grade", "graded_text", "score_text"]
 
 Rule = Literal["paper", "repository"]
 FORMAT_REWARD = 0.1
@@ -29,7 +29,11 @@ _EMPTY_RESULT = f" {protocol.RESULT_OPEN}\n{protocol.RESULT_CLOSE}"
 
 @dataclass(frozen=True)
 class Grade:
-    """`score` is the reward; `f1` and `em` grade the prediction whatever the format; `reason` names the first fault."""
+    """`score` is the reward; `f1` and `em` grade the prediction whatever the format; `reason` names the first fault.
+
+    Of a graded episode (`composed.Grader`): `parts` sum to the score, `suspicion` is the first sign of an answer made for the
+    grader, `judge` says whether the judge was asked or failed.
+    """
 
     score: float
     f1: float
@@ -37,6 +41,9 @@ class Grade:
     format_ok: bool
     reason: str
     prediction: str
+    parts: dict[str, float] = field(default_factory=dict[str, float])
+    suspicion: str | None = None
+    judge: str | None = None
 
 
 def grade(trajectory: Trajectory, golds: Sequence[str], rule: Rule, eos_token: str) -> Grade:
@@ -55,7 +62,7 @@ def score_text(text: str, golds: Sequence[str], rule: Rule, *, ended_by_eos: boo
     fault = check_format(text)
     if fault is None and not ended_by_eos:
         fault = "not ended by eos"
-    extracted = boxed(_answer(text))
+    extracted = boxed(answer(text))
     if fault is None and extracted is None and rule == "repository":
         fault = "the boxed answer cannot be read"
     prediction = (extracted or "").strip()
@@ -75,8 +82,8 @@ def check_format(text: str) -> str | None:
         return "a <search> without </search>, <result>, </result> in this order"
     if text.index(protocol.ANSWER_OPEN) > text.index(protocol.ANSWER_CLOSE):
         return "</answer> before <answer>"
-    answer = _answer(text)
-    if protocol.BOXED_OPEN not in answer or "}" not in answer:
+    found = answer(text)
+    if protocol.BOXED_OPEN not in found or "}" not in found:
         return "no \\boxed{} in the answer"
     return None
 
@@ -110,7 +117,7 @@ def _searches_closed(text: str) -> bool:
     return True
 
 
-def _answer(text: str) -> str:
+def answer(text: str) -> str:
     """Return what stands between the first <answer> and the </answer> after it; "" when there is no such pair."""
     _, _, rest = text.partition(protocol.ANSWER_OPEN)
     body, closed, _ = rest.partition(protocol.ANSWER_CLOSE)

@@ -21,12 +21,13 @@ from uuid import uuid4
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
 from research_rl.agent import Completion, Limits, SearchFailure, run_episode
-from research_rl.config import PromptConfig
+from research_rl.composed import Case, Grader
+from research_rl.config import JudgeConfig, PromptConfig, RewardConfig
 from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
 from research_rl.retriever import TOKEN
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Patience, PauseGate
-from research_rl.reward import Grade, Rule, grade
+from research_rl.reward import Grade
 from research_rl.training import episodes, pauses
 from research_rl.trajectory import Trajectory
 
@@ -45,6 +46,7 @@ class _Shared:
 
 
 _SHARED: dict[str, _Shared] = {}
+_GRADERS: dict[tuple[str, str, str], Grader] = {}
 
 
 class VerlEngine:
@@ -80,8 +82,8 @@ class VerlEngine:
 class SearchAgentLoop(AgentLoopBase):
     """One reason-with-search episode per call, graded where it was played.
 
-    Settings come from the agent file: `retriever_url`, `episodes` and `pauses` (folders of records), `rule`, `engine`, `prompt`,
-    `limits`, `patience`, `in_flight`.
+    Settings come from the agent file: `retriever_url`, `episodes` and `pauses` (folders of records), `reward`, `judge`, `engine`,
+    `prompt`, `limits`, `patience`, `in_flight`.
     """
 
     def __init__(
@@ -92,7 +94,8 @@ class SearchAgentLoop(AgentLoopBase):
         pauses: str,
         patience: Mapping[str, Any],
         in_flight: int,
-        rule: Rule,
+        reward: Mapping[str, Any],
+        judge: Mapping[str, Any],
         engine: Literal["vllm", "sglang"],
         prompt: Mapping[str, Any],
         limits: Mapping[str, Any],
@@ -107,7 +110,7 @@ class SearchAgentLoop(AgentLoopBase):
         self._limits = Limits(**limits)
         self._shared = _shared(retriever_url, self._limits.search_timeout_s, Patience(**patience), in_flight, Path(pauses))
         self._episodes = Path(episodes)
-        self._rule: Rule = rule
+        self._grader = _grader(RewardConfig(**reward), JudgeConfig(**judge), self._tokenizer.eos_token)
         self._engine = engine
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
@@ -116,7 +119,7 @@ class SearchAgentLoop(AgentLoopBase):
         prompt_ids = encode_prompt(self._tokenizer, question(row), self._prompt)
         async with self._shared.turns:
             trajectory = await run_episode(prompt_ids, engine, self._shared.client, self._tokenizer, self._limits, self._shared.gate)
-        graded = grade(trajectory, golds(row), self._rule, self._tokenizer.eos_token)
+        graded = await self._grader.grade(trajectory, case(row))
         self._keep(row, trajectory, graded)
         return _output(trajectory, graded, engine.versions or [int(row["global_steps"]) - 1], self._tokenizer.eos_id)
 
@@ -157,6 +160,12 @@ def golds(row: Mapping[str, Any]) -> list[str]:
     return [str(answer) for answer in row["reward_model"]["ground_truth"]["target"]]
 
 
+def case(row: Mapping[str, Any]) -> Case:
+    """Return what a row's episodes are graded against."""
+    supporting = row["extra_info"].get("supporting_passage_ids")
+    return Case(question(row), tuple(golds(row)), tuple(str(passage) for passage in (supporting if supporting is not None else ())))
+
+
 def eos_ids(model: Path, tokenizer: FolderTokenizer) -> frozenset[int]:
     """Return every id that ends a turn: the tokenizer's, and those of generation_config.json, at which engines stop too."""
     path = model / "generation_config.json"
@@ -177,6 +186,14 @@ def _shared(url: str, timeout_s: float, patience: Patience, in_flight: int, note
         gate = PauseGate(well, patience, lambda note: pauses.append(notes, note))
         _SHARED[url] = _Shared(client, gate, asyncio.Semaphore(in_flight))
     return _SHARED[url]
+
+
+def _grader(reward: RewardConfig, judge: JudgeConfig, eos_token: str) -> Grader:
+    """Return this process's grader: verl makes a loop per episode, and what the judge said serves them all."""
+    key = (reward.model_dump_json(), judge.model_dump_json(), eos_token)
+    if key not in _GRADERS:
+        _GRADERS[key] = Grader(reward, judge, eos_token)
+    return _GRADERS[key]
 
 
 def _output(trajectory: Trajectory, graded: Grade, versions: Sequence[int], eos_id: int) -> AgentLoopOutput:

@@ -15,8 +15,6 @@ from pathlib import Path
 from statistics import pstdev
 from typing import Any
 
-from research_rl.agent import NOTHING_FOUND
-from research_rl.protocol import RESULT_CLOSE, RESULT_OPEN
 from research_rl.reward import Grade
 from research_rl.trajectory import Author, SearchFault, StopReason, Trajectory
 
@@ -35,6 +33,9 @@ def record(trajectory: Trajectory, grade: Grade) -> dict[str, Any]:
         "format_ok": grade.format_ok,
         "reason": grade.reason,
         "prediction": grade.prediction,
+        "parts": grade.parts,
+        "suspicion": grade.suspicion,
+        "judge": grade.judge,
         "prompt_tokens": len(trajectory.prompt_ids),
         "model_tokens": tokens[Author.MODEL],
         "result_tokens": tokens[Author.SEARCH],
@@ -103,6 +104,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     metrics.update({f"search/{name}": float(count) for name, count in client.items()})
     for reason in StopReason:
         metrics[f"episode/stop/{reason.value}"] = _mean([float(row["stop"] == reason.value) for row in rows])
+    metrics |= _parts(rows)
     metrics["episode/reward_std"] = pstdev(float(row["score"]) for row in rows)
     metrics["episode/empty_searches"] = _mean([float(empty) for row in rows for empty in _empty_replies(row)])
     metrics["episode/mixed_groups"], metrics["episode/flat_groups"] = _groups(rows)
@@ -129,6 +131,18 @@ _FIELDS = {
 }
 
 
+def _parts(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the means of the reward's parts, which sum to the reward, the share of suspect answers and of failed judgements."""
+    names = dict.fromkeys(name for row in rows for name in row.get("parts", {}))
+    metrics = {f"episode/reward/{name}": _mean([float(row.get("parts", {}).get(name, 0.0)) for row in rows]) for name in names}
+    metrics["episode/suspect"] = _mean([float(row.get("suspicion") is not None) for row in rows])
+    judged = [str(row["judge"]) for row in rows if row.get("judge") is not None]
+    if judged:
+        metrics["episode/judged"] = len(judged) / len(rows)
+        metrics["episode/judge_failed"] = _mean([float(word != "asked") for word in judged])
+    return metrics
+
+
 def _groups(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """Return two shares of the questions: whose rollouts differ in reward (only these carry a gradient in GRPO), and whose
     rollouts all earn the same without all being right."""
@@ -142,11 +156,9 @@ def _groups(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _empty_replies(row: dict[str, Any]) -> list[bool]:
-    """Return for each search that got an answer whether no passage text came with it: search and result block alternate."""
-    blocks = [str(s["text"]) for s in row.get("segments", []) if s["author"] == Author.SEARCH.value]
-    answered = [block for block, search in zip(blocks, row["searches"], strict=False) if search["error"] is None]
-    bodies = (block.strip().removeprefix(RESULT_OPEN).removesuffix(RESULT_CLOSE).strip() for block in answered)
-    return [body in ("", NOTHING_FOUND) for body in bodies]
+    """Return for each search that got an answer whether no passage text came with it."""
+    faults = [search.get("fault") for search in row["searches"]]
+    return [fault == SearchFault.NOTHING.value for fault in faults if fault in (None, SearchFault.NOTHING.value)]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

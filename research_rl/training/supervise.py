@@ -276,7 +276,7 @@ class _State:
 
     def _heed(self, findings: Sequence[Finding]) -> None:
         """Keep the last good checkpoint, tell of breaches that begin, and raise CollapseError for one that stops the run."""
-        kept = watch.keep_good(self.run.paths.checkpoints, self.run.paths.work, findings)
+        kept = watch.keep_good(self.run.paths.checkpoints, self.run.paths.work, findings, self.log.rows)
         for finding in findings:
             if finding.stops or finding.since == finding.step:
                 self.hooks.on_finding(finding, kept)

@@ -5,7 +5,8 @@ Invariants: (1) a verdict depends on `watch` and on the metrics so far alone, so
 breach without a gap stop.
 
 Rollouts of step n are played by the weights after step n - 1: metrics of a window that ends at step n speak of the
-checkpoints from n - window to n - 1.
+checkpoints from n - window to n - 1. A checkpoint is good when it is older than that and the episodes it played earned at
+least half of what the best step earned.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from research_rl.training.watch_rules import NOT_FINITE, RULES, Rows, Rule
 __all__ = ["Finding", "collapse", "good", "keep_good", "levels", "not_finite", "restore", "verdicts"]
 
 _POINTER = "good.json"
+_ENOUGH = 0.5
 _SPOKEN = ("actor/", "critic/")
 
 
@@ -104,7 +106,7 @@ def collapse(finding: Finding, kept: Checkpoint | None) -> CollapseError:
     return CollapseError(f"step {finding.step}: {finding.text}, since step {finding.since}; {rescue}. To train on: {advice}")
 
 
-def keep_good(folder: Path, work: Path, findings: Sequence[Finding]) -> Checkpoint | None:
+def keep_good(folder: Path, work: Path, findings: Sequence[Finding], history: Mapping[int, Mapping[str, float]]) -> Checkpoint | None:
     """Give the last good checkpoint of a run in breach a second name under `work`, where nothing prunes it, and return it.
 
     `good.json` beside it names its step and the reason; both go once no rule that may stop is in breach. Where retention has
@@ -117,12 +119,19 @@ def keep_good(folder: Path, work: Path, findings: Sequence[Finding]) -> Checkpoi
     earliest = min(grave, key=lambda finding: finding.good_step)
     if (kept := good(work)) and kept.step < earliest.since:
         return kept
-    standing = (checkpoint for checkpoint in checkpoints.complete(folder) if checkpoint.step < earliest.since)
-    found = checkpoints.latest(folder, earliest.good_step) or next(standing, None)
+    found = _last_good(folder, earliest, history)
     if found is None:
         return None
     _link(found, work / "good", {"step": found.step, "reason": earliest.text, "finding": asdict(earliest)})
     return good(work)
+
+
+def _last_good(folder: Path, finding: Finding, history: Mapping[int, Mapping[str, float]]) -> Checkpoint | None:
+    earned = {step: metrics.get("episode/reward", 0.0) for step, metrics in history.items()}
+    enough = _ENOUGH * max(earned.values(), default=0.0)
+    standing = [c for c in checkpoints.complete(folder) if c.step < finding.since and earned.get(c.step + 1, 0.0) >= enough]
+    before = [checkpoint for checkpoint in standing if checkpoint.step <= finding.good_step]
+    return before[-1] if before else standing[0] if standing else None
 
 
 def good(work: Path) -> Checkpoint | None:

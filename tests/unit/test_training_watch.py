@@ -133,21 +133,30 @@ def test_the_last_checkpoint_before_the_window_outlives_retention(tmp_path: Path
     folder, work = tmp_path / "checkpoints", tmp_path
     for step in (2, 4, 6, 8):
         save(folder, step)
-    kept = watch.keep_good(folder, work, [breach(8, 8)])
+    kept = watch.keep_good(folder, work, [breach(8, 8)], {})
     assert kept == Checkpoint(4, work / "good/global_step_4")
     for step in (2, 4, 6):
         watch.checkpoints.shutil.rmtree(folder / f"global_step_{step}")
-    assert watch.keep_good(folder, work, [breach(9, 8)]) == kept
+    assert watch.keep_good(folder, work, [breach(9, 8)], {}) == kept
     pointer = json.loads((work / "good/good.json").read_text())
     assert pointer["step"] == 4 and pointer["reason"] == "kl_step: too much"
     watch.restore(folder, work)
     assert watch.checkpoints.latest(folder, 5) == Checkpoint(4, folder / "global_step_4")
 
 
+def test_a_checkpoint_whose_episodes_earned_little_is_not_good(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path / "checkpoints", step)
+    earned = {1: 0.1, 2: 0.8, 3: 0.7, 4: 0.0, 5: 0.0, 6: 0.0}
+    history = {step: {"episode/reward": reward} for step, reward in earned.items()}
+    kept = watch.keep_good(tmp_path / "checkpoints", tmp_path, [breach(6, 6)], history)
+    assert kept and kept.step == 2, "the checkpoint of step 3 played the episodes of step 4"
+
+
 def test_no_breach_and_mere_warnings_keep_nothing(tmp_path: Path) -> None:
     save(tmp_path / "checkpoints", 1)
-    assert watch.keep_good(tmp_path / "checkpoints", tmp_path, [breach(9, 9)])
-    assert watch.keep_good(tmp_path / "checkpoints", tmp_path, [breach(10, 9, "warn")]) is None
+    assert watch.keep_good(tmp_path / "checkpoints", tmp_path, [breach(9, 9)], {})
+    assert watch.keep_good(tmp_path / "checkpoints", tmp_path, [breach(10, 9, "warn")], {}) is None
     assert watch.good(tmp_path) is None
     watch.restore(tmp_path / "checkpoints", tmp_path)
 
@@ -155,7 +164,7 @@ def test_no_breach_and_mere_warnings_keep_nothing(tmp_path: Path) -> None:
 def test_retention_shorter_than_the_window_leaves_the_oldest_before_the_breach(tmp_path: Path) -> None:
     for step in (7, 8):
         save(tmp_path / "checkpoints", step)
-    kept = watch.keep_good(tmp_path / "checkpoints", tmp_path, [breach(8, 8)])
+    kept = watch.keep_good(tmp_path / "checkpoints", tmp_path, [breach(8, 8)], {})
     assert kept and kept.step == 7
     text = str(watch.collapse(breach(11, 8), kept))
     assert "step 11" in text and "since step 8" in text and "train.steps=7 publishes it" in text and "watch.kl_step.action=warn" in text

@@ -1,0 +1,143 @@
+"""The reward of an episode as configured: a published rule, or a weighted sum of terms. Knows a Trajectory and its question's
+row; asks the judge; leaves the published rules to `reward`.
+
+    score = sum of weight * term, each term from 0 to 1          (rule: composed)
+    score = the published rule                                   (rule: paper, repository)
+    score = the negative terms alone where reward.strict is on and the answer is suspect
+
+Invariants: (1) the parts of a Grade sum to its score; (2) without `reward.strict` the published rules stay as published; (3) a
+judge that fails is counted and replaced by the term `reward.judge.fallback` names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from research_rl import hardening, reward
+from research_rl.config import JudgeConfig, RewardConfig, RewardTerm
+from research_rl.judge import TOKEN, Judge, Verdict
+from research_rl.metrics import contains, normalize, recall
+from research_rl.reward import Grade
+from research_rl.trajectory import Author, Trajectory
+
+__all__ = ["Case", "Grader"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an episode is graded against; `supporting` holds the ids of the passages that answer, empty when unknown."""
+
+    question: str
+    golds: tuple[str, ...]
+    supporting: tuple[str, ...] = ()
+
+
+class Grader:
+    """Grades episodes by one RewardConfig; use it within one event loop."""
+
+    def __init__(self, config: RewardConfig, judge: JudgeConfig, eos_token: str) -> None:
+        self._config, self._eos = config, eos_token
+        self._judge = Judge(judge, str(config.judge.model), config.judge.max_chars, os.environ.get(TOKEN)) if config.asks_judge else None
+
+    async def grade(self, trajectory: Trajectory, case: Case) -> Grade:
+        """Return the reward with its parts."""
+        text = reward.graded_text(trajectory.segments).removesuffix(self._eos)
+        if self._config.strict.on:
+            text = hardening.plain(text)
+            case = replace(case, golds=tuple(hardening.plain(gold) for gold in case.golds))
+        rule = "paper" if self._config.rule == "paper" else "repository"
+        grade = reward.score_text(text, case.golds, rule, ended_by_eos=trajectory.ended_by_eos)
+        grade = replace(grade, suspicion=self._suspicion(trajectory, grade.prediction, case))
+        if self._config.rule != "composed":
+            return self._strict(replace(grade, parts=_published_parts(grade)))
+        graded, parts = await self._terms(_Facts(trajectory, case, grade, text))
+        return self._strict(replace(graded, score=sum(parts.values()), parts=parts))
+
+    def _suspicion(self, trajectory: Trajectory, prediction: str, case: Case) -> str | None:
+        written = "".join(s.text for s in trajectory.segments if s.author is Author.MODEL)
+        results = [s.text for s in trajectory.segments if s.author is Author.SEARCH]
+        return hardening.suspicion(written, reward.answer(written), prediction, case.golds, results, self._config.strict)
+
+    def _strict(self, grade: Grade) -> Grade:
+        if not self._config.strict.on or grade.suspicion is None:
+            return grade
+        parts = {name: min(0.0, part) for name, part in grade.parts.items()}
+        return replace(grade, score=sum(parts.values()), parts=parts, reason=f"suspect: {grade.suspicion}")
+
+    async def _terms(self, facts: _Facts) -> tuple[Grade, dict[str, float]]:
+        parts: dict[str, float] = {}
+        grade = facts.grade
+        for term in self._config.terms:
+            if term.needs_format and not grade.format_ok:
+                value = 0.0
+            elif term.kind == "judge":
+                value, grade = await self._judged(facts, grade)
+            else:
+                value = _TERMS[term.kind](facts, term)
+            parts[term.kind] = term.weight * value
+        return grade, parts
+
+    async def _judged(self, facts: _Facts, grade: Grade) -> tuple[float, Grade]:
+        """Return the judge's word as 0 or 1; it is not asked about nothing, about a gold answer itself or a suspect answer."""
+        if grade.em or not normalize(grade.prediction) or (grade.suspicion and self._config.strict.on):
+            return grade.em, grade
+        verdict = (
+            await self._judge.ask(facts.case.question, facts.case.golds, grade.prediction) if self._judge else Verdict(None, "no judge")
+        )
+        if verdict.correct is not None:
+            return float(verdict.correct), replace(grade, judge="asked")
+        fallback = {"f1": grade.f1, "em": grade.em, "zero": 0.0}[self._config.judge.fallback]
+        return fallback, replace(grade, judge=f"failed: {verdict.error}")
+
+
+@dataclass(frozen=True)
+class _Facts:
+    trajectory: Trajectory
+    case: Case
+    grade: Grade
+    text: str
+
+
+def _published_parts(grade: Grade) -> dict[str, float]:
+    """Split a published reward into what F1 and what the format alone earned."""
+    return {"answer": grade.score if grade.f1 else 0.0, "format": 0.0 if grade.f1 else grade.score}
+
+
+def _published(rule: reward.Rule) -> Callable[[_Facts, RewardTerm], float]:
+    def term(facts: _Facts, term: RewardTerm) -> float:
+        return reward.score_text(facts.text, facts.case.golds, rule, ended_by_eos=facts.trajectory.ended_by_eos).score
+
+    return term
+
+
+def _retrieval(facts: _Facts, term: RewardTerm) -> float:
+    """Share of the supporting passages that any search found; 0 where none is known."""
+    found = [passage for search in facts.trajectory.searches for passage in search.passage_ids]
+    return recall(found, facts.case.supporting) or 0.0
+
+
+def _searches(facts: _Facts, term: RewardTerm) -> float:
+    """Different queries that got an answer, as a share of `target`: a query said again counts once."""
+    answered = {normalize(search.query) for search in facts.trajectory.searches if search.fault is None}
+    return min(1.0, len(answered) / term.target)
+
+
+def _length(facts: _Facts, term: RewardTerm) -> float:
+    """Tokens the model wrote, as a share of `target`."""
+    return min(1.0, sum(len(s.ids) for s in facts.trajectory.segments if s.author is Author.MODEL) / term.target)
+
+
+_TERMS: dict[str, Callable[[_Facts, RewardTerm], float]] = {
+    "em": lambda facts, term: facts.grade.em,
+    "f1": lambda facts, term: facts.grade.f1,
+    "contains": lambda facts, term: contains(facts.grade.prediction, facts.case.golds),
+    "format": lambda facts, term: float(facts.grade.format_ok),
+    "paper": _published("paper"),
+    "repository": _published("repository"),
+    "retrieval": _retrieval,
+    "searches": _searches,
+    "length": _length,
+    "suspicion": lambda facts, term: float(facts.grade.suspicion is not None),
+}
