@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -487,6 +487,16 @@ class WatchConfig(Section):
     probability_gap: WatchRule = _rule(0.1, 3, 3, "Mean gap of token probabilities between rollout engine and trainer exceeds the limit.")
     empty_searches: WatchRule = _rule(0.05, 3, 3, "Share of answered searches without any passage text exceeds the limit.")
     suspect: WatchRule = _rule(0.3, 5, 10, "Share of answers that look made for the grader exceeds the limit.", "warn")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_what_is_not_said(cls, tree: Any) -> Any:
+        """Let `watch.nan.action=off` alone leave the rule's other values at their defaults."""
+        if not isinstance(tree, Mapping):
+            return tree
+        said = cast(Mapping[str, Any], tree)
+        defaults = {name: field.default.model_dump() for name, field in cls.model_fields.items()}
+        return {name: {**defaults.get(name, {}), **value} if isinstance(value, Mapping) else value for name, value in said.items()}
 
 
 class EvaluationConfig(Section):

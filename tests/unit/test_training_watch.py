@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from research_rl import config
 from research_rl.config import WatchConfig
+from research_rl.errors import ConfigError
 from research_rl.training import watch
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch_rules import RULES
@@ -87,6 +89,13 @@ def test_a_rule_can_be_off_or_warn_only(name: str) -> None:
         assert not any(finding.stops for finding in findings)
         assert action == "warn" or not findings
         assert (f"watch/{name}" in watch.levels(wanted, [])) == (action == "warn")
+
+
+def test_one_value_of_a_rule_is_set_alone() -> None:
+    rule = config.load_profile("laptop", ["watch.nan.action=off"]).watch.nan
+    assert (rule.action, rule.window, rule.patience) == ("off", 1, 2)
+    with pytest.raises(ConfigError, match="watch.nan.windw is unknown; did you mean 'window'"):
+        config.load_profile("laptop", ["watch.nan.windw=2"])
 
 
 def test_equal_rewards_for_right_answers_are_no_collapse() -> None:
