@@ -454,8 +454,8 @@ class TrainConfig(Section):
 class WatchRule(Section):
     """One rule over the step metrics."""
 
-    action: Literal["off", "warn", "stop"] = Field(
-        default="stop", description="off: never looked at; warn: told and logged; stop: ends training once its patience is used up."
+    action: Literal["ignore", "warn", "stop"] = Field(
+        default="stop", description="ignore: never looked at; warn: told and logged; stop: ends training once its patience is used up."
     )
     limit: float = Field(description="Value past which the rule is in breach.")
     window: int = Field(ge=1, description="Steps averaged; the rule is silent before that many.")
@@ -491,7 +491,7 @@ class WatchConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _keep_what_is_not_said(cls, tree: Any) -> Any:
-        """Let `watch.nan.action=off` alone leave the rule's other values at their defaults."""
+        """Let `watch.nan.action=ignore` alone leave the rule's other values at their defaults."""
         if not isinstance(tree, Mapping):
             return tree
         said = cast(Mapping[str, Any], tree)

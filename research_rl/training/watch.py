@@ -68,12 +68,12 @@ def verdicts(watch: WatchConfig, history: Mapping[int, Mapping[str, float]], ste
 
 def levels(watch: WatchConfig, findings: Sequence[Finding]) -> dict[str, float]:
     """Return `watch/<rule>` for every rule that is on: 0 quiet, 1 warns, 2 stops."""
-    quiet = {f"watch/{name}": 0.0 for name in RULES if getattr(watch, name).action != "off"}
+    quiet = {f"watch/{name}": 0.0 for name in RULES if getattr(watch, name).action != "ignore"}
     return {**quiet, **{f"watch/{finding.rule}": 1.0 + finding.stops for finding in findings}}
 
 
 def _verdict(name: str, wanted: WatchRule, rows: Rows, step: int) -> Finding | None:
-    if wanted.action == "off":
+    if wanted.action == "ignore":
         return None
     rule = RULES[name]
     past = (_value(rule, wanted, rows[:end]) for end in range(len(rows), max(0, len(rows) - wanted.patience - 2), -1))

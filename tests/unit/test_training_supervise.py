@@ -263,7 +263,7 @@ def test_a_stopped_run_goes_on_with_its_rule_relaxed(tmp_path: Path) -> None:
     run = make_run(tmp_path, [{"nan_from": 2, "pause": 0.3}, {}], steps=6)
     with pytest.raises(CollapseError):
         supervise(run, TrainHooks(), ignore)
-    relaxed = run.config.watch.model_copy(update={"nan": run.config.watch.nan.model_copy(update={"action": "off"})})
+    relaxed = run.config.watch.model_copy(update={"nan": run.config.watch.nan.model_copy(update={"action": "ignore"})})
     outcome = supervise(Run(run.config.model_copy(update={"watch": relaxed}), run.paths, run.services, "u"), TrainHooks(), ignore)
     assert outcome.checkpoint.step == 6 and outcome.attempts == 2
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]

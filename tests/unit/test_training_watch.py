@@ -80,10 +80,10 @@ def test_a_rule_warns_then_stops_and_names_what_it_saw(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_can_be_off_or_warn_only(name: str) -> None:
+def test_a_rule_can_be_ignored_or_warn_only(name: str) -> None:
     rows = {step: TRIGGERS[name](metrics, step) | {"episode/f1": 0.1} for step, metrics in history(HEALTHY[0]).items()}
     rule = getattr(WatchConfig(), name)
-    for action in ("off", "warn"):
+    for action in ("ignore", "warn"):
         wanted = WatchConfig().model_copy(update={name: rule.model_copy(update={"action": action})})
         findings = [f for step in rows for f in watch.verdicts(wanted, rows, step) if f.rule == name]
         assert not any(finding.stops for finding in findings)
@@ -92,9 +92,9 @@ def test_a_rule_can_be_off_or_warn_only(name: str) -> None:
 
 
 def test_one_value_of_a_rule_is_set_alone() -> None:
-    rule = config.load_profile("laptop", ["watch.nan.action=off"]).watch.nan
-    assert (rule.action, rule.window, rule.patience) == ("off", 1, 2)
-    with pytest.raises(ConfigError, match="watch.nan.windw is unknown; did you mean 'window'"):
+    rule = config.load_profile("laptop", ["watch.nan.action=ignore"]).watch.nan
+    assert (rule.action, rule.window, rule.patience) == ("ignore", 1, 2)
+    with pytest.raises(ConfigError, match=r"watch\.nan\.windw is unknown; did you mean .window."):
         config.load_profile("laptop", ["watch.nan.windw=2"])
 
 
