@@ -17,6 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,14 @@ def build(root: Path, stage: str, hook: Hook | None = None, *, size: int | None 
 
 
 def template(root: Path, upto: str) -> None:
-    """Build every stage of the knowledge side up to one, as far as they do not stand."""
+    """Build every stage of the knowledge side up to one, as far as they do not stand; import here what the last one imported."""
     for stage in KNOWLEDGE[: KNOWLEDGE.index(upto) + 1]:
-        status, answer = forked(lambda stage=stage: build(root, stage))
+        status, answer = forked(lambda stage=stage: [*build(root, stage, force=stage == upto), list(sys.modules)])
         if status:
             raise RuntimeError(answer)
+    for name in answer[2]:
+        with suppress(ImportError, AttributeError):
+            importlib.import_module(name)
 
 
 def copy(source: Path, target: Path, *, without: str | None = None) -> Path:
@@ -234,19 +238,9 @@ def pair(whole: Path, root: Path, stage: str, trials: int, seed: int) -> dict[st
 FAULTS = {"kill": kill, "starve": starve, "fill": fill, "pair": pair}
 
 
-def warm(stage: str) -> None:
-    """Import the stage's modules, so that children need not."""
-    importlib.import_module(STAGES[stage].function.partition(":")[0])
-    if stage == "validate":
-        import great_expectations  # noqa: F401
-    if stage in ("embed", "index"):
-        import sklearn.feature_extraction.text  # noqa: F401
-
-
 def main() -> None:
     """Run the trials named on the command line."""
     fault, whole, root, stage, trials, seed = sys.argv[1:]
-    warm(stage)
     print(json.dumps(FAULTS[fault](Path(whole), Path(root), stage, int(trials), int(seed))))
 
 
