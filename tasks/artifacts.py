@@ -24,6 +24,7 @@ from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch import Finding
 from tasks.docs import SUMMARY, named, rank
 from tasks.job import Job
+from tasks.registry import CHAMPION
 from tasks.track import FLOW, StageRun
 
 __all__ = ["evaluation_table", "index_card", "quality_table", "refused_table", "report_page", "watch_note"]
@@ -138,7 +139,7 @@ def report_page(job: Job, found: Manifest, run: StageRun) -> None:
     """Publish the comparison before / after with links to MLflow, and the training curves as an image."""
     folder = job.workspace.folder("report")
     if run.fresh:
-        _track_report(folder, found, run)
+        _track_report(job, found, run)
     rows = [
         f"| {name} | {found.facts['before'][name]:.3f} | {found.facts['after'][name]:.3f} | {value['mean']:+.3f} | "
         f"{value['low']:+.3f} to {value['high']:+.3f} |"
@@ -153,12 +154,21 @@ def report_page(job: Job, found: Manifest, run: StageRun) -> None:
         )
 
 
-def _track_report(folder: Path, found: Manifest, run: StageRun) -> None:
+def _track_report(job: Job, found: Manifest, run: StageRun) -> None:
+    folder = job.workspace.folder("report")
     for name in ("training.png", "report.html", "trajectories.html", "metrics.json"):
         run.artifact(folder / name)
     differences = found.facts["difference"]
     run.metrics({f"difference/{name}{end}": value[key] for name, value in differences.items() for key, end in _ENDS.items()})
     run.tags({"manifest": found.hash})
+    _promote(job, found, run)
+
+
+def _promote(job: Job, found: Manifest, run: StageRun) -> None:
+    """Let the alias champion name the trained policy when its F1 gain is above 0 with its whole interval."""
+    gain = found.facts["difference"]["f1"]
+    if (model := job.config.tracking.registered_model) and gain["low"] > 0:
+        run.alias(model, manifest.load(job.workspace.folder("export"), verify=False).hash, CHAMPION)
 
 
 def _links(job: Job, wait_s: float) -> list[str]:

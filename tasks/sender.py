@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["main", "metric_name", "send_all"]
 
 FLOW = "flow"
+_JOURNAL = "research.journal"
 _POLL_S = 0.3
 _LONGEST_WAIT_S = 10.0
 _BATCH = 1000
@@ -58,6 +59,8 @@ class _Sender:
         self.place = Place.load(folder)
         self.client: MlflowClient | None = None
         self.closed = False
+        self.retrying = True
+        """Whether the next events may have been sent before, by a try whose reply was lost or a sender that was killed."""
 
     def run(self) -> bool:
         """Send until the journal is closed (a live one) or at its end; return whether all of it went out."""
@@ -73,8 +76,9 @@ class _Sender:
                 continue
             try:
                 self._send(events)
-                failing_since, wait = None, 1.0
+                failing_since, wait, self.retrying = None, 1.0, False
             except _Unreachable as error:
+                self.retrying = True
                 failing_since = failing_since or time.monotonic()
                 logger.warning("MLflow cannot be reached: %s", error)
                 if (self.closed or not self.live) and time.monotonic() - failing_since >= self.patience_s:
@@ -110,15 +114,24 @@ class _Sender:
     def _begin(self, key: str, event: Event, name: str, start: int, tags: Mapping[str, str], parent: str | None) -> None:
         from mlflow.entities import Param
 
-        named = {**tags, "mlflow.runName": name, "mlflow.source.name": "research-rl"}
+        named = {**tags, "mlflow.runName": name, "mlflow.source.name": "research-rl", _JOURNAL: f"{self.folder.name}/{key}"}
         if parent:
             named["mlflow.parentRunId"] = self.place.runs[parent]
         if key not in self.place.runs:
-            run = self._client().create_run(self.place.experiment, start_time=start, tags=named)
-            self.place.runs[key] = run.info.run_id
+            self.place.runs[key] = self._made(named[_JOURNAL]) or self._create(start, named)
         params = [Param(name, value) for name, value in event["params"].items()]
         for first in range(0, len(params), 100):
             self._client().log_batch(self.place.runs[key], params=params[first : first + 100])
+
+    def _create(self, start: int, tags: Mapping[str, str]) -> str:
+        return self._client().create_run(self.place.experiment, start_time=start, tags=dict(tags)).info.run_id
+
+    def _made(self, journal: str) -> str | None:
+        """Return the run that an earlier try made and whose reply was lost; only a retried event looks for one."""
+        if not self.retrying:
+            return None
+        found = self._client().search_runs([self.place.experiment], f"tags.`{_JOURNAL}` = '{journal}'", max_results=1)
+        return found[0].info.run_id if found else None
 
     def _metrics(self, events: Sequence[Event]) -> None:
         from mlflow.entities import Metric
@@ -151,6 +164,16 @@ class _Sender:
 
         self._client()
         log_trace(self.place.uri, self.place.experiment, self._run(event), event["record"], int(event["time"]))
+
+    def _on_register(self, event: Event) -> None:
+        from tasks import registry
+
+        registry.register(self._client(), self._run(event), event["model"], Path(event["path"]), event["tags"])
+
+    def _on_alias(self, event: Event) -> None:
+        from tasks import registry
+
+        registry.point(self._client(), event["model"], event["manifest"], event["alias"])
 
     def _on_end(self, event: Event) -> None:
         self._client().set_terminated(self._run(event), event["status"], int(event["time"]))

@@ -61,8 +61,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 class StageRun:
     """The nested MLflow run of one stage; it comes into being with the first thing said about it."""
 
-    def __init__(self, tracker: Tracker, key: str, params: dict[str, str]) -> None:
-        self.tracker, self.key, self.params = tracker, key, params
+    def __init__(self, tracker: Tracker, key: str, params: dict[str, str], parent: str = FLOW) -> None:
+        self.tracker, self.key, self.params, self.parent = tracker, key, params, parent
         self.started = int(time.time() * 1000)
         self.begun = self.fresh = False
         self.found: Manifest | None = None
@@ -72,7 +72,13 @@ class StageRun:
         if not self.begun:
             self.begun = True
             self.tracker.begun.add(self.key)
-            self.tracker.journal.write("begin", key=self.key, parent=FLOW, name=self.key, start=self.started, params=self.params)
+            name = self.key.rpartition("/")[2]
+            self.tracker.journal.write("begin", key=self.key, parent=self.parent, name=name, start=self.started, params=self.params)
+
+    def child(self, name: str, params: dict[str, str]) -> StageRun:
+        """Return a run nested in this one."""
+        self.begin()
+        return StageRun(self.tracker, f"{self.key}/{name}", params, self.key)
 
     def finished(self, found: Manifest, built: bool) -> None:
         """Record what the stage left: counts as metrics, hashes as tags. A skipped stage leaves its lineage on the parent alone.
@@ -107,6 +113,19 @@ class StageRun:
         for record in records:
             self.tracker.journal.write("trace", key=self.key, record=dict(record))
 
+    def register(self, folder: Path, model: str, tags: Mapping[str, str]) -> None:
+        """Upload a model folder and make it a version of `model` in the registry, under the alias candidate.
+
+        The tag `manifest` names a version: an artifact that has one gets no second.
+        """
+        self.begin()
+        self.tracker.journal.write("register", key=self.key, path=str(folder), model=model, tags=dict(tags))
+
+    def alias(self, model: str, manifest: str, alias: str) -> None:
+        """Point an alias of the registered model at the version of an artifact."""
+        self.begin()
+        self.tracker.journal.write("alias", key=self.key, model=model, manifest=manifest, alias=alias)
+
     def end(self, status: str) -> None:
         """End the run if it was ever begun."""
         if self.begun:
@@ -131,6 +150,7 @@ class Tracker:
         journal.write(
             "open",
             name=f"{flow}-{run_id[:8]}",
+            journal=journal.folder.name,
             experiment=config.tracking.experiment,
             uri=uri,
             artifacts=str(workspace.root / "mlartifacts"),

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from research_rl import config
 from research_rl.manifest import Manifest
-from research_rl.services import free_port, guarded
+from research_rl.services import Process, free_port, guarded
 from research_rl.stages import Workspace
 from tasks import sender, track
 from tasks.journal import Place, read
@@ -117,6 +118,91 @@ def test_an_absent_server_costs_seconds_and_is_told_later(
         )
         assert done.returncode == 0
         check(url, Place.load(tracker.journal.folder))
+
+
+def kill(process: Process) -> None:
+    """SIGKILL a server and everything it started, as a dying machine would."""
+    tree = psutil.Process(process.popen.pid).children(recursive=True)
+    for member in tree:
+        member.kill()
+    psutil.wait_procs(tree, timeout=10)
+
+
+def sent_steps(tracker: Tracker, uri: str) -> list[int]:
+    from mlflow import MlflowClient
+
+    run = Place.load(tracker.journal.folder).runs.get("train")
+    return [metric.step for metric in MlflowClient(tracking_uri=uri).get_metric_history(run, "reward/mean")] if run else []
+
+
+def test_a_server_absent_then_killed_then_back_ends_with_every_step_once(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, server: tuple[str, Any]
+) -> None:
+    url, running = server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    monkeypatch.setattr(track, "PATIENCE_S", 1.0)
+    tracker = Tracker.start(config.load_profile("laptop"), space, flow="research-train", run_id="0123456789")
+    slowest = 0.0
+
+    def tell(run: track.StageRun, steps: range) -> None:
+        nonlocal slowest
+        for step in steps:
+            started = time.monotonic()
+            run.metrics({"reward/mean": step / 10}, step)
+            slowest = max(slowest, time.monotonic() - started)
+
+    with tracker.stage("train", config.load_profile("laptop"), ("train",)) as run:
+        tell(run, range(1, 11))
+        with running() as process:
+            deadline = time.monotonic() + 120
+            while not sent_steps(tracker, url) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert sent_steps(tracker, url), "the sender must find a server that comes late"
+            tell(run, range(11, 16))
+            kill(process)
+        tell(run, range(16, 31))
+    assert not tracker.close("FINISHED")
+    assert slowest < 0.5, "a step must not wait for the server"
+    with running():
+        command = [sys.executable, "-m", "tasks.track", "--workspace", str(space.root)]
+        assert subprocess.run(command, env={**os.environ, "MLFLOW_TRACKING_URI": url}).returncode == 0
+        assert sent_steps(tracker, url) == list(range(1, 31))
+        from mlflow import MlflowClient
+
+        place = Place.load(tracker.journal.folder)
+        named = [run.info.run_name for run in MlflowClient(tracking_uri=url).search_runs([place.experiment])]
+        assert sorted(map(str, named)) == ["research-train-01234567", "train"], "no run may be made twice"
+
+
+def test_a_policy_is_registered_once_with_its_lineage(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{space.root}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    model = space.root / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for number in ("1", "2"):
+        tracker = Tracker.start(config.load_profile("laptop"), space, flow="research-train", run_id=f"{number}-run")
+        with tracker.stage("train", config.load_profile("laptop"), ("train",)) as run:
+            attempt = run.child("attempt-1", {"resumed_from_step": "0"})
+            attempt.tags({"ended": "was killed"})
+            attempt.end("FAILED")
+        with tracker.stage("export", config.load_profile("laptop"), ()) as run:
+            run.register(model, "research-rl", {"manifest": "abc", "parent.train": "t"})
+            run.alias("research-rl", "abc", "champion")
+            run.alias("research-rl", "unknown", "champion")
+        assert tracker.close("FINISHED")
+    client = MlflowClient(tracking_uri=uri)
+    versions = client.search_model_versions("name = 'research-rl'")
+    assert len(versions) == 1 and versions[0].tags == {"manifest": "abc", "parent.train": "t"}
+    full = client.get_registered_model("research-rl")
+    assert full.aliases == {"candidate": versions[0].version, "champion": versions[0].version}
+    assert [item.path for item in client.list_artifacts(versions[0].run_id, "model")] == ["model/config.json"]
+    place = Place.load(tracker.journal.folder)
+    nested = client.get_run(place.runs["train/attempt-1"])
+    assert nested.data.tags["mlflow.parentRunId"] == place.runs["train"]
+    assert (nested.info.run_name, nested.info.status, nested.data.tags["ended"]) == ("attempt-1", "FAILED", "was killed")
 
 
 def test_a_journal_of_a_killed_flow_ends_as_killed(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
