@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from research_rl.report import figure, html
 from research_rl.report.format import difference_rows, metric_head, verdict
 from research_rl.report.pairs import Pair, PairedMetric, by_group, compare_metrics, match, outcome
 from research_rl.report.training import Curves, read_curves, read_rollouts, rollout_files
-from research_rl.report.viewer import evaluated, rolled_out, spread, viewer
+from research_rl.report.viewer import evaluated, rolled_out, spread, validated, viewer
 from research_rl.stages import Context
 from research_rl.trajectory import StopReason
 
@@ -31,11 +31,16 @@ def run(context: Context) -> None:
         figure.draw(curves, staging.path / "training.png", f"GRPO, profile {context.config.profile}")
         _write(staging.path / "metrics.json", json.dumps(_numbers(metrics, curves), indent=1, sort_keys=True) + "\n")
         _write(staging.path / "report.html", _page(context.config.profile, staging.path / "training.png", pairs, metrics, hops, curves))
-        files = rollout_files(train)
-        groups = evaluated(pairs) + rolled_out(read_rollouts({step: files[step] for step in spread(list(files))}))
+        groups = evaluated(pairs) + validated(_sampled(train, "dev")) + rolled_out(_sampled(train, ""))
         _write(staging.path / "trajectories.html", viewer(groups, "Trajectories"))
         staging.counts |= {"questions": len(pairs), "steps": curves.steps, **_outcomes(pairs)}
         staging.facts |= _numbers(metrics, curves)
+
+
+def _sampled(train: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the rollouts of steps spread over the run."""
+    files = rollout_files(train, split)
+    return read_rollouts({step: files[step] for step in spread(list(files))})
 
 
 def _outcomes(pairs: Sequence[Pair]) -> dict[str, int]:

@@ -14,7 +14,12 @@ _PANELS = (
     (
         "Answers and format",
         "share of rollouts",
-        (("f1", "F1", "#1f5fa8"), ("em", "exact match", "#2e8540"), ("format", "right format", "#b35c00")),
+        (
+            ("f1", "F1", "#1f5fa8"),
+            ("em", "exact match", "#2e8540"),
+            ("format", "right format", "#b35c00"),
+            ("dev_f1", "F1 on dev, greedy", "#b3247a"),
+        ),
     ),
     ("Searches", "searches per rollout", (("searches", "searches", "#6b4c9a"),)),
     ("Response length", "tokens written by the model", (("tokens", "tokens", "#555555"),)),

@@ -20,6 +20,7 @@ SERIES: dict[str, tuple[str, ...]] = {
     "tokens": ("episode/model_tokens", "response_length/mean"),
     "answered": ("episode/stop/answered",),
     "mixed_groups": ("episode/mixed_groups",),
+    "dev_f1": ("dev/f1",),
 }
 """Series by name, with the metric names that may carry it, best first."""
 
@@ -56,9 +57,9 @@ def read_curves(folder: Path) -> Curves:
     return Curves(series)
 
 
-def rollout_files(folder: Path) -> dict[int, Path]:
-    """Return the files of rollouts of a train artifact by step, in order; none when none were kept."""
-    files = {int(path.name.partition(".")[0]): path for path in (folder / "rollouts").glob("[0-9]*.jsonl*")}
+def rollout_files(folder: Path, split: str = "") -> dict[int, Path]:
+    """Return the files of rollouts of a train artifact by step, in order; with split "dev" those of the validations."""
+    files = {int(path.name.partition(".")[0]): path for path in (folder / "rollouts" / split).glob("[0-9]*.jsonl*")}
     return dict(sorted(files.items()))
 
 

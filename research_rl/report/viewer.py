@@ -14,11 +14,12 @@ from research_rl.evaluation.results import Result
 from research_rl.report.html import Html, data_block, heading, page, paragraph
 from research_rl.report.pairs import Pair, outcome
 
-__all__ = ["evaluated", "rolled_out", "spread", "viewer"]
+__all__ = ["evaluated", "rolled_out", "spread", "validated", "viewer"]
 
 QUESTIONS = 180
 STEPS = 12
 QUESTIONS_PER_STEP = 4
+VALIDATED_QUESTIONS = 24
 ROLLOUTS_PER_QUESTION = 4
 SEGMENT_CHARS = 4000
 
@@ -56,6 +57,20 @@ def evaluated(pairs: Sequence[Pair], limit: int = QUESTIONS) -> list[Group]:
     """Return one group a question with its trajectories before and after; wins, losses and ties in equal parts if there are."""
     kinds = {name: [pair for pair in pairs if outcome(pair) == name] for name in ("win", "loss", "tie")}
     return [_pair_group(pair) for pair in _interleave(list(kinds.values()), limit)]
+
+
+def validated(rows: Iterable[dict[str, Any]]) -> list[Group]:
+    """Return one group a dev question with its greedy trajectory after every validated step; those whose reward moved most first."""
+    groups: dict[str, Group] = {}
+    for row in sorted((row for row in rows if "segments" in row), key=lambda row: int(row["step"])):
+        group = groups.setdefault(str(row.get("question", "")), _rollout_group(str(row.get("question", "")), row))
+        group["items"].append({**_rollout(int(row["step"]), row), "phase": f"dev, after step {row['step']}", "kind": "dev"})
+    return sorted(groups.values(), key=_moved, reverse=True)[:VALIDATED_QUESTIONS]
+
+
+def _moved(group: Group) -> float:
+    rewards = [item["reward"] for item in group["items"]]
+    return max(rewards) - min(rewards)
 
 
 def rolled_out(rows: Iterable[dict[str, Any]]) -> list[Group]:

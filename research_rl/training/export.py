@@ -1,27 +1,32 @@
-"""The stage `export`: the trained policy as a Hugging Face folder. Knows file formats; needs no torch and no verl.
+"""The stage `export`: the trained policy as a Hugging Face folder. Knows file formats; this process needs no torch and no verl.
 
 verl writes the whole policy beside its shards (save content `hf_model`), in the optimizer's float32 and with a config that
 says bfloat16. What is published has the initial policy's config, tokenizer and number format, the same tensors of the same
-shapes, and every number is finite.
+shapes, every number is finite, and the folder was loaded and let write in the policy environment.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
+from research_rl.config import CHECKOUT
 from research_rl.errors import ModelError
 from research_rl.prompts import load_tokenizer
 from research_rl.stages import Context
+from research_rl.training.supervise import interpreter
 
-__all__ = ["Tensor", "run", "tensors", "verify", "write_like"]
+__all__ = ["Tensor", "load", "run", "tensors", "verify", "write_like"]
 
 _COPIED = (
     "config.json",
@@ -59,7 +64,26 @@ def run(context: Context) -> None:
                 shutil.copyfile(policy / name, staging.path / name)
         write_like(trained, policy, staging.path)
         staging.counts.update(verify(staging.path, policy), step=context.parents["train"].counts["steps"])
-        context.progress("the trained policy is whole", 1.0)
+        context.progress("every tensor is there; loading the model and generating", 0.7)
+        staging.facts["loaded"] = load(staging.path, interpreter(context.config))
+
+
+def load(folder: Path, python: Path) -> str:
+    """Let the policy environment load the folder and generate; return what it said. Raises ModelError when it cannot.
+
+    A model that needs more than half of this machine's free memory is left to the server that will load it anyway.
+    """
+    need = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = psutil.virtual_memory().available
+    if 2 * need > free:
+        return f"not tried: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB of memory free"
+    command = [str(python), "-m", "research_rl.training.load_check", str(folder)]
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise ModelError(f"the exported model does not load and generate ({''.join(reason)}); train again, or look at the checkpoint")
+    return "generated, all scores finite"
 
 
 def write_like(trained: Path, policy: Path, target: Path) -> None:

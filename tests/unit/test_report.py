@@ -22,7 +22,7 @@ from research_rl.report.build import run
 from research_rl.report.compare import compare, load
 from research_rl.report.pairs import compare_metrics, match, outcome
 from research_rl.report.training import read_curves, read_rollouts, rollout_files
-from research_rl.report.viewer import QUESTIONS, SEGMENT_CHARS, evaluated, rolled_out, spread
+from research_rl.report.viewer import QUESTIONS, SEGMENT_CHARS, evaluated, rolled_out, spread, validated
 from research_rl.stages import STAGES, Context, Workspace
 from research_rl.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
 
@@ -219,3 +219,20 @@ def test_plain_text_is_escaped_everywhere() -> None:
     assert set(Page(made.text).tags) == {"h2", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "script"}
     data = re.search(r'id="data">(.*)</script>', made.text)
     assert data and json.loads(data[1]) == [EVIL]
+
+
+def test_a_dev_question_stands_in_one_row_over_all_validated_steps() -> None:
+    def row(step: int, question: str, score: float) -> dict[str, object]:
+        return {"step": step, "question": question, "golds": ["Ada"], "rollout": 0, "score": score, **result(step, "Ada").trajectory}
+
+    rows = [row(8, "moved", 1.0), row(0, "still", 0.1), row(0, "moved", 0.1), row(8, "still", 0.1)]
+    first, second = validated(rows)
+    assert [first["question"], second["question"]] == ["moved", "still"]
+    assert [item["phase"] for item in first["items"]] == ["dev, after step 0", "dev, after step 8"]
+
+
+def test_validations_are_read_apart_from_training(tmp_path: Path) -> None:
+    (tmp_path / "rollouts" / "dev").mkdir(parents=True)
+    (tmp_path / "rollouts" / "1.jsonl").write_text("{}\n")
+    (tmp_path / "rollouts" / "dev" / "8.jsonl").write_text("{}\n")
+    assert (list(rollout_files(tmp_path)), list(rollout_files(tmp_path, "dev"))) == ([1], [8])
