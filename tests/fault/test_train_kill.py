@@ -53,6 +53,7 @@ BEFORE_TRAINING = ("download", "validate", "prepare", "corpus", "embed", "index"
 
 
 def workspace(root: Path) -> Workspace:
+    root.mkdir()
     space = Workspace(root)
     resolved = config.load_profile("laptop", SIZE)
     config.save(resolved, root / "params.yaml")
