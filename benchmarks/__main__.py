@@ -14,12 +14,14 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DUELS = {
+    "P1": "benchmarks.service",
+    "P2": "benchmarks.health",
     "P3": "benchmarks.exact_search",
     "P4": "benchmarks.encoding",
+    "P6": "benchmarks.server_start",
     "P8": "benchmarks.rollouts",
     "P9": "benchmarks.turn_overhead",
     "P13": "benchmarks.start_up",
-    "P14": "benchmarks.validation",
 }
 
 

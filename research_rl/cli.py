@@ -83,13 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--html", type=Path, help="also write the comparison as a page")
     model = add("serve-model", _serve_model, "serve a model over HTTP until stopped")
     model.add_argument("--model", type=Path, help="model folder; the trained policy when left out")
+    retriever = add("serve-retriever", _serve_retriever, "serve the workspace's index over HTTP until stopped")
+    retriever.add_argument("--part", default="1/1", metavar="I/N", help="serve only the i-th of n parts of the index")
     others = (
         add("init", _init, "write params.yaml of a workspace from a profile"),
         add("plan", _plan, "show what a run would build, and whether it fits on the disk"),
         add("status", _status, "show every stage: current, stale, missing or torn"),
-        add("serve-retriever", _serve_retriever, "serve the workspace's index over HTTP until stopped"),
     )
-    for verb in (run, config, model, *others):
+    for verb in (run, config, model, retriever, *others):
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="parameters for this call")
     return parser
 
@@ -177,7 +178,7 @@ def _config(arguments: argparse.Namespace) -> None:
 def _serve_retriever(arguments: argparse.Namespace) -> None:
     from research_rl.retriever.serve import serve
 
-    serve(_resolve(arguments), _workspace(arguments))
+    serve(_resolve(arguments), _workspace(arguments), arguments.part)
 
 
 def _serve_model(arguments: argparse.Namespace) -> None:

@@ -554,6 +554,7 @@ class RetrieverConfig(Section):
     pause_max_s: float = Field(
         default=600.0, gt=0, description="Longest wait for the service to be well again; then training stops, to be resumed later."
     )
+    warm: bool = Field(default=True, description="Read the index ahead and search once at several batch sizes before saying ready.")
 
 
 class ServingConfig(Section):

@@ -20,7 +20,7 @@ __all__ = ["retriever"]
 def retriever(job: Job, stages: Iterable[str]) -> Generator[Job]:
     """Yield a job whose retriever.url answers. Nothing is started when every one of `stages` is current or a url is configured."""
     wanted = [name for name in stages if name in job.force or current(name, job.config, job.workspace, verify=False) is None]
-    if not wanted or job.config.retriever.url:
+    if not wanted or job.config.retriever.url or job.config.retriever.urls:
         yield job
         return
     with running(job.config, job.workspace) as endpoint, _token(endpoint.token):

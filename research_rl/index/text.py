@@ -15,7 +15,7 @@ from research_rl.index.search import VectorSearcher
 from research_rl.index.vectors import VectorFiles
 from research_rl.manifest import Manifest
 
-__all__ = ["Dense", "Hybrid", "Searcher", "open_index", "reads_vectors"]
+__all__ = ["Dense", "Hybrid", "Searcher", "open_index", "part_rows", "reads_vectors"]
 
 Rows = npt.NDArray[np.int64]
 Part = tuple[int, int]
@@ -129,6 +129,13 @@ def reads_vectors(found: Manifest) -> bool:
 def ranges_of(rows: int, shard_rows: int) -> list[tuple[int, int]]:
     """Return the range of rows of each index file."""
     return [(start, min(start + shard_rows, rows)) for start in range(0, rows, shard_rows)]
+
+
+def part_rows(counts: dict[str, int], part: Part) -> tuple[int, int]:
+    """Return the range of rows that a part of an index answers for."""
+    ranges = ranges_of(counts["passages"], counts["shard_rows"])
+    numbers = _numbers(len(ranges), part)
+    return ranges[numbers[0]][0], ranges[numbers[-1]][1]
 
 
 def _numbers(files: int, part: Part) -> list[int]:

@@ -2,7 +2,7 @@
 
 Invariants: (1) `search` answers within `timeout_s`, retries included; (2) a reply of the wrong shape is a SearchFailure;
 (3) equal searches in flight are sent once, and failures are never kept; (4) `take_counts` accounts for every search and
-every try of it.
+every try of it; (5) where the index is cut in parts, an answer holds the best of all parts or is a SearchFailure.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import asyncio
 import random
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
 import httpx
 
 from research_rl.agent import SearchFailure
+from research_rl.retriever.fleet import Part, parts
 from research_rl.trajectory import Passage, SearchFault
 
-__all__ = ["RetrieverClient"]
+__all__ = ["RetrieverClient", "merged"]
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
+_PROBE_S = 2.0
 _CACHED = 4096
 _CONNECTIONS = 8
 """Requests on the wire at once; more wait their turn here, because the pool of httpx slows down and turns unfair with its size."""
@@ -40,10 +42,14 @@ class _Again(Exception):
 
 
 class RetrieverClient:
-    """A `Searcher` over a retriever service; for one event loop, any number of tasks."""
+    """A `Searcher` over retriever services; for one event loop, any number of tasks.
 
-    def __init__(self, url: str, token: str | None = None, timeout_s: float = 20.0) -> None:
+    `url` is one address, replicas `a,b`, or parts of an index with their replicas `a,b;c,d`.
+    """
+
+    def __init__(self, url: str, token: str | None = None, timeout_s: float = 20.0, *, hedge: bool = True) -> None:
         self.url, self.timeout_s = url.rstrip("/"), timeout_s
+        self._parts: list[Part[Found | SearchFailure]] = [Part(urls, self._well, hedge=hedge) for urls in parts(url)]
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.AsyncClient(headers=headers, trust_env=False)
         self._slots = asyncio.Semaphore(_CONNECTIONS)
@@ -68,6 +74,8 @@ class RetrieverClient:
         """Close the connections."""
         for task in list(self._flying.values()):
             task.cancel()
+        for part in self._parts:
+            part.close()
         await self._http.aclose()
 
     async def search(self, queries: Sequence[str], top_k: int) -> Found | SearchFailure:
@@ -90,12 +98,30 @@ class RetrieverClient:
         return found if isinstance(found, SearchFailure) else [list(passages) for passages in found]
 
     async def health(self) -> dict[str, Any] | SearchFailure:
-        """Return what /health says, or a SearchFailure."""
+        """Return what /health of the first replica of each part that answers says (of the last part), or a SearchFailure."""
+        found: dict[str, Any] | SearchFailure = SearchFailure("no retriever is named")
+        for part in self._parts:
+            for replica in part.replicas:
+                found = await self._health(replica.url)
+                if not isinstance(found, SearchFailure):
+                    break
+            else:
+                return found
+        return found
+
+    async def _health(self, url: str) -> dict[str, Any] | SearchFailure:
         try:
-            response = await self._http.get(f"{self.url}/health", timeout=self.timeout_s)
+            response = await self._http.get(f"{url}/health", timeout=self.timeout_s)
             return cast(dict[str, Any], response.raise_for_status().json())
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
             return SearchFailure(_reason(error), SearchFault.UNREACHABLE)
+
+    async def _well(self, url: str) -> bool:
+        """Whether a replica that failed answers again; a service without /readyz answers 404, which is an answer."""
+        try:
+            return (await self._http.get(f"{url}/readyz", timeout=_PROBE_S)).status_code < 500
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return False
 
     async def _ask(self, key: tuple[tuple[str, ...], int]) -> Found | SearchFailure:
         deadline = time.monotonic() + self.timeout_s
@@ -120,10 +146,30 @@ class RetrieverClient:
             return found
 
     async def _once(self, queries: tuple[str, ...], top_k: int, seconds: float) -> Found | SearchFailure:
+        """Ask every part once, failing over between its replicas; merge what they found."""
+        until = time.monotonic() + seconds
+
+        def post(url: str) -> Coroutine[Any, Any, Found | SearchFailure]:
+            return self._post(url, queries, top_k, until - time.monotonic())
+
+        if len(self._parts) == 1:
+            return await self._parts[0].ask(post, _Again)
+        answers = await asyncio.gather(*(part.ask(post, _Again) for part in self._parts), return_exceptions=True)
+        found: list[Found] = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            if isinstance(answer, SearchFailure):
+                return answer
+            found.append(answer)
+        return merged(found, top_k) if found else SearchFailure("no retriever is named")
+
+    async def _post(self, url: str, queries: tuple[str, ...], top_k: int, seconds: float) -> Found | SearchFailure:
         body = {"query": list(queries), "top_n": top_k, "return_score": True}
+        headers = {"X-Deadline-Ms": str(max(int(1000 * seconds), 1))}
         try:
             async with asyncio.timeout(max(seconds, 0.001)), self._slots:
-                response = await self._http.post(f"{self.url}/batch_search", json=body, timeout=max(seconds, 0.001))
+                response = await self._http.post(f"{url}/batch_search", json=body, headers=headers, timeout=max(seconds, 0.001))
         except (httpx.TimeoutException, TimeoutError) as error:
             raise _Again(_reason(error), SearchFault.TIMEOUT) from None
         except httpx.HTTPError as error:
@@ -141,6 +187,17 @@ class RetrieverClient:
         self._kept[key] = found
         while len(self._kept) > _CACHED:
             self._kept.popitem(last=False)
+
+
+def merged(found: Sequence[Found], top_k: int) -> Found:
+    """Return the best `top_k` of what the parts of an index found for each query, by score; equal scores in the parts' order.
+
+    A hybrid index scores by reciprocal ranks, so this takes the parts' best in turns.
+    """
+    return [
+        sorted((passage for passages in answers for passage in passages), key=lambda passage: -passage.score)[:top_k]
+        for answers in zip(*found, strict=True)
+    ]
 
 
 def _parse(response: httpx.Response, queries: int) -> Found | SearchFailure:

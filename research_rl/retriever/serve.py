@@ -18,7 +18,7 @@ import httpx
 from research_rl import services
 from research_rl.config import CHECKOUT, Config, RetrieverConfig, load
 from research_rl.errors import ConfigError, ResearchError, ServiceError
-from research_rl.retriever import TOKEN
+from research_rl.retriever import TOKEN, fleet
 from research_rl.services import Endpoint
 from research_rl.stages import Workspace
 
@@ -35,9 +35,10 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
     Raises ServiceError when the given one does not answer, or the started one not within `retriever.start_deadline_s`.
     """
     wanted, token = config.retriever, os.environ.get(TOKEN)
-    if wanted.url:
-        _answers(wanted.url)
-        yield Endpoint(wanted.url, token)
+    if given := wanted.url or fleet.address(wanted.urls):
+        for part in fleet.parts(given):
+            _answers(part)
+        yield Endpoint(given, token)
         return
     port = services.require_free(wanted.host, wanted.port, "retriever.port")
     url = f"http://{wanted.host}:{port}"
@@ -50,22 +51,38 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
         yield Endpoint(url, token)
 
 
-def _answers(url: str) -> None:
-    try:
-        httpx.get(f"{url.rstrip('/')}/health", timeout=_ANSWER_S, trust_env=False).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServiceError(
-            f"retriever.url={url} does not answer /health ({type(error).__name__}); "
-            "start that retriever, or clear retriever.url to have one started"
-        ) from None
+def _answers(replicas: Sequence[str]) -> None:
+    """Return when one replica answers /health. Raises ServiceError."""
+    failed = "no address"
+    for url in replicas:
+        try:
+            httpx.get(f"{url}/health", timeout=_ANSWER_S, trust_env=False).raise_for_status()
+            return
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            failed = type(error).__name__
+    raise ServiceError(
+        f"retriever.url={','.join(replicas)} does not answer /health ({failed}); "
+        "start that retriever, or clear retriever.url to have one started"
+    )
 
 
-def serve(config: Config, workspace: Workspace) -> None:
-    """Serve the workspace's index until SIGTERM or SIGINT. Raises ServiceError, ManifestError or ConfigError."""
-    _serve(config.retriever, workspace, os.environ.get(TOKEN))
+def serve(config: Config, workspace: Workspace, part: str = "1/1") -> None:
+    """Serve the workspace's index, or the i-th of n parts of it, until SIGTERM or SIGINT.
+
+    Raises ServiceError, ManifestError or ConfigError.
+    """
+    _serve(config.retriever, workspace, os.environ.get(TOKEN), _part(part))
 
 
-def _serve(config: RetrieverConfig, workspace: Workspace, token: str | None) -> None:
+def _part(text: str) -> tuple[int, int]:
+    """Read `2/4` as the second of four parts, counted from 0."""
+    number, _, count = text.partition("/")
+    if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ConfigError(f"--part={text} is not of the form i/n with 1 <= i <= n; an example: 2/4")
+    return int(number) - 1, int(count)
+
+
+def _serve(config: RetrieverConfig, workspace: Workspace, token: str | None, part: tuple[int, int]) -> None:
     if config.host not in _LOOPBACK and not token:
         raise ConfigError(f"retriever.host={config.host} is reachable from outside but no token is set; set {TOKEN} or bind 127.0.0.1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work must not spin on a shared machine
@@ -73,7 +90,7 @@ def _serve(config: RetrieverConfig, workspace: Workspace, token: str | None) -> 
         from research_rl.retriever.server import run
 
         host, port = listener.getsockname()[:2]
-        run(listener, f"http://{f'[{host}]' if ':' in host else host}:{port}", config, workspace, token)
+        run(listener, f"http://{f'[{host}]' if ':' in host else host}:{port}", config, workspace, token, part)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _config(arguments)
         token = arguments.token_file.read_text().strip() if arguments.token_file else os.environ.get(TOKEN)
-        _serve(config, Workspace(arguments.workspace.resolve()), token or None)
+        _serve(config, Workspace(arguments.workspace.resolve()), token or None, _part(arguments.part))
     except ResearchError as error:
         print(f"retriever: {error}", file=sys.stderr)
         return 1
@@ -98,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to bind (default: retriever.host)")
     parser.add_argument("--port", type=int, help="port; 0 takes a free one (default: retriever.port)")
     parser.add_argument("--token-file", type=Path, help=f"file with the bearer token (default: ${TOKEN})")
+    parser.add_argument("--part", default="1/1", help="serve the i-th of n parts of the index, as i/n (default: all of it)")
     parser.add_argument("--config", help="the section retriever as JSON (default: params.yaml of the workspace, if any)")
     return parser
 

@@ -25,7 +25,9 @@ _QUIET_S = 0.2
 """How long no request may be under way before a draining service ends: a client may be between two packets."""
 
 
-def run(listener: socket.socket, url: str, config: RetrieverConfig, workspace: Workspace, token: str | None) -> None:
+def run(
+    listener: socket.socket, url: str, config: RetrieverConfig, workspace: Workspace, token: str | None, part: tuple[int, int] = (0, 1)
+) -> None:
     """Serve on a bound socket until a signal. Raises ManifestError, ModelError or ConfigError when the index cannot be opened."""
     started = time.monotonic()
 
@@ -33,8 +35,9 @@ def run(listener: socket.socket, url: str, config: RetrieverConfig, workspace: W
         print(f"retriever: {text} ({time.monotonic() - started:.1f} s)", flush=True)
 
     def opened() -> Retriever:
-        retriever = Retriever.open(workspace, config, say)
-        say(f"{retriever.facts['rows']:,} passages at {url}")
+        retriever = Retriever.open(workspace, config, say, part)
+        share = "" if part == (0, 1) else f" (part {part[0] + 1} of {part[1]})"
+        say(f"{retriever.facts['rows']:,} passages{share} at {url}")
         return retriever
 
     say(f"listening at {url}, opening {workspace.folder('index')}")

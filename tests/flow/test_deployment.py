@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,10 +17,19 @@ import pytest
 from conftest import Trained, processes_of
 
 from research_rl.config import CHECKOUT
+from research_rl.services import free_port
 from tasks.services import Stack
+from tests.knowledge import built
 
 PREFECT = str(Path(sys.executable).parent / "prefect")
-DEPLOYMENTS = {"research-train/laptop", "research-train/gpu", "research-train/multinode", "research-eval/nightly", "research-data/weekly"}
+DEPLOYMENTS = {
+    "research-train/laptop",
+    "research-train/gpu",
+    "research-train/multinode",
+    "research-eval/nightly",
+    "research-data/weekly",
+    "research-serve/retriever",
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +101,32 @@ def test_a_cancelled_run_stops_its_services(stack: Stack, trained: Trained, tmp_
     assert ended, [path.name for path in services.rglob("*.pid")] + processes_of(root)
     state = lambda: next(item["state_name"] for item in api(stack, "flow_runs/filter") if item["id"] == run["id"])  # noqa: E731
     assert until(lambda: state() == "Cancelled", 60), state()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.post(f"{url}/search", json={"query": "Person9 Surname9"}, timeout=10, trust_env=False).json()[0]["id"] == "p9"
+    except (httpx.HTTPError, ValueError):
+        return False
+
+
+def test_the_retriever_is_kept_up_until_its_run_is_cancelled(stack: Stack, tmp_path: Path) -> None:
+    built(tmp_path, 120, encoder={"dim": 128})
+    port = free_port()
+    arguments = ["-p", f"workspace={tmp_path}", "-p", f'overrides={{"retriever.port": {port}}}']
+    assert prefect(stack, "deployment", "run", "research-serve/retriever", *arguments).returncode == 0
+    url, pid_file = f"http://127.0.0.1:{port}", tmp_path / ".serving" / "retriever.pid"
+    log = lambda: (stack.folder / "prefect-worker.log").read_text()[-4000:]  # noqa: E731
+    assert until(lambda: answers(url), 240), log()
+    (child,) = psutil.Process(json.loads(pid_file.read_text())["pid"]).children()
+    child.kill()
+    assert until(lambda: not answers(url), 30) and until(lambda: answers(url), 120), log()
+    (run,) = [item for item in api(stack, "flow_runs/filter") if item["state_type"] == "RUNNING"]
+    artifacts = [item for item in api(stack, "artifacts/filter") if item["key"] == "retriever"]
+    assert len(artifacts) == 2 and all(url in str(item["data"]) for item in artifacts)
+    assert prefect(stack, "flow-run", "cancel", str(run["id"])).returncode == 0
+    assert until(lambda: not pid_file.exists() and not processes_of(tmp_path), 120), processes_of(tmp_path)
+    assert not answers(url)
 
 
 def test_down_ends_all_of_it(stack: Stack) -> None:

@@ -1,0 +1,129 @@
+"""Keep a retriever up: start it, watch it, start it again. Knows a process and its health; knows no index.
+
+Invariants: (1) one keeper for a workspace; (2) the address stays the same over restarts; (3) whatever ends the keeper ends the
+retriever; (4) a retriever that keeps failing is started ever more rarely, at most every `_LONGEST_PAUSE_S`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact
+
+from research_rl import manifest
+from research_rl.config import CHECKOUT, Config
+from research_rl.errors import ServiceError
+from research_rl.retriever import TOKEN
+from research_rl.services import Process, reap, require_free, spawn, wait_healthy
+from research_rl.stages import Workspace
+from tasks.artifacts import showing
+
+__all__ = ["keep", "stop_serving"]
+
+_NAME = "retriever"
+_EVERY_S = 2.0
+_DEAF = 5
+"""Failed health checks in a row after which a retriever that still runs is started again."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_STABLE_S = 60.0
+
+
+def _folder(workspace: Workspace) -> Path:
+    """Return where the kept retriever has its pid file and log: apart from a run's services, which the next run ends."""
+    return workspace.root / ".serving"
+
+
+def keep(config: Config, workspace: Workspace, part: str = "1/1", until: Callable[[], bool] = lambda: False) -> None:
+    """Keep a retriever running until `until` says so or this process is told to end.
+
+    Raises ServiceError when the first start fails; later failures are answered by another start.
+    """
+    port = require_free(config.retriever.host, config.retriever.port, "retriever.port")
+    host = f"[{config.retriever.host}]" if ":" in config.retriever.host else config.retriever.host
+    url, starts, pause = f"http://{host}:{port}", 0, _FIRST_PAUSE_S
+    while not until():
+        began = time.monotonic()
+        try:
+            with _started(config, workspace, port, url, part) as process:
+                starts += 1
+                _show(workspace, url, starts)
+                reason = _watched(process, workspace, url, until)
+        except ServiceError as error:
+            if not starts:
+                raise
+            reason = str(error)
+        if until():
+            return
+        pause = _FIRST_PAUSE_S if time.monotonic() - began > _STABLE_S else pause
+        get_run_logger().warning("the retriever %s; it is started again in %g s", reason, pause)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+@contextmanager
+def _started(config: Config, workspace: Workspace, port: int, url: str, part: str) -> Generator[Process]:
+    command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--port", str(port)]
+    command += ["--part", part, "--config", config.retriever.model_dump_json()]
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
+    process = spawn(_NAME, command, folder=_folder(workspace), env=env)
+    try:
+        wait_healthy(process, f"{url}/readyz", config.retriever.start_deadline_s)
+        get_run_logger().info("retriever at %s, log %s", url, process.log)
+        yield process
+    finally:
+        process.stop()
+
+
+def _watched(process: Process, workspace: Workspace, url: str, until: Callable[[], bool]) -> str:
+    """Return why the retriever has to be started again, or nothing of interest once `until` says so."""
+    deaf, edition = 0, _edition(workspace)
+    while not until():
+        time.sleep(_EVERY_S)
+        if (code := process.poll()) is not None:
+            return f"ended with code {code}"
+        deaf = 0 if _answers(url) else deaf + 1
+        if deaf >= _DEAF:
+            return f"did not answer {deaf} times"
+        if (now := _edition(workspace)) and now != edition:
+            return "serves an index that was built anew since"
+    return "was told to end"
+
+
+def _edition(workspace: Workspace) -> bytes:
+    """Return what identifies the index that stands now; empty while one is being published."""
+    try:
+        return (workspace.folder("index") / manifest.MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _show(workspace: Workspace, url: str, starts: int) -> None:
+    """Publish the address and what is served as an artifact; each start is a new version of it."""
+    headers = {"Authorization": f"Bearer {os.environ[TOKEN]}"} if os.environ.get(TOKEN) else {}
+    facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, trust_env=False).raise_for_status().json()
+    rows = [("address", url), ("description", f"{url}/docs"), ("metrics", f"{url}/metrics"), ("start", str(starts))]
+    rows += [(name, f"`{json.dumps(value)}`") for name, value in facts.items()]
+    table = "\n".join(["# Retriever", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    with showing("the retriever's address"):
+        create_markdown_artifact(f"{table}\n\nWorkspace {workspace.root}", key="retriever", description=f"Retriever at {url}")
+
+
+def stop_serving(flow: Any, flow_run: Any, state: Any) -> None:
+    """Flow hook: end a retriever that a crashed keeper left behind."""
+    reap(_folder(Workspace(Path(str(flow_run.parameters.get("workspace", "."))).expanduser().resolve())))
