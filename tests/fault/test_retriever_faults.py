@@ -1,0 +1,119 @@
+"""Episodes against the real retriever while it is spoiled, killed and frozen: all end, in bounded time, and each fault is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from research_rl.agent import Completion, Limits, SearchFailure, run_episode
+from research_rl.retriever.client import RetrieverClient
+from research_rl.retriever.gate import Note, Patience, PauseGate
+from research_rl.trajectory import StopReason, Trajectory
+from tests.faulty import GARBAGE, Proxy, Retriever
+from tests.knowledge import built
+
+EPISODES, SEARCHES, TIMEOUT_S, OUT_S = 12, 3, 1.5, 4.0
+
+
+class Bytes:
+    """One token a byte."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class Engine:
+    """Searches SEARCHES times for words that no other episode asks for, 50 ms a turn, then answers."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.turns = name, 0
+
+    async def generate(self, prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: int) -> Completion:
+        await asyncio.sleep(0.05)
+        self.turns += 1
+        last = self.turns > SEARCHES
+        text = "<answer>\\boxed{a}</answer>" if last else f"<search>Person{self.turns} {self.name}</search>"
+        ids = tuple(text.encode())
+        return Completion(ids, (0.0,) * len(ids), "eos" if last else "stop")
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Retriever]:
+    made = Retriever(built(tmp_path_factory.mktemp("knowledge")).root)
+    yield made
+    made.process.kill()
+    made.process.wait()
+
+
+Played = tuple[list[Trajectory], dict[str, int], list[Note], float, Proxy]
+
+
+def play(retriever: Retriever, faults: Sequence[str] = (), act: Callable[[], None] | None = None, least: int = 99) -> Played:
+    """Play all episodes at once through a proxy; return them, the client's counts, the gate's notes and the seconds they took."""
+    proxy, notes = Proxy(retriever.port, slow_s=0.4), list[Note]()
+    proxy.plan.extend(faults)
+    limits = Limits(3, SEARCHES, 256, 4096, wall_s=6.0, search_timeout_s=TIMEOUT_S)
+
+    async def run() -> tuple[list[Trajectory], dict[str, int]]:
+        async with RetrieverClient(proxy.url, timeout_s=TIMEOUT_S) as client:
+
+            async def well() -> bool:
+                return not isinstance(await client.search([f"Person1 {time.monotonic()}"], 1), SearchFailure)
+
+            gate = PauseGate(well, Patience(10.0, least, 0.3, 60.0), notes.append)
+            episodes = (run_episode((1,), Engine(f"e{n}x{time.monotonic_ns()}"), client, Bytes(), limits, gate) for n in range(EPISODES))
+            return list(await asyncio.gather(*episodes)), client.take_counts()
+
+    thread = threading.Thread(target=act or (lambda: None))
+    thread.start()
+    started = time.monotonic()
+    trajectories, counts = asyncio.run(run())
+    seconds = time.monotonic() - started
+    thread.join()
+    proxy.shutdown()
+    proxy.server_close()
+    assert [trajectory.stop for trajectory in trajectories] == [StopReason.ANSWERED] * EPISODES
+    assert all(len(trajectory.searches) == SEARCHES for trajectory in trajectories)
+    return trajectories, counts, notes, seconds, proxy
+
+
+def told(trajectories: Sequence[Trajectory]) -> Counter[Any]:
+    return Counter(search.fault.value for trajectory in trajectories for search in trajectory.searches if search.fault)
+
+
+@pytest.mark.parametrize("fault", [*GARBAGE, "nothing"])
+def test_an_answer_without_sense_is_told_once_each(retriever: Retriever, fault: str) -> None:
+    trajectories, counts, notes, _, proxy = play(retriever, [fault] * 5)
+    kind = "nothing" if fault == "nothing" else "garbage"
+    assert proxy.injected == {fault: 5} and told(trajectories) == {kind: 5} and notes == []
+    assert counts.get("failed_tries/garbage", 0) == (0 if fault == "nothing" else 5)
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("busy", "busy"), ("server_error", "server_error")])
+def test_a_refusal_that_passes_is_tried_again_and_never_told(retriever: Retriever, fault: str, kind: str) -> None:
+    trajectories, counts, _, _, proxy = play(retriever, [fault] * 7)
+    assert proxy.injected == {fault: 7} and counts[f"failed_tries/{kind}"] == 7 and told(trajectories) == {}
+
+
+def test_slow_answers_are_answers(retriever: Retriever) -> None:
+    trajectories, counts, _, seconds, proxy = play(retriever, ["slow"] * 12)
+    assert proxy.injected == {"slow": 12} and told(trajectories) == {} and counts["tries"] == EPISODES * SEARCHES
+    assert seconds < 6
+
+
+@pytest.mark.parametrize("how", ["outage", "freeze"])
+def test_an_outage_longer_than_an_episode_may_last_costs_none(retriever: Retriever, how: str) -> None:
+    trajectories, _, notes, seconds, _ = play(retriever, act=lambda: getattr(retriever, how)(OUT_S), least=4)
+    assert [note.event for note in notes] == ["paused", "resumed"]
+    assert set(notes[0].faults) <= {"unreachable", "timeout"} and sum(notes[0].faults.values()) >= 4
+    assert sum(told(trajectories).values()) < sum(notes[0].faults.values()), "searches that closed the gate are asked again"
+    assert max(trajectory.paused_seconds for trajectory in trajectories) > 1 and seconds < OUT_S + 30
