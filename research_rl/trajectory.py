@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 __all__ = ["Author", "Passage", "SearchFault", "SearchRecord", "Segment", "StopReason", "Trajectory"]
@@ -111,17 +112,17 @@ class Trajectory:
     @property
     def response_ids(self) -> list[int]:
         """All response token ids in order."""
-        return [token for segment in self.segments for token in segment.ids]
+        return list(chain.from_iterable(segment.ids for segment in self.segments))
 
     @property
     def response_mask(self) -> list[int]:
         """1 for tokens of the model, 0 for tokens of the environment; as long as `response_ids`."""
-        return [int(segment.author is Author.MODEL) for segment in self.segments for _ in segment.ids]
+        return list(chain.from_iterable([int(segment.author is Author.MODEL)] * len(segment.ids) for segment in self.segments))
 
     @property
     def response_logprobs(self) -> list[float]:
         """Sampling log-probabilities, 0.0 for the environment's tokens; as long as `response_ids`."""
-        return [value for segment in self.segments for value in segment.logprobs]
+        return list(chain.from_iterable(segment.logprobs for segment in self.segments))
 
     @property
     def text(self) -> str:
