@@ -1,7 +1,7 @@
 """P8: rollouts per second of our asynchronous loop against the lock-step pattern, same engine, same real retriever service.
 
 Scripted engine: turns of lognormal length (mean 110 tokens, sigma 0.6), one to five turns an episode, and a token step of
-12 ms + 0.06 ms a sequence decoded at once, all of it run SCALE times faster; the retriever is not sped up. With a workspace
+12 ms + 0.06 ms a sequence decoded at once. With a workspace
 whose index and policy stand (`BENCH_WORKSPACE`, default: the checkout), also vLLM on CPU serving that policy, sampled.
 """
 
@@ -26,7 +26,6 @@ from research_rl.retriever.serve import running as retriever_running
 from research_rl.services import Endpoint
 from research_rl.stages import Workspace, current, run_stage
 
-SCALE = 4.0
 MEAN_TOKENS, SIGMA, MOST_TURNS = 110, 0.6, 5
 STEP_S, STEP_PER_SEQUENCE_S = 0.012, 0.00006
 KNOWLEDGE = ("download", "validate", "corpus", "embed", "index")
@@ -79,7 +78,7 @@ class ScriptedEngine:
     async def _decode(self) -> None:
         while True:
             self._news.clear()
-            step = (STEP_S + STEP_PER_SEQUENCE_S * len(self._left)) / SCALE
+            step = STEP_S + STEP_PER_SEQUENCE_S * len(self._left)
             started = time.perf_counter()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), step * min(self._left.values()) if self._left else None)

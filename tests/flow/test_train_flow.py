@@ -77,6 +77,8 @@ def test_mlflow_holds_lineage_steps_and_both_evaluations(trained: Trained) -> No
         assert finished.data.tags[f"manifest.{name}"] == manifest.load(space.folder(name)).hash
     steps = client.get_metric_history(named["train"].info.run_id, "critic/rewards/mean")
     assert [step.step for step in steps] == list(range(1, SIZE["train.steps"] + 1))
+    for part in ("gen", "update_actor", "step"):
+        assert len(client.get_metric_history(named["train"].info.run_id, f"timing_s/{part}")) == SIZE["train.steps"]
     before, after = named["baseline"].data.metrics, named["evaluate"].data.metrics
     assert {"em", "f1", "f1_low", "f1_high", "format", "searches"} <= before.keys() and before.keys() - {"seconds"} == after.keys() - {
         "seconds"
