@@ -22,6 +22,7 @@ DUELS = {
     "P8": "benchmarks.rollouts",
     "P9": "benchmarks.turn_overhead",
     "P13": "benchmarks.start_up",
+    "P14": "benchmarks.validation",
 }
 
 

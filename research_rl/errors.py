@@ -4,6 +4,7 @@
     ├── ConfigError      (ValueError)        a parameter is unknown or out of range
     ├── DataError        (ValueError)        a corpus or question set breaks its format
     ├── ManifestError    (RuntimeError)      an artifact is missing, torn or does not fit its parents
+    ├── StorageError     (RuntimeError)      the disk is full, or a file reached a size limit
     ├── ServiceError     (RuntimeError)      a service did not start, answer or stop in time
     ├── TrainingError    (RuntimeError)      the trainer failed, hung or lost trajectories
     │   └── CollapseError                    the step metrics show a collapse; a rule of `watch` stopped training
@@ -22,6 +23,7 @@ __all__ = [
     "ModelError",
     "ResearchError",
     "ServiceError",
+    "StorageError",
     "TrainingError",
 ]
 
@@ -40,6 +42,10 @@ class DataError(ResearchError, ValueError):
 
 class ManifestError(ResearchError, RuntimeError):
     """An artifact is missing, torn, altered or was built from other parents."""
+
+
+class StorageError(ResearchError, RuntimeError):
+    """The disk is full, or a file reached the process's size limit; what was finished is kept."""
 
 
 class ServiceError(ResearchError, RuntimeError):

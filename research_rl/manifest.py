@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from research_rl import __version__
 from research_rl.errors import ManifestError
@@ -57,8 +57,13 @@ class Manifest(BaseModel):
         return hashlib.sha256(_canonical(self.model_dump(mode="json", exclude={"measured"}))).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of manifest.json; the same for the same content."""
+        """Return the canonical JSON; the same for the same content."""
         return _canonical(self.model_dump(mode="json"))
+
+
+def _sealed(tree: dict[str, Any]) -> bytes:
+    """Return the bytes of manifest.json: the content and, as `seal`, its sha256, so that an altered manifest is known as such."""
+    return _canonical({**tree, "seal": hashlib.sha256(_canonical(tree)).hexdigest()})
 
 
 def _canonical(tree: dict[str, Any]) -> bytes:
@@ -105,15 +110,25 @@ def publish(target: Path, stage: str, config_hash: str, parents: Mapping[str, Ma
 
 def load(folder: Path, *, verify: bool = True) -> Manifest:
     """Read a folder's manifest; with `verify`, compare size and sha256 of every file. Raises ManifestError."""
-    path = folder / MANIFEST
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ManifestError(f"{folder} has no {MANIFEST}; build it with `research run <stage>`") from None
-    except ValidationError as error:
-        raise ManifestError(f"{path} is not a manifest ({error.error_count()} errors); remove the folder and rerun") from None
+    manifest = _read(folder)
     for entry in manifest.files:
         _check(folder, entry, verify)
+    return manifest
+
+
+def _read(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+        tree = json.loads(raw)
+        seal = tree.pop("seal", None)
+        manifest = Manifest.model_validate(tree)
+    except FileNotFoundError:
+        raise ManifestError(f"{folder} has no {MANIFEST}; build it with `research run <stage>`") from None
+    except (ValueError, AttributeError, TypeError) as error:  # not UTF-8, not JSON, not an object, or not these fields
+        raise ManifestError(f"{path} is not a manifest ({type(error).__name__}); remove the folder and rerun") from None
+    if seal is not None and raw != _sealed(tree):  # manifests of earlier versions have none
+        raise ManifestError(f"{path} was altered: its seal does not fit its content; remove the folder and rerun")
     return manifest
 
 
@@ -145,7 +160,7 @@ def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str
         files=tuple(files),
         measured=staging.measured,
     )
-    (staging.path / MANIFEST).write_bytes(manifest.to_bytes())
+    (staging.path / MANIFEST).write_bytes(_sealed(manifest.model_dump(mode="json")))
     _fsync(staging.path / MANIFEST)
     for folder in (*(path for path in staging.path.rglob("*") if path.is_dir()), staging.path):
         _fsync(folder)

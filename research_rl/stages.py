@@ -5,7 +5,11 @@ One table serves every driver: the command line, the Prefect tasks and dvc.yaml 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib
+import re
+import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +17,7 @@ from pathlib import Path
 
 from research_rl import manifest
 from research_rl.config import Config, config_hash
-from research_rl.errors import ConfigError, ManifestError
+from research_rl.errors import ConfigError, ManifestError, StorageError
 from research_rl.manifest import Manifest, Staging
 from research_rl.meter import Meter
 
@@ -136,14 +140,52 @@ def run_stage(
     """
     if name not in STAGES:
         raise ConfigError(f"stage={name!r} is not one of {list(STAGES)}")
-    manifest.sweep(workspace.folder(name))
-    if not force and (found := current(name, config, workspace)):
-        return found, False
-    stage = STAGES[name]
-    parents = {parent: _parent(name, parent, config, workspace) for parent in stage.parents}
-    work = function or _function(stage.function)
-    work(Context(stage, config, workspace, parents, progress))
-    return manifest.load(workspace.folder(name), verify=False), True
+    with _alone(name, workspace, progress), _room(name, workspace):
+        manifest.sweep(workspace.folder(name))
+        if not force and (found := current(name, config, workspace)):
+            return found, False
+        stage = STAGES[name]
+        parents = {parent: _parent(name, parent, config, workspace) for parent in stage.parents}
+        work = function or _function(stage.function)
+        work(Context(stage, config, workspace, parents, progress))
+        return manifest.load(workspace.folder(name), verify=False), True
+
+
+@contextmanager
+def _alone(name: str, workspace: Workspace, progress: Progress) -> Generator[None]:
+    """Wait until no other process builds this stage here; the system lifts the lock of a process that dies."""
+    path = workspace.work("locks") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress(f"waiting for the process that builds {name} now", 0.0)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _room(name: str, workspace: Workspace) -> Generator[None]:
+    """Turn what libraries raise when a write does not fit into one StorageError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not _is_full(error):
+            raise
+        disk = shutil.disk_usage(workspace.root)
+        raise StorageError(
+            f"stage {name} could not write all it has to below {workspace.root}: {' '.join(str(error).split())}; with its unfinished files "
+            f"gone, {disk.free / 1e6:,.1f} of {disk.total / 1e6:,.1f} MB free; make room, raise the limit on file sizes (ulimit -f) or "
+            "use another disk, then rerun: finished shards are kept"
+        ) from error
+
+
+def _is_full(error: OSError | RuntimeError) -> bool:
+    """numpy, faiss and pyarrow name the cause in words, or only that less was written than asked."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return re.search(r"No space left|File too large|Disk quota|\d+ requested and \d+ written", str(error)) is not None
 
 
 def _parent(stage: str, parent: str, config: Config, workspace: Workspace) -> Manifest:
