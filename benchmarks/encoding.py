@@ -27,7 +27,7 @@ SYLLABLES = ("ba", "de", "fi", "ko", "lu", "ma", "ne", "ri", "so", "tu", "va", "
 def run(quick: bool) -> Iterator[Duel]:
     """Yield the duels; raises AssertionError when the sides' vectors point elsewhere."""
     torch.set_num_threads(1)
-    count, rounds = (96, 2) if quick else (256, 5)
+    count, rounds = (64, 2) if quick else (256, 5)
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
         words = _model(Path(scratch))
