@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from research_rl import manifest
+from research_rl._guardian import PR_SET_CHILD_SUBREAPER, descendants
 from research_rl.embedding import build
 from research_rl.errors import ServiceError
 from tests.encoder_model import write_model
@@ -104,21 +105,18 @@ def processes(fits: Callable[[Path], bool]) -> list[int]:
 
 @pytest.mark.long
 def test_a_killed_driver_leaves_no_ray_and_its_shards_are_kept(tmp_path: Path, model: Path) -> None:
-    mark = uuid.uuid4().hex
-    workspace = store(tmp_path, ROWS)
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), str(model)], env={**os.environ, "RESEARCH_MARK": mark})
-
-    def mine() -> list[int]:
-        return processes(lambda path: mark.encode() in (path / "environ").read_bytes())
-
-    _until(lambda: any(workspace.work("").glob("embed-*/vectors-*.json")) or driver.poll() is not None, 180)
-    assert len(mine()) > 3
-    driver.kill()
-    driver.wait()
-    _until(lambda: not mine(), 60)
-    kept = {
-        path.name: path.stat().st_ino for path in workspace.work("").glob("embed-*/vectors-*.npy") if path.with_suffix(".json").exists()
-    }
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the driver become children of this process
+    workspace, before = store(tmp_path, ROWS), set(descendants(os.getpid()))
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), str(model)])
+    try:
+        _until(lambda: any(workspace.work("").glob("embed-*/vectors-*.json")) or driver.poll() is not None, 600)
+        assert len(set(descendants(os.getpid())) - before) > 3
+    finally:
+        driver.kill()
+        driver.wait()
+    _until(lambda: not set(descendants(os.getpid())) - before, 120)
+    shards = workspace.work("").glob("embed-*/vectors-*.npy")
+    kept = {path.name: path.stat().st_ino for path in shards if path.with_suffix(".json").exists()}
     run(tmp_path, model)
     assert {name: (workspace.folder("embed") / name).stat().st_ino for name in kept} == kept
 
