@@ -7,7 +7,7 @@ Invariants: (1) every shard but the last holds `shard_rows` rows in one record b
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from research_rl.errors import DataError, ManifestError
 from research_rl.manifest import Manifest
 from research_rl.trajectory import Passage
 
-__all__ = ["PassageStore", "write"]
+__all__ = ["PassageStore", "shard_name", "write_shard", "write_table"]
+
+Hashes = npt.NDArray[np.uint64]
 
 _OFFSETS, _ROWS = "id-offsets.npy", "id-rows.npy"
 _SCHEMA = pa.schema({"id": pa.large_string(), "contents": pa.large_string()})
@@ -119,30 +121,15 @@ def shard_name(number: int) -> str:
     return f"passages-{number:05d}.arrow"
 
 
-def write(passages: Iterable[Passage], folder: Path, shard_rows: int) -> int:
-    """Write passages as a store into `folder`; return how many. Memory: one shard, and eight bytes a passage."""
-    hashes: list[npt.NDArray[np.uint64]] = []
-    pending: list[Passage] = []
-    for passage in passages:
-        pending.append(passage)
-        if len(pending) == shard_rows:
-            hashes.append(_write_shard(pending, folder / shard_name(len(hashes))))
-            pending = []
-    if pending:
-        hashes.append(_write_shard(pending, folder / shard_name(len(hashes))))
-    _write_table(np.concatenate(hashes) if hashes else np.empty(0, np.uint64), folder)
-    return sum(map(len, hashes))
-
-
-def _write_shard(passages: Sequence[Passage], path: Path) -> npt.NDArray[np.uint64]:
-    ids = [passage.id for passage in passages]
-    columns = [pa.array(ids, pa.large_string()), pa.array([passage.contents for passage in passages], pa.large_string())]
+def write_shard(ids: Any, contents: Any, path: Path) -> Hashes:
+    """Write two Arrow columns of strings as one shard; return the hash of every id, which `write_table` needs."""
+    columns = [ids.cast(pa.large_string()).combine_chunks(), contents.cast(pa.large_string()).combine_chunks()]
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-    return np.fromiter(map(_hash, ids), np.uint64, len(ids))
+    return np.fromiter(map(_hash, ids.to_pylist()), np.uint64, len(ids))
 
 
-def _write_table(hashes: npt.NDArray[np.uint64], folder: Path) -> None:
+def write_table(hashes: Hashes, folder: Path) -> None:
     """Write rows grouped by bucket, and where each bucket starts; about one row a bucket."""
     buckets = max(1, len(hashes))
     bucket = (hashes % np.uint64(buckets)).astype(np.int64)

@@ -12,7 +12,7 @@ from research_rl.config import Config
 from research_rl.corpus import build
 from research_rl.corpus.store import PassageStore
 from research_rl.errors import DataError, ManifestError
-from research_rl.stages import STAGES, Context, Workspace, silent
+from research_rl.stages import STAGES, Context, Progress, Workspace, silent
 from research_rl.trajectory import Passage
 
 ROWS = 257
@@ -22,7 +22,8 @@ def passage(n: int) -> Passage:
     return Passage(f"p-{n}", f'"Title {n}"\nÜber {n} ' + "x" * (n % 7))
 
 
-def made(root: Path, rows: int = ROWS) -> Path:
+def prepared(root: Path, rows: int = ROWS, progress: Progress = silent) -> Context:
+    """Publish a corpus file and return the context that builds its store in shards of 100."""
     workspace = Workspace(root)
     for stage in ("download", "validate"):
         with manifest.publish(workspace.folder(stage), stage, "x", {}) as staging:
@@ -30,8 +31,44 @@ def made(root: Path, rows: int = ROWS) -> Path:
             lines = [json.dumps({"id": passage(n).id, "contents": passage(n).contents}) for n in range(rows)]
             (staging.path / "corpus.jsonl").write_text("\n".join(lines))
     parents = {name: manifest.load(workspace.folder(name)) for name in ("download", "validate")}
-    build.run(Context(STAGES["corpus"], Config.model_validate({"corpus": {"shard_rows": 100}}), workspace, parents, silent))
-    return workspace.folder("corpus")
+    return Context(STAGES["corpus"], Config.model_validate({"corpus": {"shard_rows": 100}}), workspace, parents, progress)
+
+
+def made(root: Path) -> Path:
+    build.run(prepared(root))
+    return Workspace(root).folder("corpus")
+
+
+def test_a_killed_build_redoes_one_shard_at_most(tmp_path: Path) -> None:
+    def killed(text: str, share: float) -> None:
+        if text.startswith("200 of"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build.run(prepared(tmp_path, progress=killed))
+    assert not (tmp_path / "artifacts/corpus").exists()
+    (work,) = (tmp_path / "artifacts/.work").iterdir()
+    first, second = (work / f"passages-0000{n}.arrow" / f"passages-0000{n}.arrow" for n in range(2))
+    inode = first.stat().st_ino
+    second.write_bytes(second.read_bytes()[:-1] + b"?")
+    told: list[str] = []
+    build.run(prepared(tmp_path, progress=lambda text, _: told.append(text)))
+    store = PassageStore(tmp_path / "artifacts/corpus")
+    assert store.get(range(ROWS)) == [passage(n) for n in range(ROWS)], "the altered shard was built anew"
+    assert (tmp_path / "artifacts/corpus/passages-00000.arrow").stat().st_ino == inode, "the finished one was kept"
+    assert [row.split(",")[0] for row in told] == ["100 of 257 passages", "200 of 257 passages", "257 of 257 passages"]
+    assert list((tmp_path / "artifacts/.work").iterdir()) == []
+    (tmp_path / "b").mkdir()
+    assert manifest.load(made(tmp_path / "b")) == manifest.load(tmp_path / "artifacts/corpus")
+
+
+@pytest.mark.parametrize("line", ["{oops", '{"id": "p-3"}', "", '{"id": 3, "contents": "x"}'])
+def test_a_line_that_no_download_wrote_is_refused(tmp_path: Path, line: str) -> None:
+    made = prepared(tmp_path, rows=10)
+    path = tmp_path / "data/corpus.jsonl"
+    path.write_text(path.read_text().replace(json.dumps({"id": "p-3", "contents": passage(3).contents}, ensure_ascii=True), line))
+    with pytest.raises(DataError, match=r"corpus.jsonl: lines 1 to 10 are not as the download stage writes them"):
+        build.run(made)
 
 
 def test_every_passage_is_found_by_row_and_by_id(tmp_path: Path) -> None:
