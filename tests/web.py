@@ -20,7 +20,8 @@ class Site:
     """Files by path, and for each path the faults of its next replies that carry more than one byte, in order.
 
     Faults: ("drop", n) closes after n bytes; ("short", n) announces n bytes too few; ("long", n) n too many; ("status", code);
-    ("content", byte) sends that byte throughout; ("change", bytes) puts a new version in place first.
+    ("content", byte) sends that byte throughout; ("change", bytes) puts a new version in place first; ("call", (n, function))
+    calls the function after n bytes.
     """
 
     files: dict[str, bytes]
@@ -29,6 +30,7 @@ class Site:
     etags: bool = True
     sent: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
+    requested: int = 0
     url: str = ""
 
 
@@ -75,6 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
         if not probe:
             self.site.asked.append((name, start))
+            self.site.requested += stop - start
         self._answer(name, fault, status, headers, content[start:stop], probe)
 
     def _answer(self, name: str, fault: tuple[str, Any], status: int, headers: dict[str, str], body: bytes, probe: bool) -> None:
@@ -87,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = value * length
         elif kind == "drop":
             body = body[:value]
+        elif kind == "call":
+            body = body[: value[0]]
         elif kind == "short":
             length = max(0, length - value)
             body = body[:length]
@@ -95,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not probe:
             self.site.sent[name] = self.site.sent.get(name, 0) + len(body)
         self._reply(status, {**headers, "Content-Length": str(length)}, body)
+        if kind == "call":
+            value[1]()
         if len(body) < length:
             self.close_connection = True
 
