@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any
 
 from research_rl.config import TransferConfig
 from research_rl.data.sources import Remote, Source, Sources, TransientError
-from research_rl.errors import DataError
+from research_rl.errors import ConfigError, DataError
 
 __all__ = ["Fetched", "check_room", "fetch", "locate", "locked"]
 
@@ -97,9 +98,11 @@ def fetch(files: Sequence[Located], folder: Path, limits: TransferConfig, tell: 
 
     Raises DataError naming file and reason when tries are used up; what was fetched stays for the next call.
     """
-    jobs = [_File(item, folder, limits.piece_mb * 1_000_000) for item in files]
+    smallest_first = sorted(files, key=lambda item: item.remote.size or 0)
+    jobs = [_File(item, folder, limits.piece_mb * 1_000_000) for item in smallest_first]
     _Transfer(jobs, limits, tell).run()
-    return {job.item.name: Fetched(job.path, job.sha256, _facts(job)) for job in jobs}
+    found = {job.item.name: Fetched(job.path, job.sha256, _facts(job)) for job in jobs}
+    return {item.name: found[item.name] for item in files}
 
 
 class _File:
@@ -432,13 +435,18 @@ def _patiently(call: Callable[[], Remote], limits: TransferConfig) -> Remote:
             return call()
         except TransientError as error:
             time.sleep(pause(fails, error.wait_s))
-    return call()
+    try:
+        return call()
+    except TransientError as error:
+        raise DataError(f"{error}; gave up after {limits.attempts} tries; check the address and the network") from error
 
 
 def _expected(name: str, wanted: str | None, remote: Remote) -> str | None:
     if wanted is None:
         return None
     wanted = wanted.lower()
+    if not re.fullmatch("[0-9a-f]{64}", wanted):
+        raise ConfigError(f"data.sha256: {wanted!r} for {name} is no sha256; write its 64 hexadecimal digits")
     if remote.checksum and remote.checksum[0] == "sha256" and remote.checksum[1] != wanted:
         raise DataError(f"{remote.address} has sha256 {remote.checksum[1]}, data.sha256 says {wanted} for {name}; correct one of them")
     return wanted

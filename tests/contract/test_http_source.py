@@ -138,10 +138,11 @@ def test_equal_sources_give_equal_bytes_however_they_were_fetched(site: Site, tm
     [
         ({"corpus": "no.jsonl"}, DataError, "no.jsonl: 404 Not Found; correct"),
         ({"url": None}, ConfigError, "data.url=None is no root"),
-        ({"url": "http://127.0.0.1:9"}, DataError, "127.0.0.1:9"),
+        ({"url": "http://127.0.0.1:9"}, DataError, "127.0.0.1:9.* gave up after 2 tries; check the address"),
         ({"corpus": "../x.jsonl"}, ConfigError, "leaves the root"),
         ({"corpus": "ftp://x/y.jsonl"}, ConfigError, "is no address"),
         ({"sha256": {"other": "0"}}, ConfigError, "not among the files"),
+        ({"sha256": {"corpus.jsonl": "abc"}}, ConfigError, "'abc' for corpus.jsonl is no sha256"),
         ({"files": {"../x": ["corpus.jsonl"]}}, ConfigError, "below data/files"),
     ],
 )
