@@ -10,11 +10,12 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from research_rl import manifest
 from research_rl.config import DataConfig
 from research_rl.data import flashrag, transfer
 from research_rl.data.catalogue import expand
@@ -45,7 +46,7 @@ def run(context: Context) -> None:
     """
     work = context.workspace.work("download")
     try:
-        with context.publish() as staging:
+        with _publish(context) as staging:
             if context.config.data.source == "generated":
                 _generated(context, staging)
             else:
@@ -55,6 +56,11 @@ def run(context: Context) -> None:
             raise
         raise DataError(f"the disk is full ({error}); free some room and rerun, what is fetched is kept") from error
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _publish(context: Context) -> AbstractContextManager[Staging]:
+    """Open the publication without what a build took: data/ is versioned byte for byte."""
+    return manifest.publish(context.workspace.folder("download"), "download", context.config_hash, {})
 
 
 def _generated(context: Context, staging: Staging) -> None:
