@@ -21,6 +21,7 @@ DUELS = {
     "P6": "benchmarks.server_start",
     "P8": "benchmarks.rollouts",
     "P9": "benchmarks.turn_overhead",
+    "P10": "benchmarks.reward",
     "P13": "benchmarks.start_up",
     "P14": "benchmarks.validation",
 }

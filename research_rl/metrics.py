@@ -10,17 +10,32 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
-__all__ = ["contains", "exact_match", "normalize", "recall", "token_f1"]
+__all__ = ["contains", "exact_match", "forget", "normalize", "recall", "token_f1"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SHORT = 256
 _CLOSED = frozenset({"yes", "no", "noanswer"})
 
 
 def normalize(text: str) -> str:
     """Lower-case, drop punctuation and articles, squeeze white space."""
+    return _remembered(text) if len(text) <= _SHORT else _normalize(text)
+
+
+def _normalize(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+# The rollouts of a group share their gold answers, and every metric of an answer its prediction.
+_remembered = lru_cache(1 << 16)(_normalize)
+
+
+def forget() -> None:
+    """Empty the memory of normalised texts; for measurements."""
+    _remembered.cache_clear()
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
@@ -40,7 +55,8 @@ def token_f1(prediction: str, golds: Sequence[str]) -> float:
 
     A gold answer scores 0 when it or the prediction is yes, no or noanswer and the two differ.
     """
-    return max((_f1(normalize(prediction), normalize(gold)) for gold in golds), default=0.0)
+    found = normalize(prediction)
+    return max((_f1(found, normalize(gold)) for gold in golds), default=0.0)
 
 
 def recall(found: Sequence[str], wanted: Sequence[str]) -> float | None:
@@ -51,9 +67,18 @@ def recall(found: Sequence[str], wanted: Sequence[str]) -> float | None:
 def _f1(prediction: str, gold: str) -> float:
     if prediction != gold and (prediction in _CLOSED or gold in _CLOSED):
         return 0.0
-    predicted, expected = Counter(prediction.split()), Counter(gold.split())
-    common = sum((predicted & expected).values())
-    if common == 0:
+    if prediction == gold:
+        return float(bool(gold))
+    predicted, expected = prediction.split(), gold.split()
+    if not (common := _common(predicted, expected)):
         return 0.0
-    precision, share = common / predicted.total(), common / expected.total()
+    precision, share = common / len(predicted), common / len(expected)
     return 2 * precision * share / (precision + share)
+
+
+def _common(predicted: Sequence[str], expected: Sequence[str]) -> int:
+    """Return the size of the two multisets' intersection."""
+    if len(expected) == 1:
+        return int(expected[0] in predicted)
+    left = Counter(expected)
+    return sum((left & Counter(predicted)).values()) if not left.keys().isdisjoint(predicted) else 0

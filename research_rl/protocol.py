@@ -51,7 +51,7 @@ _LETTERS = str.maketrans(
 _LESS, _MORE = (
     rf"(?:[{chars}]|&(?:amp;)*(?:{name}|#0*{code}|#x0*{code:x});?)" for chars, name, code in ((_OPEN, "lt", 60), (_CLOSE, "gt", 62))
 )
-_SPAN = re.compile(rf"{_LESS}([^{_OPEN}{_CLOSE}]{{1,80}}?){_MORE}", re.IGNORECASE)
+_SPAN = re.compile(rf"{_LESS}((?:(?!{_LESS})[^{_CLOSE}]){{1,80}}?){_MORE}", re.IGNORECASE)
 _NAME = re.compile(
     r"\s*(/?)\s*((?:think|search|result|answer|bos|eos|pad|unk|mask|sep|cls|s|start_of_turn|end_of_turn|endoftext)(?![\w-]).*|\|.*\|)\s*",
     re.DOTALL,

@@ -7,7 +7,10 @@ Two rules, both of ReSearch, which differ:
 
 Deviations from the published code: (1) only model-authored text is read; a block written by search stands as an empty
 `<result></result>`, so that a passage can neither win nor destroy the reward. (2) The response is given as segments, so
-it needs no splitting at the assistant's delimiter, whose second occurrence cuts the response there.
+it needs no splitting at the assistant's delimiter, whose second occurrence cuts the response there. (3) "Ended by eos" is
+what the engine reported, not the decoded text's end; the paper's rule, which does not name it, counts it as part of the
+format. (4) `\\fbox`, which the published code finds and then refuses, is no box. Quirks kept: an F1 below 0.1 earns less than
+a wrong answer in the right format; nothing asks for a search; an empty box is a wrong answer in the right format.
 """
 
 from __future__ import annotations

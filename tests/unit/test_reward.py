@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+import reward_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,3 +103,58 @@ def test_rules_agree_where_the_format_is_right_and_differ_only_by_format(parts: 
     else:
         assert repository.score == 0.0
     assert paper.score == (paper.f1 or (0.1 if paper.format_ok else 0.0))
+
+
+WORDS = [
+    "Paris",
+    "the",
+    "a",
+    "Nile",
+    "new york",
+    "1912",
+    "yes",
+    "no",
+    "noanswer",
+    "U.S.",
+    "ba-na",
+    "É",
+    "\u0130",
+    "，",
+    "\u200b",
+    "",
+    "$",
+    "\n",
+]
+GOLDS = ["Paris", "The Nile", "new york city", "yes", "no", "1912", "", "É", "the"]
+
+
+def response(chance: random.Random) -> str:
+    """A response that is right, nearly right or a heap of parts, about a third each."""
+
+    def words() -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(0, 4)))
+
+    box = chance.choice(
+        ["\\boxed{%s}", "\\boxed{%s}", "\\boxed{{%s}}", "\\boxed %s$", "\\boxed%s", "\\boxed{%s", "%s}", "\\boxed{x} \\boxed{%s}"]
+    )
+    turn = f"<think> {words()} </think> <search> {words()} </search> <result>\n</result>"
+    blocks = [turn] * chance.randint(0, 2) + [f"<think>{words()}</think>", f"<answer> {box % words()} </answer>"]
+    if chance.random() < 0.35:
+        return "".join(chance.choices([*PARTS, words()], k=chance.randint(0, 14)))
+    text = " ".join(blocks)
+    for _ in range(chance.choice([0, 0, 1, 2])):
+        cut, length = chance.randrange(len(text) + 1), chance.randint(0, 9)
+        text = text[:cut] + chance.choice([*PARTS, words(), ""]) + text[cut + length :]
+    return text
+
+
+def test_twelve_thousand_responses_score_as_an_independent_reading_of_the_rules_says() -> None:
+    chance, outcomes = random.Random(7), set()
+    for _ in range(12_000):
+        text, ended, golds = response(chance), chance.random() < 0.8, chance.sample(GOLDS, chance.randint(1, 3))
+        by_paper, by_repository = (score_text(text, golds, rule, ended_by_eos=ended) for rule in ("paper", "repository"))
+        assert by_paper.score == pytest.approx(reference.paper(text, golds, ended)), (text, golds, ended)
+        assert by_repository.score == pytest.approx(reference.repository(text, golds, ended)), (text, golds, ended)
+        assert (check_format(text) is None) == reference.well_formed(text), text
+        outcomes.add((round(by_paper.score, 3), round(by_repository.score, 3)))
+    assert {(0.0, 0.0), (0.1, 0.1), (1.0, 0.0), (1.0, 1.0)} <= outcomes and len(outcomes) > 15, "the responses reach every branch"
