@@ -60,13 +60,13 @@ def refused_table(checks: Sequence[Mapping[str, Any]], docs: Path) -> None:
 def _quality(checks: Sequence[Mapping[str, Any]], what: str, docs: Path) -> None:
     rows = [
         {
-            "suite": item["suite"],
-            "expectation": item["expectation"].removeprefix("expect_").replace("_", " "),
-            "column": item["column"],
-            "limit": item["limit"][:80],
-            "observed": item["observed"][:80],
             "result": "passed" if item["passed"] else item["severity"],
+            "suite": item["suite"],
+            "column": item["column"],
+            "observed": item["observed"][:80],
             "first rows": "; ".join(map(named, item["rows"])),
+            "limit": item["limit"][:80],
+            "expectation": item["expectation"].removeprefix("expect_").replace("_", " "),
         }
         for item in checks
     ]

@@ -136,14 +136,14 @@ def reopened(root: Path, stage: str, reference: str) -> Any:
     before = current(stage, CONFIG, workspace)
     assert before is None or before.hash == reference, "another artifact than the right one was accepted"
     kept = pieces(root)
-    found, _ = run_stage(stage, CONFIG, workspace)
+    found, built = run_stage(stage, CONFIG, workspace)
     assert found.hash == reference, "the resumed artifact differs"
     assert current(stage, CONFIG, workspace), "the resumed artifact is not whole"
     folder = workspace.folder(stage)
     left = [path.name for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]
     assert not left, f"left behind: {left}"
     final = {path.name: path.stat().st_ino for path in folder.rglob("*")}
-    return before is not None, sum(final.get(name) not in (None, number) for name, number in kept.items())
+    return before is not None, built * sum(final.get(name) not in (None, number) for name, number in kept.items())
 
 
 def kill(whole: Path, root: Path, stage: str, trials: int, seed: int) -> dict[str, Any]:
