@@ -57,16 +57,26 @@ def cluster(nodes: int) -> Generator[Cluster]:
     head = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
     try:
         for arguments in [head, *[[f"--address=127.0.0.1:{port}"]] * (nodes - 1)]:
-            # The agent, which takes jobs, has a fixed port otherwise: the second Ray of a machine would be without one.
-            agent = f"--dashboard-agent-listen-port={free_port()}"
-            done = subprocess.run([BIN / "ray", "start", *arguments, agent, *common], env=env, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
+            start([*arguments, *common], env, found)
         with httpx.Client(headers={"Authorization": f"Bearer {found.token}"}, trust_env=False, timeout=30) as client:
             assert client.get(f"{found.address}/api/version").json()["ray_version"] == "2.60.0"
         yield found
     finally:
         end(found)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(arguments: list[str], env: dict[str, str], found: Cluster) -> None:
+    """Start one node process. Ray gives up after 30 seconds, which a busy machine may need longer for: three tries."""
+    for left in (2, 1, 0):
+        # The agent, which takes jobs, has a fixed port otherwise: the second Ray of a machine would be without one.
+        agent = f"--dashboard-agent-listen-port={free_port()}"
+        done = subprocess.run([BIN / "ray", "start", *arguments, agent], env=env, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        assert left and "timed out during startup" in done.stdout + done.stderr, done.stdout + done.stderr
+        if "--head" in arguments:
+            end(found)
 
 
 def end(found: Cluster) -> None:
