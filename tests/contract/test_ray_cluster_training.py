@@ -16,7 +16,7 @@ from ray_cluster import Cluster, cluster
 
 from research_rl.config import CHECKOUT
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(5400)]
 SIZE = [
     "data.generated.entities=60",
     "data.generated.train_questions=64",
