@@ -19,6 +19,7 @@ DUELS = {
     "P3": "benchmarks.exact_search",
     "P4": "benchmarks.encoding",
     "P6": "benchmarks.server_start",
+    "P5": "benchmarks.index_build",
     "P8": "benchmarks.rollouts",
     "P9": "benchmarks.turn_overhead",
     "P10": "benchmarks.reward",
