@@ -1,7 +1,7 @@
 """GPU check a: the episode loop and GRPO through verl and vLLM on a real model, with held-out questions before and after.
 
 Usage: python tests/gpu/grpo.py --workspace FOLDER [--python PATH] [--toy] [section.key=value ...]. The workspace holds params.yaml and the
-stages up to `policy` (`benchmarks/gpu/prepare` makes it); here baseline, train, export and evaluate run. `--toy` makes the workspace of
+stages up to `policy`; here baseline, train, export and evaluate run. `--toy` makes the workspace of
 the tiny policy by itself and trains on the processor. Prints one JSON line; asserts that every step was made, that no trajectory was
 lost, and (not for the toy) that reward and held-out F1 rose.
 """
