@@ -7,6 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import prefect
 import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -16,7 +17,12 @@ from prefect.testing.utilities import prefect_test_harness
 from flows.data import research_data
 from research_rl import config, manifest
 from research_rl.stages import Workspace
+from research_rl.training.checkpoints import Checkpoint
+from research_rl.training.watch import Finding
 from tasks import versions
+from tasks.journal import Journal, read
+from tasks.track import StageRun, Tracker
+from tasks.train import Watcher
 from tasks.validate import QualityError
 from tests import defects
 
@@ -113,3 +119,17 @@ def test_the_form_describes_every_parameter() -> None:
     for flow in (research_data, research_train, research_eval):
         properties = flow.parameters.model_dump()["properties"]
         assert all(item.get("description") for item in properties.values()), flow.name
+
+
+def test_a_finding_of_the_watch_is_an_artifact_and_tags(tmp_path: Path) -> None:
+    finding = Finding("kl_step", 9, 8, 3, 0.7, 0.2, "kl_step: KL of one update is 0.7", "lower train.lr", "stop", True)
+    tracker = Tracker(Journal(tmp_path), None, "sqlite:///none")
+
+    @prefect.flow
+    def stopping() -> None:
+        Watcher(StageRun(tracker, "train", {})).on_finding(finding, Checkpoint(4, tmp_path / "good/global_step_4"))
+
+    stopping()
+    assert "collapse-watch" in artifacts(last_run())
+    tags = {name: value for _, event in read(tmp_path, 0) if event["op"] == "tags" for name, value in event["values"].items()}
+    assert tags == {"watch.kl_step": f"step 9: {finding.text}", "collapse": f"step 9: {finding.text}", "collapse.good_step": "4"}
