@@ -1,8 +1,7 @@
 """Publish and read artifacts so that a torn one is never accepted. Knows folders and hashes, no stage's meaning.
 
 Invariants: (1) a folder without a valid manifest.json does not exist for any reader; (2) the manifest is written
-last, after every file is on disk; (3) apart from `measured`, which no hash covers, a manifest holds no time and no machine
-path, so equal inputs give equal hashes.
+last, after every file is on disk; (3) a manifest holds no time and no machine path, so equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is made of and from, and what building it took (`measured`)."""
+    """What an artifact is made of and from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     stage: str
@@ -49,12 +48,11 @@ class Manifest(BaseModel):
     counts: dict[str, int]
     facts: dict[str, Any]
     files: tuple[FileEntry, ...]
-    measured: dict[str, Any] = {}
 
     @property
     def hash(self) -> str:
-        """sha256 of the canonical JSON without `measured`: the name by which children refer to this artifact."""
-        return hashlib.sha256(_canonical(self.model_dump(mode="json", exclude={"measured"}))).hexdigest()
+        """sha256 of the canonical JSON: the name by which children refer to this artifact."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """Return the canonical JSON; the same for the same content."""
@@ -78,6 +76,7 @@ class Staging:
     counts: dict[str, int] = field(default_factory=dict[str, int])
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     measured: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What building it took; no part of the artifact."""
 
 
 def file_sha256(path: Path) -> str:
@@ -158,7 +157,6 @@ def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str
         counts=dict(sorted(staging.counts.items())),
         facts=staging.facts,
         files=tuple(files),
-        measured=staging.measured,
     )
     (staging.path / MANIFEST).write_bytes(_sealed(manifest.model_dump(mode="json")))
     _fsync(staging.path / MANIFEST)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from research_rl import manifest
 from research_rl.config import Config, config_hash
@@ -21,7 +23,7 @@ from research_rl.errors import ConfigError, ManifestError, StorageError
 from research_rl.manifest import Manifest, Staging
 from research_rl.meter import Meter
 
-__all__ = ["STAGES", "Context", "Progress", "Stage", "Workspace", "current", "run_stage"]
+__all__ = ["STAGES", "Context", "Progress", "Stage", "Workspace", "current", "measured", "run_stage"]
 
 Progress = Callable[[str, float], None]
 """Called with a short text and the share done (0 to 1)."""
@@ -87,10 +89,27 @@ class Context:
 
     @contextmanager
     def publish(self) -> Generator[Staging]:
-        """Open the publication of this stage's artifact, see `manifest.publish`; seconds and peak memory are added."""
-        with manifest.publish(self.workspace.folder(self.stage.name), self.stage.name, self.config_hash, self.parents) as staging:
+        """Open the publication of this stage's artifact, see `manifest.publish`; what it took is kept beside it, see `measured`."""
+        folder = self.workspace.folder(self.stage.name)
+        with manifest.publish(folder, self.stage.name, self.config_hash, self.parents) as staging:
             yield staging
-            staging.measured |= self.meter.read()
+        note = {"manifest": manifest.load(folder, verify=False).hash, **self.meter.read(), **staging.measured}
+        path = _measured(self.workspace, self.stage.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(note, indent=1) + "\n")
+
+
+def measured(workspace: Workspace, found: Manifest) -> dict[str, Any]:
+    """Return what building an artifact took here (`seconds`, `peak_mib`, the stage's own figures); empty when it was built elsewhere."""
+    try:
+        note: dict[str, Any] = json.loads(_measured(workspace, found.stage).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return note if note.pop("manifest", None) == found.hash else {}
+
+
+def _measured(workspace: Workspace, stage: str) -> Path:
+    return workspace.work("measured") / f"{stage}.json"
 
 
 def _table(*stages: Stage) -> dict[str, Stage]:

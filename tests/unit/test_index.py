@@ -18,6 +18,7 @@ from research_rl.errors import ConfigError, ManifestError
 from research_rl.index import budget, build
 from research_rl.index.search import VectorIndex, file_name
 from research_rl.retriever.engine import Retriever
+from research_rl.stages import measured
 from tests.knowledge import built, context, store
 
 ENCODER = {"dim": 64, "shard_rows": 100}
@@ -49,7 +50,7 @@ def test_an_approximate_index_states_its_recall(tmp_path: Path, factory: str, se
     facts = manifest.load(workspace.folder("index")).facts
     assert facts["exact"] is False
     assert all(0.7 < facts["recall"][k] <= 1 for k in ("1", "5", "10", "20"))
-    latency = manifest.load(workspace.folder("index")).measured["latency"]
+    latency = measured(workspace, manifest.load(workspace.folder("index")))["latency"]
     assert all(0 < latency[size]["p50_ms"] <= latency[size]["p99_ms"] for size in ("1", "32"))
     assert VectorIndex.open(workspace.folder("index") / file_name(0)).rows == 250
 
