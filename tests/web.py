@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
+import urllib.request
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
@@ -31,6 +33,8 @@ class Site:
     sent: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
     requested: int = 0
+    connections: int = 0
+    lock: Any = field(default_factory=Lock)
     url: str = ""
 
 
@@ -38,7 +42,7 @@ class Site:
 def serve(site: Site) -> Iterator[Site]:
     """Serve the site on a free port of loopback."""
     handler = type("Handler", (_Handler,), {"site": site})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     site.url = f"http://127.0.0.1:{server.server_port}"
     try:
@@ -46,6 +50,37 @@ def serve(site: Site) -> Iterator[Site]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def settle(site: Site) -> None:
+    """Wait until the requests of a client that is gone have all been answered.
+
+    Connections are taken in order, so once a new one is answered all earlier ones are counted.
+    """
+    with urllib.request.urlopen(urllib.request.Request(f"{site.url}/{next(iter(site.files))}", headers={"Range": "bytes=0-0"})) as reply:
+        reply.read()
+    while site.connections:
+        time.sleep(0.01)
+
+
+class _Server(ThreadingHTTPServer):
+    """Counts the connections it has taken and not yet ended."""
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._count(1)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self._count(-1)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: clients that are killed are what this server is for."""
+
+    def _count(self, change: int) -> None:
+        site: Site = self.RequestHandlerClass.site
+        with site.lock:
+            site.connections += change
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from research_rl import manifest
-from tests.web import Site, serve
+from tests.web import Site, serve, settle
 
 ROWS = 4_000
 CORPUS = b"".join(json.dumps({"id": str(n), "contents": f"passage {n} " + "x" * (n % 1197)}).encode() + b"\n" for n in range(ROWS))
@@ -118,6 +118,7 @@ def held(root: Path, url: str) -> int:
 
 def resume(runner: Runner, site: Site, root: Path) -> None:
     """Run again and check that exactly the rest was asked for, and that what stands is whole and right."""
+    settle(site)
     if (root / "data" / manifest.MANIFEST).exists():
         manifest.load(root / "data")
     stood, before = held(root, site.url), site.requested
