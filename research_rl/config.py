@@ -527,7 +527,6 @@ class RetrieverConfig(Section):
         default=(),
         description="Several running retrievers: a list of replicas, or a list of lists, one of replicas for each part of the index. Instead of url.",
     )
-    hedge: bool = Field(default=True, description="Ask a second replica when the first is slower than nearly all of its answers.")
     start_deadline_s: float = Field(default=120.0, gt=0, description="Seconds until /readyz must answer.")
     max_batch: int = Field(default=512, ge=1, description="Most queries accepted in one request.")
     max_top_k: int = Field(default=100, ge=1, description="Most passages a query may ask for.")

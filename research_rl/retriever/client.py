@@ -47,9 +47,9 @@ class RetrieverClient:
     `url` is one address, replicas `a,b`, or parts of an index with their replicas `a,b;c,d`.
     """
 
-    def __init__(self, url: str, token: str | None = None, timeout_s: float = 20.0, *, hedge: bool = True) -> None:
+    def __init__(self, url: str, token: str | None = None, timeout_s: float = 20.0) -> None:
         self.url, self.timeout_s = url.rstrip("/"), timeout_s
-        self._parts: list[Part[Found | SearchFailure]] = [Part(urls, self._well, hedge=hedge) for urls in parts(url)]
+        self._parts: list[Part[Found | SearchFailure]] = [Part(urls, self._well) for urls in parts(url)]
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.AsyncClient(headers=headers, trust_env=False)
         self._slots = asyncio.Semaphore(_CONNECTIONS)

@@ -91,9 +91,9 @@ class Replica:
 class Part(Generic[T]):
     """The replicas that hold one part of the index. `ask(url)` searches there and raises what `again` names on failure."""
 
-    def __init__(self, urls: Sequence[str], probe: Callable[[str], Awaitable[bool]], *, hedge: bool = True) -> None:
+    def __init__(self, urls: Sequence[str], probe: Callable[[str], Awaitable[bool]]) -> None:
         self.replicas = [Replica(url) for url in urls]
-        self._probe, self._hedge = probe, hedge and len(urls) > 1
+        self._probe = probe
         self._probes: set[asyncio.Task[None]] = set()
 
     async def ask(self, ask: Callable[[str], Coroutine[Any, Any, T]], again: type[Exception]) -> T:
@@ -107,10 +107,10 @@ class Part(Generic[T]):
         last: Exception | None = None
         try:
             while order or waiting:
-                if order and (not waiting or self._hedge):
+                if order:
                     replica = order.pop(0)
                     waiting[asyncio.create_task(self._asked(replica, ask, again))] = replica
-                delay = self._delay(list(waiting.values())) if order and self._hedge else None
+                delay = self._delay(list(waiting.values())) if order else None
                 done, _ = await asyncio.wait(waiting, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     del waiting[task]
