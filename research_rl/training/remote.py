@@ -57,7 +57,7 @@ class Store:
         import boto3
         from botocore.config import Config
 
-        return boto3.client("s3", config=Config(connect_timeout=10, read_timeout=60, retries={"max_attempts": 2}))
+        return boto3.Session().client("s3", config=Config(connect_timeout=10, read_timeout=60, retries={"max_attempts": 2}))
 
     def sealed(self, client: Any) -> dict[int, dict[str, Any]]:
         """Return the files of every whole checkpoint there, by step, as its seal lists them."""
