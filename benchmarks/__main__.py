@@ -20,9 +20,11 @@ DUELS = {
     "P4": "benchmarks.encoding",
     "P6": "benchmarks.server_start",
     "P5": "benchmarks.index_build",
+    "P7": "benchmarks.resume",
     "P8": "benchmarks.rollouts",
     "P9": "benchmarks.turn_overhead",
     "P10": "benchmarks.reward",
+    "P11": "benchmarks.bm25",
     "P13": "benchmarks.start_up",
     "P14": "benchmarks.validation",
 }

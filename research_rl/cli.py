@@ -155,9 +155,11 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from research_rl.plan import describe
+    from research_rl.plan import check, describe
 
-    print(describe(_resolve(arguments), _workspace(arguments)))
+    config, workspace = _resolve(arguments), _workspace(arguments)
+    print(describe(config, workspace), flush=True)
+    check(config, workspace)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

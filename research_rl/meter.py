@@ -1,4 +1,7 @@
-"""Seconds and peak memory of a piece of work in this process. Knows the kernel's counters; other work in the process counts too."""
+"""Seconds, CPU-seconds and peak memory of a piece of work in this process. Knows the kernel's counters.
+
+Other work in the same process counts too.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,16 @@ class Meter:
     """Starts with its construction; where the kernel allows it, the peak of what ran before is forgotten."""
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
+        self._started, self._cpu = time.monotonic(), time.process_time()
         try:
             Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
         except OSError:  # no such file outside Linux, or not ours to write: the peak then is the process's
             return
 
     def read(self) -> dict[str, float]:
-        """Return `seconds` and `peak_mib` (resident memory, mapped files included) since the start."""
-        return {"seconds": round(time.monotonic() - self._started, 2), "peak_mib": round(peak_bytes() / 2**20, 1)}
+        """Return `seconds`, `cpu_seconds` and `peak_mib` (resident memory, mapped files included) since the start."""
+        seconds, cpu = time.monotonic() - self._started, time.process_time() - self._cpu
+        return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_mib": round(peak_bytes() / 2**20, 1)}
 
 
 def peak_bytes() -> int:

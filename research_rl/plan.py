@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from research_rl import manifest
+from research_rl import manifest, sizing
 from research_rl.config import Config, config_hash
-from research_rl.errors import ConfigError, ManifestError
+from research_rl.errors import ManifestError
 from research_rl.stages import STAGES, Workspace
 from research_rl.training import plan as training
 
-__all__ = ["Row", "State", "describe", "state"]
+__all__ = ["Row", "State", "check", "describe", "state"]
 
 State = Literal["current", "stale", "missing", "torn"]
 
@@ -62,35 +60,22 @@ def _hash(workspace: Workspace, stage: str) -> str:
 
 
 def describe(config: Config, workspace: Workspace) -> str:
-    """Return the plan as text. Raises ConfigError when index or training cannot fit."""
+    """Return the plan as text. Raises ConfigError when training cannot fit; see `check` for the knowledge side."""
     rows = state(config, workspace)
     lines = [f"profile {config.profile}, workspace {workspace.root}", ""]
     lines += [f"{row.stage:<10} {'skip' if row.state == 'current' else 'build':<6} {row.state}: {row.detail}" for row in rows]
-    lines += ["", *_budget(config, workspace)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_knowledge(config, workspace), "", *training.lines(config, workspace.folder("policy"))])
 
 
-def _budget(config: Config, workspace: Workspace) -> list[str]:
-    lines = training.lines(config, workspace.folder("policy"))
-    rows = _passages(config, workspace)
+def check(config: Config, workspace: Workspace) -> None:
+    """Raise ConfigError when the knowledge side cannot fit on the disk or in memory."""
+    rows = sizing.passages(config, workspace)
+    if rows is not None:
+        sizing.refuse(sizing.estimates(config, workspace, rows), config, workspace)
+
+
+def _knowledge(config: Config, workspace: Workspace) -> list[str]:
+    rows = sizing.passages(config, workspace)
     if rows is None:
-        return [*lines, "index: size known after download"]
-    need = 2 * rows * config.encoder.dim * 4
-    free = shutil.disk_usage(_existing(workspace.root)).free
-    if need > free:
-        raise ConfigError(
-            f"{rows:,} passages x {config.encoder.dim} x 4 bytes need {need / 1e9:.1f} GB for vectors and index, "
-            f"{free / 1e9:.1f} GB are free; free some room or lower encoder.dim"
-        )
-    return [*lines, f"index: {rows:,} passages, {need / 1e9:.2f} GB for vectors and index, {free / 1e9:.0f} GB free"]
-
-
-def _passages(config: Config, workspace: Workspace) -> int | None:
-    try:
-        return manifest.load(workspace.folder("download"), verify=False).counts.get("passages")
-    except ManifestError:
-        return None
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
+        return [f"knowledge side: sizes known after download ({config.data.corpus} is not among {list(sizing.KNOWN)})"]
+    return sizing.table(sizing.estimates(config, workspace, rows), rows)

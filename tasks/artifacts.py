@@ -78,11 +78,15 @@ def _quality(checks: Sequence[Mapping[str, Any]], what: str, docs: Path) -> None
 
 
 def index_card(job: Job, found: Manifest, run: StageRun) -> None:
-    """Publish a card that says what the index is made of."""
+    """Publish a card that says what the index is made of, how well it finds and what it took; MLflow gets the same as metrics and file."""
     lines = ["# Index", "", "| part | property | value |", "|---|---|---|"]
     for name in ("corpus", "embed", "index"):
         part = found if name == "index" else manifest.load(job.workspace.folder(name), verify=False)
         lines += [f"| {name} | {key} | {value} |" for key, value in _properties(part)]
+    lines += _index_quality(found)
+    if run.fresh:
+        run.metrics(_index_metrics(found))
+        run.artifact(job.workspace.folder("index") / manifest.MANIFEST)
     sections = STAGES["embed"].sections + STAGES["index"].sections
     tree = job.config.model_dump(mode="json")
     lines += ["", "Parameters:", "", "```json", *(f"{name}: {tree[name]}" for name in sections), "```"]
@@ -90,9 +94,31 @@ def index_card(job: Job, found: Manifest, run: StageRun) -> None:
         create_markdown_artifact("\n".join(lines), key="index-card", description=f"Index {found.hash[:12]}")
 
 
+def _index_quality(found: Manifest) -> list[str]:
+    """Return tables of recall against exact search and of latency; nothing for an index that is exact."""
+    lines: list[str] = []
+    if recall := found.facts.get("recall"):
+        lines += ["", "| k | recall against exact search |", "|---|---|", *(f"| {k} | {value:.4f} |" for k, value in recall.items())]
+    if latency := found.measured.get("latency"):
+        lines += ["", "| batch | median, ms | 99th percentile, ms |", "|---|---|---|"]
+        lines += [f"| {size} | {value['p50_ms']} | {value['p99_ms']} |" for size, value in latency.items()]
+    return lines
+
+
+def _index_metrics(found: Manifest) -> dict[str, float]:
+    """Return size, recall, latency and cost of an index by MLflow name."""
+    latency: dict[str, dict[str, float]] = found.measured.get("latency", {})
+    return {
+        "index/bytes": float(sum(entry.size for entry in found.files)),
+        **{f"index/recall_at_{k}": value for k, value in found.facts.get("recall", {}).items()},
+        **{f"index/batch_{size}_{name}": value for size, times in latency.items() for name, value in times.items()},
+        **{f"index/{name}": float(value) for name, value in found.measured.items() if isinstance(value, (int, float))},
+    }
+
+
 def _properties(part: Manifest) -> list[tuple[str, str]]:
     counts = [(name, f"{value:,}") for name, value in part.counts.items()]
-    facts = [(name, _short(value)) for name, value in part.facts.items() if not isinstance(value, list)]
+    facts = [(name, _short(value)) for name, value in {**part.facts, **part.measured}.items() if not isinstance(value, list)]
     size = sum(entry.size for entry in part.files)
     return [*counts, *facts, ("size", f"{size / 1e6:,.2f} MB in {len(part.files)} files"), ("hash", f"`{part.hash[:12]}`")]
 

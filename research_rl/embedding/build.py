@@ -82,8 +82,11 @@ def _work_folder(context: Context) -> Path:
 def _lexical(context: Context, store: PassageStore, work: Path) -> _Built:
     from research_rl.embedding.lexical import LexicalEncoder
 
-    encoder = LexicalEncoder.fit((texts for _, texts in store.batches(_BATCH)), context.config.encoder.dim)
-    encoder.save(work / ENCODER)
+    if not (work / ENCODER).is_dir():
+        shutil.rmtree(work / "encoder.tmp", ignore_errors=True)
+        LexicalEncoder.fit((texts for _, texts in store.batches(_BATCH)), context.config.encoder.dim).save(work / "encoder.tmp")
+        (work / "encoder.tmp").rename(work / ENCODER)
+    encoder = LexicalEncoder.load(work / ENCODER)
 
     def encode(shards: Iterable[range], progress: Callable[[int], None]) -> Iterator[tuple[range, Encoded]]:
         for shard in shards:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import bm25s
 import numpy as np
@@ -20,13 +20,13 @@ import numpy.typing as npt
 import Stemmer
 
 from research_rl.config import IndexConfig
-from research_rl.corpus.store import PassageStore
 from research_rl.embedding import Vectors
 from research_rl.errors import ManifestError
 from research_rl.index.search import merged
 from research_rl.index.work import Work
+from research_rl.stages import silent
 
-__all__ = ["Bm25", "build", "unit"]
+__all__ = ["Bm25", "Texts", "build", "write"]
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")
 _BATCH = 2000
@@ -52,7 +52,23 @@ class _Stems(dict[str, int]):
         return number
 
 
-def build(work: Work, config: IndexConfig, store: PassageStore, ranges: Sequence[Range], progress: Progress) -> dict[str, Any]:
+class Texts(Protocol):
+    """Passages read in batches, as a `PassageStore` gives them."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[tuple[int, list[str]]]:
+        """Yield the first row and the texts of consecutive batches."""
+        ...
+
+
+def write(texts: Texts, config: IndexConfig, folder: Path) -> None:
+    """Write a word index in one file into `folder`."""
+    _count(texts, silent, folder)
+    _score(folder, config, 0, 0, len(texts), folder)
+
+
+def build(work: Work, config: IndexConfig, store: Texts, ranges: Sequence[Range], progress: Progress) -> dict[str, Any]:
     """Build the word index as units of `work`; return the facts `Bm25.open` needs."""
     counted = work.unit("bm25-words", partial(_count, store, progress))
     for number, (start, stop) in enumerate(ranges):
@@ -67,7 +83,7 @@ def unit(number: int) -> str:
     return f"bm25-{number:05d}"
 
 
-def _count(store: PassageStore, progress: Progress, folder: Path) -> dict[str, Any]:
+def _count(store: Texts, progress: Progress, folder: Path) -> dict[str, Any]:
     """Write every passage's stems as numbers, and how many passages hold each stem."""
     stems, lengths = _Stems(), np.zeros(len(store), np.int32)
     frequencies = np.zeros(1 << 16, np.int64)

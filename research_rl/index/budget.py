@@ -5,26 +5,35 @@ Every figure is an upper estimate in bytes of resident memory; docs/experiments.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
-from research_rl.config import IndexConfig
+from research_rl.config import CorpusConfig, EncoderConfig, IndexConfig
 from research_rl.errors import ConfigError
 
-__all__ = ["files_held", "peak", "shard_rows"]
+__all__ = ["corpus_peak", "disk", "embed_peak", "files_held", "peak", "shard_rows"]
 
 _MIB = 1 << 20
-_BASE = 170 * _MIB
+_BASE = 112 * _MIB
 """Interpreter, numpy, Arrow and faiss before any data."""
 _TORCH = 230 * _MIB
-_READ = 64 * _MIB
-"""A vector file mapped while it is read, and the batch on its way."""
+_READ = 16_384
+"""Vectors held beside the index: a vector file mapped while it is read, and the batch on its way."""
 _GROWN = 1.6
 """Inverted lists and graphs grow by doubling: what they hold above what they need."""
 _TOKENS = 64
 """Stems a passage keeps, of about 100 words."""
-_TOKEN_BYTES = 52
+_TOKEN_BYTES = 88
 """Memory of a token while its file is scored and sorted."""
+_KEPT = 0.85
+"""Share of a passage's stems that are distinct."""
+_SENTENCE = 600 * _MIB
+"""torch and sentence-transformers with a model of the base size."""
+_ACTIVATIONS = 80
+"""Numbers a token holds for each of its vector's while a batch goes through a transformer."""
 _WORD_BYTES = 300
+_STEMMER = 40 * _MIB
+"""bm25s and what it imports."""
 _LEAST_ROWS = 100
 
 
@@ -56,16 +65,38 @@ def files_held(config: IndexConfig, dim: int, ranges: Sequence[tuple[int, int]])
     return max(1, min(len(ranges), int(room / max(longest, 1))))
 
 
+def disk(config: IndexConfig, dim: int, rows: int) -> float:
+    """Return the bytes of the index artifact; a prebuilt file is taken for one of index.factory."""
+    from research_rl.index.dense import row_bytes
+
+    dense = rows * row_bytes(config, dim) if config.kind != "bm25" else 0.0
+    words = rows * _TOKENS * _KEPT * 8 + _words(rows) * 24 if config.kind != "dense" else 0.0
+    return dense + words
+
+
+def corpus_peak(config: CorpusConfig, text: float) -> float:
+    """Return the planned peak of the corpus stage: one shard as Python strings and as Arrow, with `text` bytes a passage."""
+    return _BASE + config.shard_rows * (3.5 * text + 300)
+
+
+def embed_peak(config: EncoderConfig, dim: int) -> float:
+    """Return the planned peak of the embed stage: its texts and vectors, and what the model needs."""
+    if config.kind != "sentence":
+        return _BASE + config.shard_rows * (dim * 4 + 1500) + 16 * _MIB
+    cores = os.cpu_count() or 1
+    return _BASE + _SENTENCE + cores * config.batch_tokens * dim * 4 * _ACTIVATIONS + config.shard_rows * (dim * 4 + 4000)
+
+
 def _fixed(config: IndexConfig, dim: int, rows: int) -> float:
     """Memory that does not depend on the length of a file: libraries, the training sample, the vocabulary."""
     from research_rl.index.search import EXACT
 
-    fixed = float(_BASE + _READ)
+    fixed = _BASE + _READ * dim * 4.0
     if config.kind != "bm25":
         fixed += _TORCH if config.factory == EXACT else 0
         fixed += 2.0 * min(rows, config.train_rows) * dim * 4 if _trained(config) else 0
     if config.kind != "dense":
-        fixed += _WORD_BYTES * _words(rows)
+        fixed += _STEMMER + _WORD_BYTES * _words(rows)
     return fixed
 
 

@@ -15,11 +15,11 @@ import faiss
 
 from research_rl.config import IndexConfig
 from research_rl.errors import ConfigError
-from research_rl.index.search import EXACT, Joined, VectorIndex, VectorSearcher, file_name
+from research_rl.index.search import EXACT, Joined, VectorIndex, VectorSearcher, file_name, threads_for
 from research_rl.index.vectors import VectorFiles
 from research_rl.index.work import Work
 
-__all__ = ["build", "open_vectors", "row_bytes", "template"]
+__all__ = ["build", "learn", "open_vectors", "row_bytes", "write"]
 
 _ADD = 4096
 """Vectors added at once."""
@@ -31,15 +31,12 @@ Range = tuple[int, int]
 
 def build(work: Work, config: IndexConfig, vectors: VectorFiles, ranges: Sequence[Range], progress: Progress) -> dict[str, Any]:
     """Build one file a range of rows as units of `work`; return the facts `open_vectors` needs. Raises ConfigError."""
-    scan = config.factory == EXACT
-    if not scan:
-        _train(work, config, vectors)
+    empty = _trained(work, config, vectors)
     records: list[dict[str, Any]] = []
     for number, (start, stop) in enumerate(ranges):
-        make = partial(_scan, vectors, number, start, stop) if scan else partial(_fill, work, config, vectors, number, start, stop)
-        records.append(work.unit(unit(number), make))
+        records.append(work.unit(unit(number), partial(write, config, empty, vectors, number, start, stop)))
         progress(f"{stop:,} of {len(vectors):,} vectors", stop / max(len(vectors), 1))
-    return {"bounds": records} if scan else {}
+    return {"bounds": records} if config.factory == EXACT else {}
 
 
 def unit(number: int) -> str:
@@ -78,29 +75,44 @@ def _refused(config: IndexConfig, where: str, error: RuntimeError) -> ConfigErro
     )
 
 
-def _train(work: Work, config: IndexConfig, vectors: VectorFiles) -> None:
-    """Learn what the factory learns (centroids, codebooks) from a sample, once for all files."""
+def _trained(work: Work, config: IndexConfig, vectors: VectorFiles) -> Any:
+    """Return the empty, trained index, as a unit of work of its own: all files share its centroids and codebooks."""
+    if config.factory == EXACT:
+        return None
 
-    def learn(folder: Path) -> dict[str, Any]:
-        index = template(config, vectors.dim)
-        if not index.is_trained:
-            sample = vectors.take(vectors.spread(config.train_rows))
-            moved = _placed(config, index)
-            try:
-                moved.train(sample)
-            except RuntimeError as error:
-                raise _refused(config, f"for {len(vectors):,} vectors of {vectors.dim} numbers", error) from None
-            index = _returned(config, moved)
-        faiss.write_index(index, str(folder / _TRAINED))
+    def train(folder: Path) -> dict[str, Any]:
+        faiss.write_index(learn(config, vectors), str(folder / _TRAINED))
         return {}
 
-    work.unit(_TRAINED, learn)
+    work.unit(_TRAINED, train)
+    return faiss.read_index(str(work.folder / _TRAINED / _TRAINED))
 
 
-def _fill(work: Work, config: IndexConfig, vectors: VectorFiles, number: int, start: int, stop: int, folder: Path) -> dict[str, Any]:
-    empty = faiss.read_index(str(work.folder / _TRAINED / _TRAINED))
-    _reserve(empty, stop - start)
-    index = _placed(config, empty)
+def learn(config: IndexConfig, vectors: VectorFiles) -> Any:
+    """Return the empty index, trained on a sample where its kind needs it. Raises ConfigError."""
+    index = template(config, vectors.dim)
+    if index.is_trained:
+        return index
+    moved, sample = _placed(config, index), vectors.take(vectors.spread(config.train_rows))
+    faiss.omp_set_num_threads(threads_for(sample.nbytes))
+    try:
+        moved.train(sample)
+    except RuntimeError as error:
+        raise _refused(config, f"for {len(vectors):,} vectors of {vectors.dim} numbers", error) from None
+    return _returned(config, moved)
+
+
+def write(config: IndexConfig, empty: Any, vectors: VectorFiles, number: int, start: int, stop: int, folder: Path) -> dict[str, Any]:
+    """Write file `number` with rows `start` to `stop` - 1: `empty` filled, or their scan where there is none; return its facts."""
+    if empty is None:
+        from research_rl.index.exact import scan_name, write_scan
+
+        norm, error = write_scan((some for _, some in vectors.batches(start, stop, _ADD)), folder / scan_name(number))
+        return {"norm": norm, "error": error}
+    index = faiss.clone_index(empty)
+    _reserve(index, stop - start)
+    index = _placed(config, index)
+    faiss.omp_set_num_threads(threads_for((stop - start) * vectors.dim * 4))
     for _, some in vectors.batches(start, stop, _ADD):
         index.add(some)
     faiss.write_index(_returned(config, index), str(folder / file_name(number)))
@@ -129,13 +141,6 @@ def _placed(config: IndexConfig, index: Any) -> Any:
 
 def _returned(config: IndexConfig, index: Any) -> Any:
     return index if config.device == "cpu" else faiss.index_gpu_to_cpu(index)
-
-
-def _scan(vectors: VectorFiles, number: int, start: int, stop: int, folder: Path) -> dict[str, Any]:
-    from research_rl.index.exact import scan_name, write_scan
-
-    norm, error = write_scan((some for _, some in vectors.batches(start, stop, _ADD)), folder / scan_name(number))
-    return {"norm": norm, "error": error}
 
 
 def open_vectors(

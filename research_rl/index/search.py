@@ -54,13 +54,17 @@ def file_name(number: int) -> str:
     return f"index-{number:05d}.faiss"
 
 
+def threads_for(size: int) -> int:
+    """Return the threads for work over `size` bytes of vectors: helpers that wait for each other cost more than they do."""
+    return 1 if size < _SMALL_BYTES else os.cpu_count() or 1
+
+
 class VectorIndex:
     """A faiss index with its row count and dimension; searches from one thread at a time."""
 
     def __init__(self, index: Any, threads: int = 0) -> None:
         self._index = index
-        small = self.rows * self.dim * 4 < _SMALL_BYTES
-        self._threads = threads or (1 if small else os.cpu_count() or 1)
+        self._threads = threads or threads_for(self.rows * self.dim * 4)
         faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM * self.dim
 
     @classmethod

@@ -1,0 +1,197 @@
+"""Measure in seconds how fast this machine does what the stages do, with their own code on a small sample.
+
+Knows the code paths; keeps nothing. All rates are CPU-seconds a passage.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from research_rl.config import Config, EncoderConfig
+from research_rl.corpus import store
+from research_rl.errors import ManifestError, ModelError
+from research_rl.manifest import file_sha256
+from research_rl.stages import Workspace
+from research_rl.trajectory import Passage
+
+__all__ = ["by_shape", "machine", "measure", "shaped", "texts", "verified"]
+
+_SAMPLE = 4000
+_VECTORS = 30_000
+_WORDS = 100
+_TOKENS_A_WORD = 1.35
+_START_S = 1.5
+"""CPU-seconds of a stage's imports."""
+SHAPES = {"e5-small": (12, 384), "e5-base": (12, 768), "e5-large": (24, 1024), "bge-small": (12, 384), "bge-base": (12, 768),
+          "bge-large": (24, 1024), "mpnet-base": (12, 768), "minilm-l6": (6, 384), "minilm-l12": (12, 384)}  # fmt: skip
+"""Layers and width of known encoders, by a part of their name."""
+
+
+def machine() -> str:
+    """Return what tells this processor from another in the cache of rates."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def texts(workspace: Workspace) -> list[str]:
+    """Return passages of the workspace's corpus as a sample, generated ones of 100 words where there is none yet."""
+    try:
+        return store.PassageStore(workspace.folder("corpus")).texts(0, _SAMPLE)
+    except ManifestError:
+        generator = np.random.default_rng(0)
+        ranks = np.minimum(generator.zipf(1.3, (_SAMPLE, _WORDS)), 200_000)
+        return [" ".join(f"w{rank}" for rank in row) for row in ranks]
+
+
+def measure(stage: str, config: Config, sample: list[str]) -> float:
+    """Return the CPU-seconds a passage takes in `stage` (corpus, embed or index)."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {"corpus": _corpus, "embed": _embed, "index": _index}[stage](config, sample, Path(folder))
+
+
+def _corpus(config: Config, sample: list[str], folder: Path) -> float:
+    import json
+
+    lines = [json.dumps({"id": str(n), "contents": text}) for n, text in enumerate(sample)]
+
+    def work() -> None:
+        rows = (json.loads(line) for line in lines)
+        store.write((Passage(row["id"], row["contents"]) for row in rows), folder, config.corpus.shard_rows)
+        _hash_all(folder)
+
+    return _seconds(work) / len(sample)
+
+
+def _embed(config: Config, sample: list[str], folder: Path) -> float:
+    if config.encoder.kind == "sentence":
+        return _sentence(config.encoder, sample[: _SAMPLE // 16])
+    from research_rl.embedding.lexical import LexicalEncoder
+
+    def work() -> None:
+        encoder = LexicalEncoder.fit([sample[start : start + 1000] for start in range(0, len(sample), 1000)], config.encoder.dim)
+        for start in range(0, len(sample), 1000):
+            np.save(folder / f"{start}.npy", encoder.encode_passages(sample[start : start + 1000]))
+        _hash_all(folder)
+        _hash_all(folder)
+
+    return _seconds(work) / len(sample)
+
+
+def _sentence(config: EncoderConfig, sample: list[str]) -> float:
+    from research_rl.embedding import models
+    from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
+
+    dtype = fast_bfloat16() if config.dtype == "auto" else config.dtype
+    facts = {"query_prefix": "", "passage_prefix": config.passage_prefix, "max_tokens": config.max_tokens, "dtype": dtype}
+    encoder = SentenceEncoder.load(models.resolve(config.model, models.cache_folder()), {**facts, "batch_tokens": config.batch_tokens})
+    encoder.encode_passages(sample[:16])
+    return _seconds(lambda: encoder.encode_passages(sample)) / len(sample)
+
+
+def _index(config: Config, sample: list[str], folder: Path) -> float:
+    seconds = 0.0
+    if config.index.kind != "bm25" and not config.index.prebuilt:
+        seconds += _dense(config, folder)
+    if config.index.kind != "dense":
+        from research_rl.index import bm25
+
+        seconds += _seconds(lambda: bm25.write(_Texts(sample), config.index, folder)) / len(sample)
+    return seconds
+
+
+class _Texts:
+    """A list of texts as a passage store."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def batches(self, size: int) -> Iterator[tuple[int, list[str]]]:
+        for start in range(0, len(self._texts), size):
+            yield start, self._texts[start : start + size]
+
+
+def _dense(config: Config, folder: Path) -> float:
+    """Build one file of random vectors as the index stage would; training, done once, is left out."""
+    from research_rl.index.dense import learn, write
+    from research_rl.index.search import EXACT
+    from research_rl.index.vectors import VectorFiles
+
+    generator, dim = np.random.default_rng(0), config.encoder.dim
+    vectors = generator.standard_normal((_VECTORS, dim), dtype=np.float32)
+    np.save(folder / "vectors.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    files = VectorFiles([folder / "vectors.npy"], dim)
+    (folder / "made").mkdir()
+    empty = None if config.index.factory == EXACT else learn(config.index, files)
+
+    def work() -> None:
+        write(config.index, empty, files, 0, 0, _VECTORS, folder / "made")
+        for _ in range(2):  # once for the unit of work, once for the manifest
+            _hash_all(folder / "made")
+
+    return _seconds(work) / _VECTORS
+
+
+def shaped(config: EncoderConfig, stage: str) -> bool:
+    """Return whether the rate of `stage` must be reckoned: its encoder is a known one and not on this machine."""
+    if stage != "embed" or config.kind != "sentence" or _shape(config) is None:
+        return False
+    from research_rl.embedding import models
+
+    model = config.model or ""
+    if model.startswith("pypi:"):
+        package = model.removeprefix("pypi:").partition("/")[0].partition("==")[0].replace("-", "_").lower()
+        return not any((models.cache_folder() / "wheels").glob(f"{package}-*"))
+    return not Path(model).expanduser().is_dir()
+
+
+def by_shape(config: EncoderConfig) -> float:
+    """Return the CPU-seconds a passage of 100 words takes in an encoder of this shape at the machine's bf16 matrix rate."""
+    shape = _shape(config)
+    if shape is None:
+        raise ModelError(f"encoder.model={config.model} is not among {list(SHAPES)}; give a folder")
+    layers, width = shape
+    tokens = min(config.max_tokens, _WORDS * _TOKENS_A_WORD)
+    return 2 * tokens * layers * (12 * width**2 + 2 * tokens * width) / _matrix_rate()
+
+
+def _shape(config: EncoderConfig) -> tuple[int, int] | None:
+    return next((shape for name, shape in SHAPES.items() if name in (config.model or "").lower()), None)
+
+
+def _matrix_rate() -> float:
+    """Return bf16 operations per CPU-second of a matrix product of an encoder's size."""
+    import torch
+
+    a, b = torch.randn(2048, 768).bfloat16(), torch.randn(768, 3072).bfloat16()
+    _ = a @ b
+    return 2 * 2048 * 768 * 3072 * 20 / _seconds(lambda: [a @ b for _ in range(20)])
+
+
+def verified(size: float) -> float:
+    """Return the CPU-seconds of comparing `size` bytes of a parent artifact with its manifest, and of starting up."""
+    block = bytes(1 << 20)
+    return _START_S + size * _seconds(lambda: [sha256(block) for _ in range(64)]) / (64 << 20)
+
+
+def _hash_all(folder: Path) -> None:
+    for path in folder.iterdir():
+        file_sha256(path)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return max(time.process_time() - started, 1e-6)

@@ -1,0 +1,150 @@
+"""What corpus, embeddings and index will take: bytes on disk, peak memory, time. Knows sizes and rates; builds nothing.
+
+Times are CPU-seconds of one core by a rate measured on this machine: a short calibration with the stages' own code, kept
+in the cache folder. An encoder that is not here is reckoned from its shape and the machine's matrix product rate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from research_rl import manifest
+from research_rl.config import Config
+from research_rl.errors import ConfigError, ManifestError
+from research_rl.stages import STAGES, Workspace
+
+__all__ = ["Estimate", "estimates", "refuse", "table"]
+
+KNOWN = {"wiki18_100w": 21_015_324, "psgs_w100": 21_015_324, "nq_corpus": 3_200_000}
+"""Passages of public corpora, by a part of their file name."""
+_CHARS = 680
+"""Bytes a passage of 100 words takes with its id, where the corpus is not here yet."""
+_GIB = 1024**3
+_MIB = 1024**2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage takes: bytes on disk and of memory, CPU-seconds, and where the rate comes from."""
+
+    stage: str
+    disk: float
+    memory: float
+    seconds: float
+    rate: str
+
+
+def passages(config: Config, workspace: Workspace) -> int | None:
+    """Return how many passages the corpus has: by the raw snapshot, else by the table of known corpora."""
+    try:
+        counts = manifest.load(workspace.folder("download"), verify=False).counts
+        return counts.get("corpus")
+    except ManifestError:
+        return next((rows for name, rows in KNOWN.items() if name in config.data.corpus), None)
+
+
+def estimates(config: Config, workspace: Workspace, rows: int) -> list[Estimate]:
+    """Return the estimates of corpus, embed and index. Raises ConfigError for an index that faiss refuses."""
+    from research_rl.index import budget
+
+    text = _text_bytes(workspace, rows)
+    rates = _Rates(config, workspace)
+    dim = 0 if config.encoder.kind == "none" else _dim(config)
+    encoded = rows if dim and config.encoder.vectors else 0
+    sizes = {"corpus": rows * (text + 16), "embed": encoded * dim * 4.0, "index": budget.disk(config.index, dim, rows)}
+    read = {"corpus": rows * text, "embed": sizes["corpus"], "index": sizes["corpus"] + sizes["embed"]}
+    corpus = Estimate("corpus", sizes["corpus"], budget.corpus_peak(config.corpus, text), *rates("corpus", rows, read["corpus"]))
+    embed = Estimate("embed", sizes["embed"], budget.embed_peak(config.encoder, dim), *rates("embed", encoded, read["embed"]))
+    index = Estimate("index", sizes["index"], budget.peak(config.index, dim, rows), *rates("index", rows, read["index"]))
+    return [corpus, embed, index]
+
+
+def table(found: list[Estimate], rows: int) -> list[str]:
+    """Return the estimates as lines of text."""
+    lines = [f"knowledge side: {rows:,} passages", f"{'stage':<8}{'disk':>12}{'peak memory':>14}{'time, one core':>16}  rate"]
+    for item in found:
+        hours = f"{item.seconds:,.0f} s" if item.seconds < 7200 else f"{item.seconds / 3600:,.1f} h"
+        lines.append(f"{item.stage:<8}{item.disk / 1e9:>9,.2f} GB{item.memory / _GIB:>10,.2f} GiB{hours:>16}  {item.rate}")
+    return lines
+
+
+def refuse(found: list[Estimate], config: Config, workspace: Workspace) -> None:
+    """Raise ConfigError when what is still to be built does not fit on the disk, in memory or in index.memory_gib."""
+    import psutil
+
+    new = [item for item in found if not (workspace.folder(item.stage) / manifest.MANIFEST).is_file()]
+    need, free = sum(item.disk for item in new), shutil.disk_usage(_existing(workspace.root)).free
+    if need > free:
+        raise ConfigError(
+            f"{', '.join(item.stage for item in new)} need {need / 1e9:.1f} GB on disk, {free / 1e9:.1f} GB are free at {workspace.root}; "
+            "free some room, or lower what a vector takes (index.factory, encoder.dim)"
+        )
+    for item in new:
+        have = psutil.virtual_memory().total
+        if item.memory > have:
+            raise ConfigError(
+                f"stage {item.stage} needs {item.memory / _GIB:.1f} GiB of memory, this machine has {have / _GIB:.1f}; "
+                "lower index.memory_gib, index.shard_rows or encoder.batch_tokens"
+            )
+
+
+def _text_bytes(workspace: Workspace, rows: int) -> float:
+    try:
+        found = manifest.load(workspace.folder("corpus"), verify=False)
+    except ManifestError:
+        try:
+            raw = manifest.load(workspace.folder("download"), verify=False)
+        except ManifestError:
+            return _CHARS
+        return sum(entry.size for entry in raw.files if "corpus" in entry.path) / max(rows, 1)
+    return sum(entry.size for entry in found.files) / max(rows, 1)
+
+
+def _dim(config: Config) -> int:
+    return config.encoder.dim
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+class _Rates:
+    """CPU-seconds a passage takes in a stage, measured once for a machine and a configuration of that stage."""
+
+    def __init__(self, config: Config, workspace: Workspace) -> None:
+        from research_rl.embedding.models import cache_folder
+
+        self._config, self._workspace = config, workspace
+        self._path = cache_folder() / "rates.json"
+        try:
+            self._known: dict[str, float] = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def __call__(self, stage: str, rows: int, read: float) -> tuple[float, str]:
+        """Return the seconds of `rows` passages and of checking the `read` bytes of the parents, and where the rate comes from."""
+        if not rows:
+            return 0.0, "nothing to do"
+        from research_rl import calibrate
+
+        before = calibrate.verified(read)
+        section = STAGES[stage].sections[-1]
+        key = f"{stage}/{calibrate.machine()}/{self._config.model_dump_json(include={section, 'encoder'})}"
+        if calibrate.shaped(self._config.encoder, stage):
+            return before + rows * calibrate.by_shape(
+                self._config.encoder
+            ), "reckoned: the encoder's shape at this machine's bf16 matrix rate"
+        if key not in self._known:
+            self._keep(key, calibrate.measure(stage, self._config, calibrate.texts(self._workspace)))
+        return before + rows * self._known[key], f"measured here: {1 / self._known[key]:,.0f} passages per CPU-second"
+
+    def _keep(self, key: str, rate: float) -> None:
+        self._known[key] = rate
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(self._known))
+        temporary.replace(self._path)
