@@ -5,6 +5,7 @@ Knows the code paths; keeps nothing. All rates are CPU-seconds a passage.
 
 from __future__ import annotations
 
+import json
 import platform
 import tempfile
 import time
@@ -15,13 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from research_rl.config import Config, EncoderConfig
-from research_rl.corpus import store
+from research_rl.corpus import build, store
 from research_rl.errors import ManifestError, ModelError
 from research_rl.manifest import file_sha256
 from research_rl.stages import Workspace
-from research_rl.trajectory import Passage
 
-__all__ = ["by_shape", "machine", "measure", "shaped", "texts", "verified"]
+__all__ = ["by_shape", "machine", "measure", "shaped", "texts", "verified", "width"]
 
 _SAMPLE = 4000
 _VECTORS = 30_000
@@ -60,14 +60,14 @@ def measure(stage: str, config: Config, sample: list[str]) -> float:
 
 
 def _corpus(config: Config, sample: list[str], folder: Path) -> float:
-    import json
-
-    lines = [json.dumps({"id": str(n), "contents": text}) for n, text in enumerate(sample)]
+    source = folder / "corpus.jsonl"
+    source.write_text("".join(json.dumps({"id": str(n), "contents": text}) + "\n" for n, text in enumerate(sample)))
 
     def work() -> None:
-        rows = (json.loads(line) for line in lines)
-        store.write((Passage(row["id"], row["contents"]) for row in rows), folder, config.corpus.shard_rows)
-        _hash_all(folder)
+        with source.open("rb") as stream:
+            build.shard(stream, 0, 0, len(sample), store.shard_name(0), folder)
+        for _ in range(2):  # once for the unit of work, once for the manifest
+            _hash_all(folder)
 
     return _seconds(work) / len(sample)
 
@@ -88,12 +88,12 @@ def _embed(config: Config, sample: list[str], folder: Path) -> float:
 
 
 def _sentence(config: EncoderConfig, sample: list[str]) -> float:
-    from research_rl.embedding import models
+    from research_rl.embedding import models, presets
     from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
 
-    dtype = fast_bfloat16() if config.dtype == "auto" else config.dtype
-    facts = {"query_prefix": "", "passage_prefix": config.passage_prefix, "max_tokens": config.max_tokens, "dtype": dtype}
-    encoder = SentenceEncoder.load(models.resolve(config.model, models.cache_folder()), {**facts, "batch_tokens": config.batch_tokens})
+    source = models.resolve(config.model, models.cache_folder())
+    facts = {**presets.settle(config, source), "dtype": fast_bfloat16() if config.dtype == "auto" else config.dtype}
+    encoder = SentenceEncoder.load(source, facts)
     encoder.encode_passages(sample[:16])
     return _seconds(lambda: encoder.encode_passages(sample)) / len(sample)
 
@@ -129,7 +129,7 @@ def _dense(config: Config, folder: Path) -> float:
     from research_rl.index.search import EXACT
     from research_rl.index.vectors import VectorFiles
 
-    generator, dim = np.random.default_rng(0), config.encoder.dim
+    generator, dim = np.random.default_rng(0), width(config.encoder)
     vectors = generator.standard_normal((_VECTORS, dim), dtype=np.float32)
     np.save(folder / "vectors.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     files = VectorFiles([folder / "vectors.npy"], dim)
@@ -163,8 +163,14 @@ def by_shape(config: EncoderConfig) -> float:
     if shape is None:
         raise ModelError(f"encoder.model={config.model} is not among {list(SHAPES)}; give a folder")
     layers, width = shape
-    tokens = min(config.max_tokens, _WORDS * _TOKENS_A_WORD)
+    tokens = min(config.max_tokens or np.inf, _WORDS * _TOKENS_A_WORD)
     return 2 * tokens * layers * (12 * width**2 + 2 * tokens * width) / _matrix_rate()
+
+
+def width(config: EncoderConfig) -> int:
+    """Return the length of the encoder's vectors: that of its known shape, else encoder.dim."""
+    shape = _shape(config) if config.kind == "sentence" else None
+    return shape[1] if shape else config.dim
 
 
 def _shape(config: EncoderConfig) -> tuple[int, int] | None:

@@ -49,11 +49,12 @@ def passages(config: Config, workspace: Workspace) -> int | None:
 
 def estimates(config: Config, workspace: Workspace, rows: int) -> list[Estimate]:
     """Return the estimates of corpus, embed and index. Raises ConfigError for an index that faiss refuses."""
+    from research_rl import calibrate
     from research_rl.index import budget
 
     text = _text_bytes(workspace, rows)
     rates = _Rates(config, workspace)
-    dim = 0 if config.encoder.kind == "none" else _dim(config)
+    dim = 0 if config.encoder.kind == "none" else calibrate.width(config.encoder)
     encoded = rows if dim and config.encoder.vectors else 0
     sizes = {"corpus": rows * (text + 16), "embed": encoded * dim * 4.0, "index": budget.disk(config.index, dim, rows)}
     read = {"corpus": rows * text, "embed": sizes["corpus"], "index": sizes["corpus"] + sizes["embed"]}
@@ -102,10 +103,6 @@ def _text_bytes(workspace: Workspace, rows: int) -> float:
             return _CHARS
         return sum(entry.size for entry in raw.files if "corpus" in entry.path) / max(rows, 1)
     return sum(entry.size for entry in found.files) / max(rows, 1)
-
-
-def _dim(config: Config) -> int:
-    return config.encoder.dim
 
 
 def _existing(path: Path) -> Path:

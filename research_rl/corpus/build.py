@@ -20,7 +20,7 @@ from research_rl.errors import DataError
 from research_rl.index.work import Work
 from research_rl.stages import Context
 
-__all__ = ["run"]
+__all__ = ["run", "shard"]
 
 _BLOCK_ROWS = 4096
 _HASHES = "hashes.npy"
@@ -45,13 +45,13 @@ def _shards(context: Context, corpus: Path, work: Work, rows: int) -> Iterator[t
     with corpus.open("rb", buffering=1 << 20) as stream:
         while end < os.fstat(stream.fileno()).st_size:
             name = store.shard_name(done // rows)
-            record = work.unit(name, partial(_build, stream, end, done, rows, name))
+            record = work.unit(name, partial(shard, stream, end, done, rows, name))
             done, end = done + record["rows"], record["end"]
             context.progress(f"{done:,} of {total:,} passages", done / max(total, 1))
             yield name, record["rows"]
 
 
-def _build(stream: BinaryIO, begin: int, first: int, rows: int, name: str, folder: Path) -> dict[str, int]:
+def shard(stream: BinaryIO, begin: int, first: int, rows: int, name: str, folder: Path) -> dict[str, int]:
     """Write the shard of the next `rows` lines and the hashes of its ids; return its rows and where the next shard begins."""
     stream.seek(begin)
     table, end = _read(stream, first, rows)

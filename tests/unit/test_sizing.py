@@ -35,9 +35,9 @@ def test_wiki18_is_planned_without_any_data(tmp_path: Path) -> None:
 
 def test_a_rate_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, workspace = config.load_profile("laptop", ["data.corpus=wiki18_100w.jsonl"]), Workspace(tmp_path)
-    first = sizing.estimates(chosen, workspace, 1000)
+    first = [item.rate for item in sizing.estimates(chosen, workspace, 1000)]
     monkeypatch.setattr("research_rl.calibrate.measure", lambda *_: pytest.fail("measured again"))
-    assert sizing.estimates(chosen, workspace, 1000) == first
+    assert [item.rate for item in sizing.estimates(chosen, workspace, 1000)] == first
 
 
 def test_what_cannot_fit_is_refused_with_value_limit_and_remedy(tmp_path: Path) -> None:
