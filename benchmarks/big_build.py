@@ -22,7 +22,7 @@ import numpy as np
 from research_rl import config as configuration
 from research_rl import manifest, sizing
 from research_rl.config import Config, config_hash
-from research_rl.stages import STAGES, Workspace
+from research_rl.stages import STAGES, Workspace, measured
 
 OVERRIDES = ("encoder.kind=lexical", "encoder.dim=384", "index.memory_gib=2", "index.factory=Flat")
 WORDS, VOCABULARY = 60, 200_000
@@ -111,14 +111,14 @@ def killed_and_resumed(workspace: Workspace, stage: str) -> dict:
         time.sleep(0.05)
     if process.returncode:
         raise SystemExit(f"{stage} failed after it was resumed")
-    found = manifest.load(workspace.folder(stage), verify=False)
+    took = measured(workspace, manifest.load(workspace.folder(stage), verify=False))
     return {
         "files": total,
         "done_when_killed": len(before),
         "redone": len(redone) + 1,  # and the file it was in
         "cpu_s": round(cpu() - spent, 1),
-        "peak_mib": found.measured["peak_mib"],
-        "resumed_run_s": found.measured["seconds"],
+        "peak_mib": took["peak_mib"],
+        "resumed_run_s": took["seconds"],
     }
 
 

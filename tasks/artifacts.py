@@ -19,7 +19,7 @@ from prefect.exceptions import PrefectException
 
 from research_rl import manifest
 from research_rl.manifest import Manifest
-from research_rl.stages import STAGES
+from research_rl.stages import STAGES, measured
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch import Finding
 from tasks.docs import SUMMARY, named, rank
@@ -82,10 +82,11 @@ def index_card(job: Job, found: Manifest, run: StageRun) -> None:
     lines = ["# Index", "", "| part | property | value |", "|---|---|---|"]
     for name in ("corpus", "embed", "index"):
         part = found if name == "index" else manifest.load(job.workspace.folder(name), verify=False)
-        lines += [f"| {name} | {key} | {value} |" for key, value in _properties(part)]
-    lines += _index_quality(found)
+        lines += [f"| {name} | {key} | {value} |" for key, value in _properties(part, measured(job.workspace, part))]
+    took = measured(job.workspace, found)
+    lines += _index_quality(found, took)
     if run.fresh:
-        run.metrics(_index_metrics(found))
+        run.metrics(_index_metrics(found, took))
         run.artifact(job.workspace.folder("index") / manifest.MANIFEST)
     sections = STAGES["embed"].sections + STAGES["index"].sections
     tree = job.config.model_dump(mode="json")
@@ -94,31 +95,31 @@ def index_card(job: Job, found: Manifest, run: StageRun) -> None:
         create_markdown_artifact("\n".join(lines), key="index-card", description=f"Index {found.hash[:12]}")
 
 
-def _index_quality(found: Manifest) -> list[str]:
+def _index_quality(found: Manifest, took: Mapping[str, Any]) -> list[str]:
     """Return tables of recall against exact search and of latency; nothing for an index that is exact."""
     lines: list[str] = []
     if recall := found.facts.get("recall"):
         lines += ["", "| k | recall against exact search |", "|---|---|", *(f"| {k} | {value:.4f} |" for k, value in recall.items())]
-    if latency := found.measured.get("latency"):
+    if latency := took.get("latency"):
         lines += ["", "| batch | median, ms | 99th percentile, ms |", "|---|---|---|"]
         lines += [f"| {size} | {value['p50_ms']} | {value['p99_ms']} |" for size, value in latency.items()]
     return lines
 
 
-def _index_metrics(found: Manifest) -> dict[str, float]:
+def _index_metrics(found: Manifest, took: Mapping[str, Any]) -> dict[str, float]:
     """Return size, recall, latency and cost of an index by MLflow name."""
-    latency: dict[str, dict[str, float]] = found.measured.get("latency", {})
+    latency: dict[str, dict[str, float]] = took.get("latency", {})
     return {
         "index/bytes": float(sum(entry.size for entry in found.files)),
         **{f"index/recall_at_{k}": value for k, value in found.facts.get("recall", {}).items()},
         **{f"index/batch_{size}_{name}": value for size, times in latency.items() for name, value in times.items()},
-        **{f"index/{name}": float(value) for name, value in found.measured.items() if isinstance(value, (int, float))},
+        **{f"index/{name}": float(value) for name, value in took.items() if isinstance(value, int | float)},
     }
 
 
-def _properties(part: Manifest) -> list[tuple[str, str]]:
+def _properties(part: Manifest, took: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts = [(name, f"{value:,}") for name, value in part.counts.items()]
-    facts = [(name, _short(value)) for name, value in {**part.facts, **part.measured}.items() if not isinstance(value, list)]
+    facts = [(name, _short(value)) for name, value in {**part.facts, **took}.items() if not isinstance(value, list)]
     size = sum(entry.size for entry in part.files)
     return [*counts, *facts, ("size", f"{size / 1e6:,.2f} MB in {len(part.files)} files"), ("hash", f"`{part.hash[:12]}`")]
 
