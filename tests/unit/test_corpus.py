@@ -57,7 +57,7 @@ def test_a_killed_build_redoes_one_shard_at_most(tmp_path: Path) -> None:
     assert store.get(range(ROWS)) == [passage(n) for n in range(ROWS)], "the altered shard was built anew"
     assert (tmp_path / "artifacts/corpus/passages-00000.arrow").stat().st_ino == inode, "the finished one was kept"
     assert [row.split(",")[0] for row in told] == ["100 of 257 passages", "200 of 257 passages", "257 of 257 passages"]
-    assert list((tmp_path / "artifacts/.work").iterdir()) == []
+    assert list((tmp_path / "artifacts/.work").glob("corpus*")) == []
     (tmp_path / "b").mkdir()
     assert manifest.load(made(tmp_path / "b")).hash == manifest.load(tmp_path / "artifacts/corpus").hash
 
