@@ -14,7 +14,7 @@ from benchmarks.big_build import passages
 from benchmarks.duel import Duel, alternate, cpu_seconds, rate
 from research_rl.config import IndexConfig
 from research_rl.index import bm25
-from research_rl.index.bm25 import Bm25
+from research_rl.index.bm25 import STOP_WORDS, Bm25
 
 TOP, QUERIES, QUERY_WORDS = 5, 512, 8
 
@@ -58,7 +58,7 @@ def _searches(texts: Texts, folder: Path, seconds: float, rounds: int) -> Duel:
     stemmer, queries = Stemmer.Stemmer("english"), _queries(texts.all)
 
     def peer(some: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        tokens = bm25s.tokenize(some, stopwords="en", stemmer=stemmer, show_progress=False)
+        tokens = bm25s.tokenize(some, stopwords=list(STOP_WORDS), stemmer=stemmer, show_progress=False)
         return raw.retrieve(tokens, k=TOP, show_progress=False)
 
     np.testing.assert_allclose(ours.search(queries, TOP)[0], peer(queries)[1], rtol=1e-5)
@@ -81,7 +81,7 @@ def _queries(texts: list[str]) -> list[str]:
 
 def _raw(texts: list[str]) -> bm25s.BM25:
     made = bm25s.BM25()
-    tokens = bm25s.tokenize(texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False)
+    tokens = bm25s.tokenize(texts, stopwords=list(STOP_WORDS), stemmer=Stemmer.Stemmer("english"), show_progress=False)
     made.index(tokens, show_progress=False)
     return made
 

@@ -26,9 +26,14 @@ from research_rl.index.search import merged
 from research_rl.index.work import Work
 from research_rl.stages import silent
 
-__all__ = ["Bm25", "Texts", "build", "write"]
+__all__ = ["STOP_WORDS", "Bm25", "Texts", "build", "write"]
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")
+STOP_WORDS = (
+    *bm25s.tokenization.STOPWORDS_EN,
+    *("what", "which", "who", "whom", "whose", "when", "where", "how", "why", "did", "does", "do"),
+)
+"""bm25s's English list and the words that make a question a question: they say nothing about its subject."""
 _BATCH = 2000
 _VOCABULARY = "bm25-vocabulary.json"
 _TOKENS, _LENGTHS, _FREQUENCIES = "tokens.i32", "lengths.npy", "frequencies.npy"
@@ -43,7 +48,7 @@ class _Stems(dict[str, int]):
     """Numbers of words: equal for words with one stem, -1 for stop words. An unknown word gets the next number."""
 
     def __init__(self) -> None:
-        super().__init__(dict.fromkeys(bm25s.tokenization.STOPWORDS_EN, -1))
+        super().__init__(dict.fromkeys(STOP_WORDS, -1))
         self.numbers: dict[str, int] = {}
         self._stem = Stemmer.Stemmer("english").stemWord
 
@@ -156,7 +161,7 @@ class Bm25:
     def __init__(self, vocabulary: dict[str, int], parts: Sequence[tuple[bm25s.BM25, int]]) -> None:
         self._numbers, self._parts = vocabulary, parts
         self._stem = Stemmer.Stemmer("english").stemWord
-        self._stop = frozenset(bm25s.tokenization.STOPWORDS_EN)
+        self._stop = frozenset(STOP_WORDS)
         self.rows: int = sum(int(part.scores["num_docs"]) for part, _ in parts)
 
     @classmethod

@@ -228,7 +228,7 @@ class _State:
         self.log.rewind(step)
         for missing in self.log.missing(step):
             # A trainer killed between saving step n and logging it leaves the episodes as the only witness.
-            self.finish(missing, {})
+            self.finish(missing, self._logged(missing))
         return found
 
     def finish(self, step: int, metrics: dict[str, float]) -> None:
@@ -252,6 +252,14 @@ class _State:
             _write_rollouts(self.run.rollouts / episodes.DEV / f"{step:06d}.jsonl.gz", rows)
             episodes.discard(self.run.paths.episodes, step, episodes.DEV)
         return {f"dev/{name.removeprefix('episode/')}": value for name, value in episodes.summarise(rows).items()}
+
+    def _logged(self, step: int) -> dict[str, float]:
+        """Return what verl wrote about a step that no supervisor took up before it was killed; nothing when verl wrote nothing."""
+        for path in sorted(self.run.logs.glob("attempt_*.metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
+            for row in map(json.loads, Tail(path).lines()):
+                if int(row["step"]) == step:
+                    return numbers(row["data"])
+        return {}
 
     def _passed_over(self, checkpoint: Checkpoint, why: str) -> None:
         share = checkpoint.step / self.run.config.train.steps

@@ -13,6 +13,7 @@ import Stemmer
 from research_rl import manifest
 from research_rl.config import RetrieverConfig
 from research_rl.errors import ConfigError
+from research_rl.index.bm25 import STOP_WORDS
 from research_rl.index.text import Hybrid, Searcher, open_index
 from research_rl.retriever.engine import Retriever
 from research_rl.stages import Workspace
@@ -32,8 +33,8 @@ def raw_bm25s(queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
     stemmer = Stemmer.Stemmer("english")
     texts = [row["contents"] for row in passages(250)]
     retriever = bm25s.BM25()
-    retriever.index(bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False), show_progress=False)
-    tokens = bm25s.tokenize(queries, stopwords="en", stemmer=stemmer, show_progress=False)
+    retriever.index(bm25s.tokenize(texts, stopwords=list(STOP_WORDS), stemmer=stemmer, show_progress=False), show_progress=False)
+    tokens = bm25s.tokenize(queries, stopwords=list(STOP_WORDS), stemmer=stemmer, show_progress=False)
     rows, scores = retriever.retrieve(tokens, k=k, show_progress=False)
     return rows, scores
 
