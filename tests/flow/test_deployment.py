@@ -105,7 +105,8 @@ def test_a_cancelled_run_stops_its_services(stack: Stack, trained: Trained, tmp_
 
 def answers(url: str) -> bool:
     try:
-        return httpx.post(f"{url}/search", json={"query": "Person9 Surname9"}, timeout=10, trust_env=False).json()[0]["id"] == "p9"
+        reply = httpx.post(f"{url}/search", json={"query": "Person9 Surname9"}, timeout=10, trust_env=False)
+        return reply.raise_for_status().json()[0]["id"] == "p9"
     except (httpx.HTTPError, ValueError):
         return False
 
