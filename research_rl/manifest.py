@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from research_rl import __version__
 from research_rl.errors import ManifestError
 
-__all__ = ["MANIFEST", "FileEntry", "Manifest", "Staging", "file_sha256", "load", "publish", "sweep"]
+__all__ = ["MANIFEST", "FileEntry", "Manifest", "Staging", "file_sha256", "fsync", "load", "publish", "sweep"]
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
@@ -146,7 +146,7 @@ def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str
     paths = sorted(path for path in staging.path.rglob("*") if path.is_file())
     files: list[FileEntry] = []
     for path in paths:
-        _fsync(path)
+        fsync(path)
         name = path.relative_to(staging.path).as_posix()
         files.append(FileEntry(path=name, size=path.stat().st_size, sha256=file_sha256(path)))
     manifest = Manifest(
@@ -159,9 +159,9 @@ def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str
         files=tuple(files),
     )
     (staging.path / MANIFEST).write_bytes(_sealed(manifest.model_dump(mode="json")))
-    _fsync(staging.path / MANIFEST)
+    fsync(staging.path / MANIFEST)
     for folder in (*(path for path in staging.path.rglob("*") if path.is_dir()), staging.path):
-        _fsync(folder)
+        fsync(folder)
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -169,7 +169,7 @@ def _swap(new: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     new.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -185,7 +185,8 @@ def _check(folder: Path, entry: FileEntry, verify: bool) -> None:
         raise ManifestError(f"{path} has sha256 {found[:12]}, its manifest says {entry.sha256[:12]}; remove {folder} and rerun")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the disk keep a file, or a folder's names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

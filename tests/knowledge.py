@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
+
+import httpx
+import psutil
 
 from research_rl import manifest
 from research_rl.config import Config
@@ -48,3 +53,16 @@ def built(root: Path, rows: int = 250, **tree: Any) -> Workspace:
     embed.run(context("embed", root, **tree))
     index.run(context("index", root, **tree))
     return workspace
+
+
+def until_ready(process: subprocess.Popen[bytes] | psutil.Popen, url: str) -> None:
+    """Wait until a retriever answers; fail when it ends or takes two minutes."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"{url} is not ready (exit code {process.poll()})")

@@ -27,6 +27,7 @@ from typing import Any
 from research_rl.config import TransferConfig
 from research_rl.data.sources import Remote, Source, Sources, TransientError
 from research_rl.errors import ConfigError, DataError
+from research_rl.manifest import fsync
 
 __all__ = ["Fetched", "check_room", "fetch", "locate", "locked"]
 
@@ -165,7 +166,7 @@ class _File:
             return problem
         self._write({**self._read(), "sha256": self.sha256})
         self._joined.replace(self.path)
-        _sync(self.path.parent)
+        fsync(self.path.parent)
         return ""
 
     def used_in_place(self) -> str:
@@ -480,14 +481,6 @@ def _per_disk(needs: Mapping[Path, int]) -> dict[Path, int]:
 def _flush(stream: Any) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _bytes(number: float) -> str:

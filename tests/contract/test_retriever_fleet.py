@@ -21,7 +21,7 @@ from research_rl.retriever import TOKEN, fleet, serve
 from research_rl.retriever.client import RetrieverClient
 from research_rl.services import free_port
 from research_rl.stages import Workspace
-from tests.knowledge import built
+from tests.knowledge import built, until_ready
 
 ROWS = 240
 QUERIES = [f"Person{n} Surname{n}" for n in range(0, ROWS, 7)]
@@ -54,25 +54,13 @@ def start(workspace: Workspace, tmp_path: Path) -> Iterator[object]:
             process = subprocess.Popen([sys.executable, *call], cwd=CHECKOUT, env=env, stdout=subprocess.DEVNULL)
             started.append(Served(process, f"http://127.0.0.1:{port}"))
         for served in started:
-            ready(served)
+            until_ready(served.process, served.url)
         return started
 
     yield starts
     for served in started:
         served.process.kill()
         served.process.wait()
-
-
-def ready(served: Served) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and served.process.poll() is None:
-        try:
-            if httpx.get(f"{served.url}/readyz", trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError(f"{served.url} is not ready (exit code {served.process.poll()})")
 
 
 def ask(address: str, queries: list[str], top_k: int) -> list[list[tuple[str, float]]]:

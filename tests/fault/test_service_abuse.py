@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from research_rl.config import CHECKOUT
 from research_rl.retriever import TOKEN
 from research_rl.services import free_port
-from tests.knowledge import built
+from tests.knowledge import built, until_ready
 
 MIB = 1 << 20
 CONFIG = {"max_batch": 16, "max_queue": 48, "cache_entries": 200, "drain_s": 20.0, "verify": False}
@@ -67,24 +67,12 @@ def served(root: Path) -> Iterator[Served]:
         process = psutil.Popen([sys.executable, *call], cwd=CHECKOUT, env=env, stdout=subprocess.DEVNULL, stderr=log)
     made = Served(process, port)
     try:
-        ready(made)
+        until_ready(made.process, made.url)
         yield made
     finally:
         if process.is_running():
             process.kill()
         process.wait()
-
-
-def ready(served: Served) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and served.process.poll() is None:
-        try:
-            if httpx.get(f"{served.url}/readyz", trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError("the service did not get ready")
 
 
 def well(served: Served) -> None:
