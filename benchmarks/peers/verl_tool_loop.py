@@ -10,6 +10,8 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,18 @@ from omegaconf import OmegaConf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
-from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.tools.function_tool import FunctionTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
 from verl.workers.rollout.replica import TokenOutput
 
 from research_rl.config import Config
-from research_rl.training import adapter, overrides
+from research_rl.training import overrides
 from research_rl.training.overrides import Paths
 from research_rl.trajectory import Passage
 
 SEARCHES, TURN, RESULT = 4, 110, 200
 EOS = "<|im_end|>"
+_NAME = "verl.experimental.agent_loop.tool_agent_loop.ToolAgentLoop"
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -118,8 +120,8 @@ def padded(text: str, opening: str) -> str:
     return opening + "a" * (TURN - length) + text
 
 
-def our_loop(folder: Path, model: Path) -> Any:
-    """Return our loop, its engine playing ReSearch's tags."""
+def our_loop(folder: Path, model: Path) -> Callable[[], Any]:
+    """Return what makes our loop, its engine playing ReSearch's tags."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     (folder / "template.txt").write_text("{question}")
     config = Config.model_validate(
@@ -133,14 +135,19 @@ def our_loop(folder: Path, model: Path) -> Any:
     texts = [padded("</think><search>blue harbour</search>", "<think>")] * SEARCHES
     texts.append(padded("</think><answer>\\boxed{Avonlea}</answer>" + EOS, "<think>"))
     engine = Engine([tokenizer.encode(text, add_special_tokens=False) for text in texts])
-    loop = hydra.utils.instantiate(config=OmegaConf.load(paths.agent)[0], **common(model, engine))
-    shared = adapter._shared("http://127.0.0.1:9", 1.0, adapter.Patience(30.0, 8, 0.3, 600.0), 256, folder)
-    loop._shared = adapter._Shared(Client(), shared.gate, shared.turns)
-    return loop
+    agent, parts = OmegaConf.load(paths.agent)[0], common(model, engine)
+
+    def make() -> Any:
+        loop = hydra.utils.instantiate(config=agent, **parts)
+        loop._shared = shared
+        return loop
+
+    shared = replace(hydra.utils.instantiate(config=agent, **parts)._shared, client=Client())
+    return make
 
 
-def verls_loop(model: Path) -> Any:
-    """Return verl's loop, its engine calling the tool in Hermes format."""
+def verls_loop(model: Path) -> Callable[[], Any]:
+    """Return what makes verl's loop, its engine calling the tool in Hermes format."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     parameters = {"type": "object", "properties": {"query": {"type": "string", "description": "query"}}, "required": ["query"]}
     schema = {"type": "function", "function": {"name": "search", "description": "search", "parameters": parameters}}
@@ -149,27 +156,33 @@ def verls_loop(model: Path) -> Any:
     texts = [padded(call + EOS, "think")] * SEARCHES
     texts.append(padded("Avonlea" + EOS, "think"))
     engine = Engine([tokenizer.encode(text, add_special_tokens=False) for text in texts])
-    return ToolAgentLoop(**common(model, engine), tools=ToolListWrap([tool]))
+    agent, parts = OmegaConf.create({"_target_": _NAME}), common(model, engine)
+    return lambda: hydra.utils.instantiate(config=agent, **parts, tools=ToolListWrap([tool]))
 
 
-async def microseconds(loop: Any, episodes: int) -> float:
-    """Return CPU time of this process per turn."""
+async def microseconds(make: Callable[[], Any], episodes: int) -> float:
+    """Return CPU time of this process per turn; verl makes a loop for every episode, so its making is in it."""
     started = time.process_time()
     for _ in range(episodes):
-        out = await loop.run({"temperature": 1.0}, **ROW)
+        out = await make().run({"temperature": 1.0}, **ROW)
         assert sum(out.response_mask) == TURN * (SEARCHES + 1), (sum(out.response_mask), out.num_turns)
     return (time.process_time() - started) / (episodes * (SEARCHES + 1)) * 1e6
 
 
 async def main() -> None:
-    """Alternate both loops and print what each round took."""
+    """Alternate the loops and print what each round took; `own` is ours without the making of a loop, which is verl's work."""
     folder, rounds, episodes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     model = build_model(folder / "model")
     ours, peer = our_loop(folder, model), verls_loop(model)
-    for loop in (ours, peer):
-        await microseconds(loop, 3)
-    pairs = [(await microseconds(ours, episodes), await microseconds(peer, episodes)) for _ in range(rounds)]
-    print(json.dumps({"ours": [pair[0] for pair in pairs], "peer": [pair[1] for pair in pairs]}))
+    once = ours()
+    makers = {"ours": ours, "peer": peer, "own": lambda: once}
+    for make in makers.values():
+        await microseconds(make, 3)
+    found: dict[str, list[float]] = {name: [] for name in makers}
+    for _ in range(rounds):
+        for name, make in makers.items():
+            found[name].append(await microseconds(make, episodes))
+    print(json.dumps(found))
 
 
 asyncio.run(main())

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -40,13 +41,16 @@ _PROBE = "is the retriever there"
 class _Shared:
     """What all episodes of this process share."""
 
+    tokenizer: FolderTokenizer
+    eos: frozenset[int]
+    prompt: PromptConfig
+    limits: Limits
+    episodes: Path
+    stopping: Mapping[str, Any]
+    grader: Grader
     client: RetrieverClient
     gate: PauseGate
     turns: asyncio.Semaphore
-
-
-_SHARED: dict[str, _Shared] = {}
-_GRADERS: dict[tuple[str, str, str], Grader] = {}
 
 
 class VerlEngine:
@@ -80,48 +84,23 @@ class VerlEngine:
 
 
 class SearchAgentLoop(AgentLoopBase):
-    """One reason-with-search episode per call, graded where it was played.
+    """One reason-with-search episode per call, graded where it was played. `settings` is JSON from the agent file."""
 
-    Settings come from the agent file: `retriever_url`, `episodes` and `pauses` (folders of records), `reward`, `judge`, `engine`,
-    `prompt`, `limits`, `patience`, `in_flight`.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        retriever_url: str,
-        episodes: str,
-        pauses: str,
-        patience: Mapping[str, Any],
-        in_flight: int,
-        reward: Mapping[str, Any],
-        judge: Mapping[str, Any],
-        engine: Literal["vllm", "sglang"],
-        prompt: Mapping[str, Any],
-        limits: Mapping[str, Any],
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, settings: str, **kwargs: Any) -> None:
         # A model type would select a chat-message builder, which refuses vocabularies without its family's tokens; episodes need none.
         super().__init__(*args, **{**kwargs, "hf_model_type": None})
-        model = Path(str(self.config.actor_rollout_ref.model.path))
-        self._tokenizer = load_tokenizer(model)
-        self._eos = eos_ids(model, self._tokenizer)
-        self._prompt = PromptConfig(**prompt)
-        self._limits = Limits(**limits)
-        self._shared = _shared(retriever_url, self._limits.search_timeout_s, Patience(**patience), in_flight, Path(pauses))
-        self._episodes = Path(episodes)
-        self._grader = _grader(RewardConfig(**reward), JudgeConfig(**judge), self._tokenizer.eos_token)
-        self._engine = engine
+        self._shared = _shared(settings, str(self.config.actor_rollout_ref.model.path))
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Play and grade one episode of a dataset row; return ids, mask, log-probabilities and reward."""
-        engine = VerlEngine(self.server_manager, self._tokenizer, self._eos, {**sampling_params, **_STOPPING[self._engine]})
-        prompt_ids = encode_prompt(self._tokenizer, question(row), self._prompt)
-        async with self._shared.turns:
-            trajectory = await run_episode(prompt_ids, engine, self._shared.client, self._tokenizer, self._limits, self._shared.gate)
-        graded = await self._grader.grade(trajectory, case(row))
+        shared = self._shared
+        engine = VerlEngine(self.server_manager, shared.tokenizer, shared.eos, {**sampling_params, **shared.stopping})
+        prompt_ids = encode_prompt(shared.tokenizer, question(row), shared.prompt)
+        async with shared.turns:
+            trajectory = await run_episode(prompt_ids, engine, shared.client, shared.tokenizer, shared.limits, shared.gate)
+        graded = await shared.grader.grade(trajectory, case(row))
         self._keep(row, trajectory, graded)
-        return _output(trajectory, graded, engine.versions or [int(row["global_steps"]) - 1], self._tokenizer.eos_id)
+        return _output(trajectory, graded, engine.versions or [int(row["global_steps"]) - 1], shared.tokenizer.eos_id)
 
     def _keep(self, row: Mapping[str, Any], trajectory: Trajectory, graded: Grade) -> None:
         info: Mapping[str, Any] = row["extra_info"]
@@ -136,7 +115,7 @@ class SearchAgentLoop(AgentLoopBase):
             "golds": golds(row),
         }
         episodes.append(
-            self._episodes,
+            self._shared.episodes,
             step,
             str(info["split"]),
             {**names, **episodes.record(trajectory, graded), "client": self._shared.client.take_counts()},
@@ -173,27 +152,33 @@ def eos_ids(model: Path, tokenizer: FolderTokenizer) -> frozenset[int]:
     return frozenset({tokenizer.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])})
 
 
-def _shared(url: str, timeout_s: float, patience: Patience, in_flight: int, notes: Path) -> _Shared:
-    """Return this process's client of the retriever, its gate and its turns."""
-    if url not in _SHARED:
-        client = RetrieverClient(url, token=os.environ.get(TOKEN), timeout_s=timeout_s)
+@lru_cache(maxsize=4)
+def _shared(settings: str, model: str) -> _Shared:
+    """Return what this process's episodes share: verl makes a loop per episode, and reading all this takes longer than a turn."""
+    told, tokenizer = json.loads(settings), load_tokenizer(Path(model))
+    limits = Limits(**told["limits"])
+    client = RetrieverClient(told["retriever_url"], token=os.environ.get(TOKEN), timeout_s=limits.search_timeout_s)
+    return _Shared(
+        tokenizer,
+        eos_ids(Path(model), tokenizer),
+        PromptConfig(**told["prompt"]),
+        limits,
+        Path(told["episodes"]),
+        _STOPPING[told["engine"]],
+        Grader(RewardConfig(**told["reward"]), JudgeConfig(**told["judge"]), tokenizer.eos_token),
+        client,
+        _gate(client, Patience(**told["patience"]), Path(told["pauses"])),
+        asyncio.Semaphore(told["in_flight"]),
+    )
 
-        async def well() -> bool:
-            # A service may call itself healthy and answer nonsense: only a search proves that searching works.
-            answers = not isinstance(await client.health(), SearchFailure)
-            return answers and not isinstance(await client.search([_PROBE], 1), SearchFailure)
 
-        gate = PauseGate(well, patience, lambda note: pauses.append(notes, note))
-        _SHARED[url] = _Shared(client, gate, asyncio.Semaphore(in_flight))
-    return _SHARED[url]
+def _gate(client: RetrieverClient, patience: Patience, notes: Path) -> PauseGate:
+    async def well() -> bool:
+        # A service may call itself healthy and answer nonsense: only a search proves that searching works.
+        answers = not isinstance(await client.health(), SearchFailure)
+        return answers and not isinstance(await client.search([_PROBE], 1), SearchFailure)
 
-
-def _grader(reward: RewardConfig, judge: JudgeConfig, eos_token: str) -> Grader:
-    """Return this process's grader: verl makes a loop per episode, and what the judge said serves them all."""
-    key = (reward.model_dump_json(), judge.model_dump_json(), eos_token)
-    if key not in _GRADERS:
-        _GRADERS[key] = Grader(reward, judge, eos_token)
-    return _GRADERS[key]
+    return PauseGate(well, patience, lambda note: pauses.append(notes, note))
 
 
 def _output(trajectory: Trajectory, graded: Grade, versions: Sequence[int], eos_id: int) -> AgentLoopOutput:

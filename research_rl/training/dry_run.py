@@ -69,7 +69,7 @@ def dry_run(config: Config, workspace: Workspace) -> DryRun:
     paths = overrides.Paths(workspace.folder("policy"), prepared / "train.parquet", prepared / "dev.parquet", work, ray_folder(work))
     arguments = overrides.render(config, paths)
     hydra = compose(config, {config.profile: arguments})[config.profile]
-    agent = overrides.agent_yaml(config, paths, config.retriever.url or "<the retriever's address>")
+    agent = yaml.safe_dump(overrides.agent_settings(config, paths, config.retriever.url or "<the retriever's address>"), sort_keys=False)
     return DryRun(config, plan, arguments, agent, hydra, paper.compare(config, hydra))
 
 

@@ -6,6 +6,7 @@ block and by nothing else.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -19,7 +20,7 @@ import yaml
 from research_rl.config import CHECKOUT, Config
 from research_rl.training.cpu.transfer import TOKEN_VARIABLE
 
-__all__ = ["Paths", "agent_yaml", "environment", "render", "resolved"]
+__all__ = ["Paths", "agent_settings", "agent_yaml", "environment", "render", "resolved"]
 
 _ADAPTER = "research_rl.training.adapter.SearchAgentLoop"
 _CPU = "research_rl.training.cpu"
@@ -76,10 +77,17 @@ def resolved(config: Config, paths: Paths) -> dict[str, Any]:
 
 
 def agent_yaml(config: Config, paths: Paths, retriever_url: str) -> str:
-    """Return the agent loop file: which class drives an episode, and with which limits. The token stays out of it."""
-    agent = {
-        "name": "search_agent",
-        "_target_": _ADAPTER,
+    """Return the agent loop file: which class drives an episode, and with which settings.
+
+    They are one text: verl builds a loop for every episode, and Hydra's copy of a tree would cost more than the episode's turns.
+    """
+    settings = json.dumps(agent_settings(config, paths, retriever_url))
+    return yaml.safe_dump([{"name": "search_agent", "_target_": _ADAPTER, "settings": settings}], sort_keys=False)
+
+
+def agent_settings(config: Config, paths: Paths, retriever_url: str) -> dict[str, Any]:
+    """Return what every episode is told of its limits, prompt, reward and retriever. The token stays out of it."""
+    return {
         "retriever_url": retriever_url,
         "episodes": str(paths.episodes),
         "pauses": str(paths.pauses),
@@ -96,7 +104,6 @@ def agent_yaml(config: Config, paths: Paths, retriever_url: str) -> str:
         "prompt": config.prompt.model_dump(mode="json"),
         "limits": config.episode.model_dump(mode="json"),
     }
-    return yaml.safe_dump([agent], sort_keys=False)
 
 
 def environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
@@ -312,6 +319,8 @@ def _cpu_environment(config: Config, token: str) -> dict[str, str]:
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": str(config.serving.kv_cache_gib),
         "OMP_NUM_THREADS": threads,
+        # The sampler and the loss would be compiled at the first step, for longer than a small policy's steps gain by it.
+        "TORCH_COMPILE_DISABLE": "1",
         # Trainer, engine and agents take turns on the same cores; spinning threads would take them from each other.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TQ_NUM_THREADS": threads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_agent_file_holds_limits_and_no_secret(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(TOKEN, "hidden")
     text = overrides.agent_yaml(config(), PATHS, "http://127.0.0.1:1")
     (agent,) = yaml.safe_load(text)
-    assert agent["limits"]["max_searches"] == Config().episode.max_searches
+    assert json.loads(agent["settings"])["limits"]["max_searches"] == Config().episode.max_searches
     assert agent["name"] == "search_agent" and "hidden" not in text
 
 
