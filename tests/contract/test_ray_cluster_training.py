@@ -45,13 +45,23 @@ class Workspace:
 
     def __init__(self, root: Path, ray: Cluster) -> None:
         self.root, self.ray = root, ray
-        self.env = {**os.environ, "RAY_AUTH_TOKEN": ray.token, "PYTHONPATH": str(CHECKOUT)}
+        prefect = {"PREFECT_HOME": str(root / "prefect"), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300"}
+        tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}
+        kept = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+        self.env = {**kept, **prefect, **tracking, "RAY_AUTH_TOKEN": ray.token, "PYTHONPATH": str(CHECKOUT)}
 
     def start(self, stage: str, *overrides: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "research_rl", "run", stage, "-p", "laptop", "-w", str(self.root), *SIZE]
-        command += [f"cluster.address={self.ray.address}", *overrides]
-        with (self.root / f"{stage}.log").open("ab") as log:
-            return subprocess.Popen(command, env=self.env, cwd=CHECKOUT, stdout=log, stderr=subprocess.STDOUT)
+        command = ["research_rl", "run", stage, "-p", "laptop", "-w", str(self.root)]
+        return self._start(command, f"{stage}.log", CHECKOUT, overrides)
+
+    def start_flow(self, *overrides: str) -> subprocess.Popen[bytes]:
+        """Start the whole flow as a Prefect worker does, with a Prefect server of its own."""
+        return self._start(["flows.train", "-p", "laptop"], "flow.log", self.root, overrides)
+
+    def _start(self, command: list[str], log: str, folder: Path, overrides: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        whole = [sys.executable, "-m", *command, *SIZE, f"cluster.address={self.ray.address}", *overrides]
+        with (self.root / log).open("ab") as out:
+            return subprocess.Popen(whole, env=self.env, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
 
     def run(self, stage: str, *overrides: str) -> None:
         assert self.start(stage, *overrides).wait(1800) == 0, (self.root / f"{stage}.log").read_text()[-6000:]
@@ -94,13 +104,16 @@ def test_two_steps_on_two_nodes(workspace: Workspace, ray: Cluster) -> None:
     assert not list((workspace.root / ".services").rglob("train.job"))
 
 
-@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGTERM, 60.0), (signal.SIGKILL, 90.0)])
-def test_a_cancelled_run_leaves_nothing_on_the_cluster(workspace: Workspace, ray: Cluster, number: int, seconds: float) -> None:
-    driver = workspace.start("train", "train.steps=50", f"train.lr={1e-4 + int(number) * 1e-6}")
+@pytest.mark.parametrize(
+    ("flow", "number", "seconds"), [(False, signal.SIGTERM, 60.0), (False, signal.SIGKILL, 90.0), (True, signal.SIGTERM, 60.0)]
+)
+def test_a_cancelled_run_leaves_nothing_on_the_cluster(workspace: Workspace, ray: Cluster, flow: bool, number: int, seconds: float) -> None:
+    overrides = ("train.steps=50", f"train.lr={1e-4 + (number + 100 * flow) * 1e-6}")
+    driver = workspace.start_flow(*overrides) if flow else workspace.start("train", *overrides)
     before, deadline = len(workspace.steps()), time.monotonic() + 1500
     while len(workspace.steps()) == before and driver.poll() is None and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert driver.poll() is None, (workspace.root / "train.log").read_text()[-6000:]
+    assert driver.poll() is None, (workspace.root / ("flow.log" if flow else "train.log")).read_text()[-6000:]
     assert any("main_ppo" in words for words in ray.busy())
     driver.send_signal(number)
     driver.wait(120)
