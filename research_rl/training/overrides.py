@@ -220,8 +220,8 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
         "trainer.n_gpus_per_node": train.gpus_per_node,
         "trainer.default_local_dir": str(paths.checkpoints),
         "trainer.save_freq": train.save_every,
-        # One more than asked for: verl removes the oldest before the newest is whole.
-        "trainer.max_actor_ckpt_to_keep": train.keep_checkpoints + 1,
+        # The supervisor alone removes checkpoints: two that remove the same folder at once trip over each other.
+        "trainer.max_actor_ckpt_to_keep": None,
         "trainer.resume_mode": "resume_path" if paths.resume else "disable",
         "trainer.resume_from_path": str(paths.resume) if paths.resume else None,
         "trainer.test_freq": train.validate_every or -1,

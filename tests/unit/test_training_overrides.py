@@ -59,6 +59,10 @@ def test_resume_is_our_own_choice() -> None:
     assert (resumed["trainer.resume_mode"], resumed["trainer.resume_from_path"]) == ("resume_path", "/c/global_step_3")
 
 
+def test_checkpoints_are_removed_by_the_supervisor_alone() -> None:
+    assert overrides.resolved(config(keep_checkpoints=2), PATHS)["trainer.max_actor_ckpt_to_keep"] is None
+
+
 def test_agent_file_holds_limits_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN, "hidden")
     text = overrides.agent_yaml(config(), PATHS, "http://127.0.0.1:1")
