@@ -30,7 +30,7 @@ from research_rl.training.supervise import interpreter
 pytestmark = [pytest.mark.long, pytest.mark.timeout(4 * 3600)]
 RUNS = 2
 KILLS = int(os.environ.get("RESEARCH_TRAIN_KILLS", "30")) // RUNS
-STEPS = 2 * KILLS
+STEPS = 5 * KILLS
 SIZE = (
     *(f"data.generated.{item}" for item in ("entities=60", "train_questions=512", "dev_questions=8", "test_questions=16")),
     *(f"policy.{item}" for item in ("hidden=64", "layers=2", "warmup_steps=60")),
