@@ -279,6 +279,10 @@ class PolicyConfig(Section):
     )
     path: str | None = Field(default=None, description="Model folder (folder) or repository name (hub).")
     revision: str = Field(default="main", description="Branch, tag or commit of the repository (hub).")
+    warm_up: bool = Field(
+        default=False,
+        description="Other sources: warm the model up on the same protocol traces first, on train.hardware (prompt.template base or file); tiny always is.",
+    )
     hidden: int = Field(default=128, ge=32, description="tiny: hidden size.")
     layers: int = Field(default=3, ge=1, description="tiny: transformer layers.")
     warmup_world: EncyclopediaConfig = Field(
@@ -572,6 +576,7 @@ class ServingConfig(Section):
         default=None, ge=1, description="CPU threads of a forward pass; when empty 1 for weights under 64 MiB, else all cores."
     )
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1, description="Share of GPU memory for weights and cache.")
+    eager: bool = Field(default=False, description="hardware gpu: no CUDA graphs and no compilation; starts sooner, decodes slower.")
     start_deadline_s: float = Field(default=600.0, gt=0, description="Seconds until the server must answer.")
 
 

@@ -116,11 +116,11 @@ def _answers(url: str) -> bool:
 def _show(workspace: Workspace, url: str, starts: int) -> None:
     """Publish the address and what is served as an artifact; each start is a new version of it."""
     headers = {"Authorization": f"Bearer {os.environ[TOKEN]}"} if os.environ.get(TOKEN) else {}
-    facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, trust_env=False).raise_for_status().json()
     rows = [("address", url), ("description", f"{url}/docs"), ("metrics", f"{url}/metrics"), ("start", str(starts))]
-    rows += [(name, f"`{json.dumps(value)}`") for name, value in facts.items()]
-    table = "\n".join(["# Retriever", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
     with showing("the retriever's address"):
+        facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, trust_env=False).raise_for_status().json()
+        rows += [(name, f"`{json.dumps(value)}`") for name, value in facts.items()]
+        table = "\n".join(["# Retriever", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
         create_markdown_artifact(f"{table}\n\nWorkspace {workspace.root}", key="retriever", description=f"Retriever at {url}")
 
 

@@ -23,7 +23,7 @@ from research_rl.stages import Workspace
 
 MIB = 1 << 20
 LOCK = CHECKOUT / "requirements/gpu-host.txt"
-STAGES = ("prepare", "corpus", "embed", "index", "policy")
+STAGES = ("download", "validate", "prepare", "corpus", "embed", "index")
 LEFT_OUT = (
     "*__pycache__*",
     "*_vllm_fa2_C*",
@@ -33,15 +33,23 @@ LEFT_OUT = (
     "pyarrow/tests",
     "pandas/tests",
     "*libarrow_flight*",
+    "*.a",
+    "vllm/vllm-rs",
 )
-"""Parts of the wheels that no check reads: kernels of older cards, Java, web pages, headers, tests."""
-NEEDS = {"search": (), "serving": ("site", "model"), "grpo": ("site", "workspace")}
+"""Parts of the wheels that no check reads: kernels of older cards, Java, web pages, headers, tests, archives, a frontend in Rust."""
+NEEDS = {"search": (), "serving": ("site", "model"), "grpo": ("site", "model", "workspace")}
 COMMANDS = {
     "search": "python tests/gpu/search.py",
-    "serving": "PYTHONPATH=$PWD:$HOME/site python tests/gpu/serving.py --model $HOME/model --python $(which python)",
-    "grpo": "PYTHONPATH=$PWD:$HOME/site python tests/gpu/grpo.py --workspace $HOME/workspace --python $(which python)",
+    "serving": "PYTHONPATH=$PWD $HOME/env/bin/python tests/gpu/serving.py --model $HOME/model --python $HOME/env/bin/python",
+    "grpo": "PYTHONPATH=$PWD $HOME/env/bin/python tests/gpu/grpo.py --workspace $HOME/workspace --python $HOME/env/bin/python "
+    "policy.source=folder policy.path=$HOME/model",
 }
-ENVIRONMENT = "VLLM_USE_FLASHINFER_SAMPLER=0 NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo HF_HUB_OFFLINE=1"
+INTERPRETER = (
+    "python3 -m venv --without-pip $HOME/env && printf '%s\\n' $HOME/site "
+    "$(python3 -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))') > $HOME/env/lib/python3.12/site-packages/gpu.pth"
+)
+"""Makes an interpreter that finds the carried wheels first and the machine's own packages after them."""
+ENVIRONMENT = "VLLM_USE_FLASHINFER_SAMPLER=0 NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo HF_HUB_OFFLINE=1 TORCH_COMPILE_DISABLE=1"
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.prepare", description="Pack what the GPU checks must bring along.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the parts; one inside the checkout should be ignored by git")
     parser.add_argument("--check", nargs="+", choices=sorted(NEEDS), default=sorted(NEEDS), help="checks to prepare (default: all)")
-    parser.add_argument("--model", type=Path, help="model folder for serving")
-    parser.add_argument("--workspace", type=Path, help="workspace with the stages up to `policy` for grpo")
+    parser.add_argument("--model", type=Path, help="model folder for serving and grpo")
+    parser.add_argument("--workspace", type=Path, help="workspace with the stages up to `index` for grpo")
     parser.add_argument("--wheels", type=Path, default=LOCK, help="locked requirements (default: requirements/gpu-host.txt)")
     parser.add_argument("--part-mib", type=int, default=55, help="largest part in MiB (default: 55)")
     parser.add_argument("--list", action="store_true", help="say what each check needs, and prepare nothing")
@@ -72,7 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
     if found.list:
         print(
             json.dumps(
-                {check: {"payloads": NEEDS[check], "command": f"{ENVIRONMENT} {COMMANDS[check]}"} for check in found.check}, indent=1
+                {"interpreter": INTERPRETER}
+                | {check: {"payloads": NEEDS[check], "command": f"{ENVIRONMENT} {COMMANDS[check]}"} for check in found.check},
+                indent=1,
             )
         )
     elif missing:
@@ -141,7 +151,7 @@ def knowledge(target: Path, workspace: Workspace) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     shutil.copy(workspace.root / "params.yaml", target)
-    for stage in ("download", "validate", *STAGES):
+    for stage in STAGES:
         folder = workspace.folder(stage)
         shutil.copytree(folder, target / folder.relative_to(workspace.root))
     return target

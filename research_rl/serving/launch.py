@@ -61,7 +61,8 @@ def _vllm(config: ServingConfig, model: ModelFolder, served_name: str, interpret
     env = {**_OFFLINE, "VLLM_API_KEY": token, "VLLM_LOGGING_COLOR": "0"}
     if config.hardware == "cpu":
         return Launch([*command, "--enforce-eager"], env | _vllm_cpu(config, model), {})
-    return Launch([*command, "--gpu-memory-utilization", str(config.gpu_memory_utilization)], env, {})
+    eager = ["--enforce-eager"] if config.eager else []
+    return Launch([*command, *eager, "--gpu-memory-utilization", str(config.gpu_memory_utilization)], env, {})
 
 
 def _vllm_cpu(config: ServingConfig, model: ModelFolder) -> dict[str, str]:
@@ -95,4 +96,5 @@ def _sglang(
         *("--log-level", "warning"),
     ]
     hardware = ["--device", "cpu"] if config.hardware == "cpu" else ["--mem-fraction-static", str(config.gpu_memory_utilization)]
-    return Launch([*command, *hardware], dict(_OFFLINE), {options: yaml.safe_dump({"api-key": token})})
+    eager = ["--disable-cuda-graph"] if config.eager else []
+    return Launch([*command, *hardware, *eager], dict(_OFFLINE), {options: yaml.safe_dump({"api-key": token})})

@@ -7,12 +7,15 @@ seals a complete one: `complete.json`, written last, holds every file's size and
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,9 +182,63 @@ def _world_size(path: Path) -> int | None:
 
 
 def _is_whole_archive(path: Path, verify: bool) -> bool:
-    """torch.save writes a zip file, whose directory stands at its end; with `verify` its checksums are compared."""
+    """torch.save writes a zip file, whose directory stands at its end; with `verify` its checksums are compared.
+
+    A process told to end in the middle of torch.save still writes that directory, over what there is by then: the archive is
+    a sound zip file without its pickle or without some of the tensors the pickle names.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            return bool(archive.namelist()) and (not verify or archive.testzip() is None)
-    except (FileNotFoundError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+            names = set(archive.namelist())
+            pickled = next((name for name in names if name.endswith("/data.pkl")), None)
+            if pickled is None:
+                return False
+            folder = pickled.removesuffix("data.pkl")
+            whole = all(f"{folder}data/{key}" in names for key in _tensors(archive.read(pickled)))
+            return whole and (not verify or archive.testzip() is None)
+    except (FileNotFoundError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError):
         return False  # a damaged directory may also claim encryption or an unknown compression
+
+
+def _tensors(pickled: bytes) -> set[str]:
+    """Return the keys of the storages that a pickle of torch.save refers to."""
+    reader = _References(io.BytesIO(pickled))
+    reader.load()
+    return reader.keys
+
+
+class _References(pickle.Unpickler):
+    """Follows a pickle without making anything of it: every class it names is a `_Blank`, and only references are kept."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.keys = set[str]()
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Blank
+
+    def persistent_load(self, pid: Any) -> Any:
+        self.keys.add(str(pid[2]))  # ("storage", type, key, device, elements)
+        return _Blank()
+
+
+class _Blank:
+    """Takes whatever a pickle does to an object, and does nothing."""
+
+    def __new__(cls, *arguments: Any, **named: Any) -> _Blank:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any, **named: Any) -> None: ...
+
+    def __call__(self, *arguments: Any, **named: Any) -> _Blank:
+        return self
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, item: Any) -> None: ...
+
+    def extend(self, items: Any) -> None: ...
+
+    def add(self, item: Any) -> None: ...

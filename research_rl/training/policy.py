@@ -32,8 +32,13 @@ _POLL_S = 0.2
 
 def run(context: Context) -> None:
     """Publish the policy that `policy.source` names. Raises ModelError or TrainingError."""
-    source, facts = _SOURCES[context.config.policy.source](context)
-    facts = {"source": context.config.policy.source, "warmed_up": False, **check_folder(source), **facts}
+    config = context.config.policy
+    source, facts = _SOURCES[config.source](context)
+    if config.warm_up and config.source != "tiny":
+        check_folder(source)
+        source, warmed = _warmed(context, source)
+        facts |= warmed
+    facts = {"source": config.source, "warmed_up": False, **check_folder(source), **facts}
     with context.publish() as staging:
         _link_files(source, staging.path)
         staging.facts.update(facts)
@@ -58,14 +63,19 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def _tiny(context: Context) -> tuple[Path, dict[str, Any]]:
-    """Warm a tiny policy up in the policy environment; its words are in `warmup.log` of the work folder."""
+    return _warmed(context, None)
+
+
+def _warmed(context: Context, base: Path | None) -> tuple[Path, dict[str, Any]]:
+    """Warm `base`, or a tiny policy, up in the policy environment; its words are in `warmup.log` of the work folder."""
     work = context.workspace.work("policy")
     shutil.rmtree(work, ignore_errors=True)
     model = work / "model"
     model.mkdir(parents=True)
     config = context.config
     spec = {"policy": config.policy.model_dump(mode="json"), "prompt": config.prompt.model_dump(mode="json")}
-    (work / "spec.json").write_text(json.dumps({**spec, "seed": config.seed, "folder": str(model)}))
+    folders = {"folder": str(model), "base": str(base.resolve()) if base else None}
+    (work / "spec.json").write_text(json.dumps({**spec, "seed": config.seed, **folders}))
     facts: dict[str, Any] = {}
 
     def read(message: dict[str, Any]) -> None:
@@ -74,7 +84,7 @@ def _tiny(context: Context) -> tuple[Path, dict[str, Any]]:
             share = message["step"] / message["of"]
             context.progress(f"warm-up step {message['step']}/{message['of']}, loss {message['loss']:.3f}", share)
 
-    _process(context, "warmup", "research_rl.training.warmup", [str(work / "spec.json")], read)
+    _process(context, "warmup", "research_rl.training.warmup", [str(work / "spec.json")], read, len(os.sched_getaffinity(0)) if base else 1)
     return model, {"warmed_up": True, **facts}
 
 
@@ -129,13 +139,17 @@ _SOURCES: dict[str, Callable[[Context], tuple[Path, dict[str, Any]]]] = {
 }
 
 
-def _process(context: Context, name: str, module: str, arguments: list[str], read: Callable[[dict[str, Any]], None]) -> None:
+def _process(
+    context: Context, name: str, module: str, arguments: list[str], read: Callable[[dict[str, Any]], None], threads: int = 1
+) -> None:
     """Run a module in the policy environment and hand its JSON lines to `read`. Raises TrainingError with its last words."""
     folder = context.workspace.work("policy")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log"
     log.unlink(missing_ok=True)
-    env = {"PYTHONPATH": str(CHECKOUT), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {"PYTHONPATH": str(CHECKOUT), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
+    if context.config.train.hardware == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
     command = [str(interpreter(context.config)), "-m", module, *arguments]
     process = services.spawn(name, command, folder=context.workspace.services / "policy", env=env, cwd=CHECKOUT, log=log)
     try:

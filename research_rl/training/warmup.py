@@ -1,8 +1,8 @@
-"""Warm a tiny policy up on protocol traces with transformers' Trainer. A process of the policy environment.
+"""Warm a policy up on protocol traces with transformers' Trainer. A process of the policy environment.
 
-ReSearch itself uses no supervised traces; this belongs to tiny policies alone. Invariants: (1) a trace is laid out token
-by token as `agent.run_episode` lays out an episode; (2) the loss reads the policy's own tokens only; (3) one thread
-computes and one worker writes traces, so equal parameters give equal weights on equal processors.
+ReSearch itself uses no supervised traces; this is for models too small to take the protocol up from a prompt. Invariants: (1) a
+trace is laid out token by token as `agent.run_episode` lays out an episode; (2) the loss reads the policy's own tokens only; (3) for
+a tiny policy one thread computes and one worker writes traces, so equal parameters give equal weights on equal processors.
 """
 
 from __future__ import annotations
@@ -17,9 +17,19 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from research_rl.config import PolicyConfig, PromptConfig
+from research_rl.embedding.sentence import fast_bfloat16
 from research_rl.training import tiny, traces
 from research_rl.training.traces import Trace
 
@@ -31,13 +41,14 @@ Row = dict[str, list[int]]
 
 
 class Spec(BaseModel):
-    """What the process is told: parameters and the folder the model goes to."""
+    """What the process is told: parameters, the folder the model goes to, and the model to start from (None: a tiny one)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     policy: PolicyConfig
     prompt: PromptConfig
     seed: int
     folder: Path
+    base: Path | None = None
 
 
 def encode(trace: Trace, tokenizer: PreTrainedTokenizerFast) -> Row:
@@ -45,7 +56,7 @@ def encode(trace: Trace, tokenizer: PreTrainedTokenizerFast) -> Row:
     ids: list[int] = []
     labels: list[int] = []
     for text, own in trace.pieces:
-        piece: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        piece: list[int] = tokenizer.encode(text.replace(tiny.EOS, str(tokenizer.eos_token)), add_special_tokens=False)
         ids += piece
         labels += piece if own else [_IGNORED] * len(piece)
     return {"input_ids": ids, "labels": labels}
@@ -90,19 +101,17 @@ class _Reporter(TrainerCallback):
 
 def train(spec: Spec) -> dict[str, Any]:
     """Make the policy, warm it up, write its folder; return facts: parameters, vocabulary, steps, tokens, final loss."""
-    torch.set_num_threads(1)
-    tokenizer = tiny.build_tokenizer(traces.lexicon(spec.policy, spec.prompt))
-    model = tiny.build_model(tokenizer, spec.policy.hidden, spec.policy.layers, spec.seed)
-    model.set_attn_implementation("eager")
+    tokenizer, model = _existing(spec.base) if spec.base else _tiny(spec)
+    kept = torch.bfloat16 if spec.base else torch.float32
     trainer = Trainer(
         model=model,
         args=_arguments(spec),
         train_dataset=Lesson(spec, tokenizer),
-        data_collator=Collator(tiny.token_id(tokenizer, tiny.PAD)),
+        data_collator=Collator(tiny.token_id(tokenizer, str(tokenizer.pad_token or tokenizer.eos_token))),
         callbacks=[_Reporter()],
     )
     trainer.train()
-    model.save_pretrained(spec.folder)
+    model.to(kept).save_pretrained(spec.folder)
     tokenizer.save_pretrained(spec.folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -112,6 +121,19 @@ def train(spec: Spec) -> dict[str, Any]:
         "warmup_tokens": int(trainer.state.num_input_tokens_seen),
         "warmup_loss": round(float(losses[-1]), 4) if losses else None,
     }
+
+
+def _tiny(spec: Spec) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    torch.set_num_threads(1)
+    tokenizer = tiny.build_tokenizer(traces.lexicon(spec.policy, spec.prompt))
+    model = tiny.build_model(tokenizer, spec.policy.hidden, spec.policy.layers, spec.seed)
+    model.set_attn_implementation("eager")
+    return tokenizer, model
+
+
+def _existing(folder: Path) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    return PreTrainedTokenizerFast.from_pretrained(str(folder)), model
 
 
 def _arguments(spec: Spec) -> TrainingArguments:
@@ -126,8 +148,8 @@ def _arguments(spec: Spec) -> TrainingArguments:
         warmup_steps=max(1, steps // 20),
         adam_beta2=0.95,
         weight_decay=0.01,
-        bf16=True,
-        use_cpu=True,
+        bf16=fast_bfloat16() == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=_REPORT_EVERY,
         include_num_input_tokens_seen=True,
         save_strategy="no",

@@ -37,6 +37,13 @@ def test_a_tiny_policy_is_warmed_up_and_fixed_by_its_seed(tmp_path: Path) -> Non
     assert (taken / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert facts.facts["warmed_up"] is False
 
+    base = ("policy.source=folder", f"policy.path={folder}", "policy.warm_up=true")
+    warmed, facts, _ = build(tmp_path / "fourth", load_profile("laptop", (*SMALL, *base)))
+    assert facts.facts["warmed_up"] is True and facts.facts["vocabulary"] == made.facts["vocabulary"]
+    assert facts.facts["warmup_loss"] < made.facts["warmup_loss"]  # it went on from the weights of the first
+    assert (warmed / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes()
+    assert FolderTokenizer(warmed).eos_token == FolderTokenizer(folder).eos_token
+
 
 def test_a_failing_warm_up_says_its_last_words_and_publishes_nothing(tmp_path: Path) -> None:
     world = ("policy.warmup_world.entities=4000", "policy.warmup_world.name_words=8")

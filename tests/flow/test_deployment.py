@@ -118,13 +118,13 @@ def test_the_retriever_is_kept_up_until_its_run_is_cancelled(stack: Stack, tmp_p
     assert prefect(stack, "deployment", "run", "research-serve/retriever", *arguments).returncode == 0
     url, pid_file = f"http://127.0.0.1:{port}", tmp_path / ".serving" / "retriever.pid"
     log = lambda: (stack.folder / "prefect-worker.log").read_text()[-4000:]  # noqa: E731
-    assert until(lambda: answers(url), 240), log()
+    shown = lambda: [item for item in api(stack, "artifacts/filter") if item["key"] == "retriever"]  # noqa: E731
+    assert until(lambda: answers(url) and len(shown()) == 1, 240), log()
     (child,) = psutil.Process(json.loads(pid_file.read_text())["pid"]).children()
     child.kill()
-    assert until(lambda: not answers(url), 30) and until(lambda: answers(url), 120), log()
+    assert until(lambda: not answers(url), 30) and until(lambda: answers(url) and len(shown()) == 2, 120), log()
+    assert all(url in str(item["data"]) for item in shown())
     (run,) = [item for item in api(stack, "flow_runs/filter") if item["state_type"] == "RUNNING"]
-    artifacts = [item for item in api(stack, "artifacts/filter") if item["key"] == "retriever"]
-    assert len(artifacts) == 2 and all(url in str(item["data"]) for item in artifacts)
     assert prefect(stack, "flow-run", "cancel", str(run["id"])).returncode == 0
     assert until(lambda: not pid_file.exists() and not processes_of(tmp_path), 120), processes_of(tmp_path)
     assert not answers(url)

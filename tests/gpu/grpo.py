@@ -1,7 +1,7 @@
 """GPU check a: the episode loop and GRPO through verl and vLLM on a real model, with held-out questions before and after.
 
 Usage: python tests/gpu/grpo.py --workspace FOLDER [--python PATH] [--toy] [section.key=value ...]. The workspace holds params.yaml and the
-stages up to `policy`; here baseline, train, export and evaluate run. `--toy` makes the workspace of
+stages up to `index`; here policy, train, baseline, export and evaluate run. `--toy` makes the workspace of
 the tiny policy by itself and trains on the processor. Prints one JSON line; asserts that every step was made, that no trajectory was
 lost, and (not for the toy) that reward and held-out F1 rose.
 """
@@ -20,25 +20,34 @@ from research_rl.config import Config
 from research_rl.stages import Workspace, run_stage
 from research_rl.training.metrics_log import MetricsLog
 
-BEFORE = ("download", "validate", "prepare", "corpus", "embed", "index", "policy")
-HERE = ("baseline", "train", "export", "evaluate")
+BEFORE = ("download", "validate", "prepare", "corpus", "embed", "index")
+HERE = ("policy", "train", "baseline", "export", "evaluate")
 REAL = [
     "train.hardware=gpu",
     "serving.hardware=gpu",
     "serving.dtype=bfloat16",
+    "serving.eager=true",
     "train.tensor_parallel=1",
     "train.gpu_memory_utilization=0.3",
-    "train.gradient_checkpointing=true",
+    "train.gradient_checkpointing=false",
+    "train.max_tokens_per_gpu=8192",
     "train.steps=30",
     "train.prompts=32",
     "train.group=8",
+    "train.mini_batch=16",
+    "train.lr=2e-5",
+    "train.save_every=30",
+    "train.validate_every=10",
 ]
 HOST = {
+    "actor_rollout_ref.actor.use_torch_compile": False,
+    "actor_rollout_ref.actor.fsdp_config.use_torch_compile": False,
     "actor_rollout_ref.rollout.enforce_eager": True,
     "actor_rollout_ref.rollout.free_cache_engine": False,
     "+actor_rollout_ref.rollout.enable_sleep_mode": False,
     "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
     "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+    "ray_kwargs.ray_init.num_cpus": 64,
     "+ray_kwargs.ray_init.include_dashboard": False,
     "+ray_kwargs.ray_init.object_store_memory": 2_000_000_000,
 }

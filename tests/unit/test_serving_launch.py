@@ -76,6 +76,12 @@ def test_a_large_model_uses_every_core_unless_told_otherwise(tmp_path: Path, mon
     assert launch.threads(ServingConfig(threads=3), large) == 3
 
 
+@pytest.mark.parametrize(("engine", "flag"), [("vllm", "--enforce-eager"), ("sglang", "--disable-cuda-graph")])
+def test_a_card_uses_graphs_unless_told_otherwise(tmp_path: Path, engine: str, flag: str) -> None:
+    assert flag in render(tmp_path, engine=engine, hardware="gpu", eager=True).command
+    assert flag not in render(tmp_path, engine=engine, hardware="gpu").command
+
+
 def test_sglang_command(tmp_path: Path) -> None:
     plan = render(tmp_path, engine="sglang", hardware="gpu", tensor_parallel=2, dtype="bfloat16", max_sequences=9)
     assert plan.command[:3] == ["py", "-m", "sglang.launch_server"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 import zipfile
 from pathlib import Path
@@ -25,7 +26,7 @@ def write_checkpoint(folder: Path, step: int, world_size: int = 1) -> Path:
     names = [f"actor/{part}_world_size_{world_size}_rank_{r}.pt" for part in ("model", "optim", "extra_state") for r in range(world_size)]
     for name in (*names, "data.pt"):
         with zipfile.ZipFile(path / name, "w") as archive:
-            archive.writestr("archive/data.pkl", b"x" * 1000)
+            archive.writestr("archive/data.pkl", pickle.dumps("x" * 1000))
     (huggingface / "config.json").write_text("{}")
     write_safetensors(huggingface / "model.safetensors")
     return path
@@ -62,6 +63,35 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, damage: st
     assert checkpoints.fault(tmp_path / "global_step_2") is not None
     found = checkpoints.latest(tmp_path)
     assert found and found.step == 1
+
+
+class Interrupted:
+    def __reduce__(self) -> str:
+        raise SystemExit(1)
+
+
+def test_an_archive_that_a_dying_process_closed_early_is_passed_over(tmp_path: Path) -> None:
+    import torch
+
+    content = {
+        "step": 3,
+        "weights": torch.ones(4),
+        "state": {"moments": [torch.zeros(2), torch.ones(2)], "rng": torch.random.get_rng_state()},
+    }
+    file = write_checkpoint(tmp_path, 2) / "actor" / "optim_world_size_1_rank_0.pt"
+    torch.save(content, file)
+    assert checkpoints.fault(tmp_path / "global_step_2") is None
+    with zipfile.ZipFile(file) as archive:
+        kept = {name: archive.read(name) for name in archive.namelist()}
+    (lost,) = [name for name in kept if name.endswith("data/2")]
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in set(kept) - {lost}:
+            archive.writestr(name, kept[name])
+    assert checkpoints.fault(tmp_path / "global_step_2") == "actor/optim_world_size_1_rank_0.pt is missing or cut"
+    with pytest.raises(SystemExit):
+        torch.save({**content, "late": Interrupted()}, file)
+    assert zipfile.ZipFile(file).testzip() is None
+    assert checkpoints.fault(tmp_path / "global_step_2") == "actor/optim_world_size_1_rank_0.pt is missing or cut"
 
 
 def test_every_rank_counts(tmp_path: Path) -> None:

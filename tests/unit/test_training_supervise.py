@@ -24,7 +24,7 @@ from research_rl.training.supervise import Run, TrainHooks, supervise
 from research_rl.training.watch import Finding
 
 TRAINER = r"""
-import json, os, re, subprocess, sys, time, zipfile, struct
+import json, os, pickle, re, subprocess, sys, time, zipfile, struct
 from pathlib import Path
 
 options = dict(item.lstrip("+").split("=", 1) for item in sys.argv[3:])
@@ -45,14 +45,14 @@ def save(step, whole=True):
     (path / "actor/fsdp_config.json").write_text('{"world_size": 1}')
     for part in ("model", "optim", "extra_state"):
         with zipfile.ZipFile(path / f"actor/{part}_world_size_1_rank_0.pt", "w") as archive:
-            archive.writestr("data", "x" * 100)
+            archive.writestr("archive/data.pkl", pickle.dumps("x" * 100))
     (path / "actor/huggingface/config.json").write_text("{}")
     header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (path / "actor/huggingface/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
     if not whole:
         return
     with zipfile.ZipFile(path / "data.pt", "w") as archive:
-        archive.writestr("data", "x")
+        archive.writestr("archive/data.pkl", pickle.dumps("x"))
     (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
 
 def episode(step, index, stop):

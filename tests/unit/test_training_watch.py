@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,7 @@ def save(folder: Path, step: int) -> None:
         "data.pt",
     ):
         with zipfile.ZipFile(path / name, "w") as archive:
-            archive.writestr("data", f"step {step}")
+            archive.writestr("archive/data.pkl", pickle.dumps(f"step {step}"))
     (path / "actor/huggingface/config.json").write_text("{}")
     (path / "actor/huggingface/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
 
