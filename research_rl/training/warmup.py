@@ -102,7 +102,6 @@ class _Reporter(TrainerCallback):
 def train(spec: Spec) -> dict[str, Any]:
     """Make the policy, warm it up, write its folder; return facts: parameters, vocabulary, steps, tokens, final loss."""
     tokenizer, model = _existing(spec.base) if spec.base else _tiny(spec)
-    kept = torch.bfloat16 if spec.base else torch.float32
     trainer = Trainer(
         model=model,
         args=_arguments(spec),
@@ -111,7 +110,9 @@ def train(spec: Spec) -> dict[str, Any]:
         callbacks=[_Reporter()],
     )
     trainer.train()
-    model.to(kept).save_pretrained(spec.folder)
+    if spec.base:
+        model.bfloat16()
+    model.save_pretrained(spec.folder)
     tokenizer.save_pretrained(spec.folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {

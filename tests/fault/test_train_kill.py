@@ -11,8 +11,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,27 +19,17 @@ import psutil
 import pytest
 
 from research_rl import config
-from research_rl.config import CHECKOUT
-from research_rl.stages import Workspace, run_stage
 from research_rl.training import checkpoints
-from research_rl.training.metrics_log import MetricsLog
 from research_rl.training.supervise import interpreter
+from tests.fault.training import Training, workspace
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(4 * 3600)]
 RUNS = 2
 KILLS = int(os.environ.get("RESEARCH_TRAIN_KILLS", "30")) // RUNS
 STEPS = 5 * KILLS
 SIZE = (
-    *(f"data.generated.{item}" for item in ("entities=60", "train_questions=512", "dev_questions=8", "test_questions=16")),
     *(f"policy.{item}" for item in ("hidden=64", "layers=2", "warmup_steps=60")),
-    *(
-        f"train.{item}"
-        for item in (f"steps={STEPS}", "prompts=2", "group=4", "micro_batch=8", "save_every=1", f"max_attempts={10 * KILLS}")
-    ),
-    *(f"episode.{item}" for item in ("max_response_tokens=96", "max_result_tokens=48")),
-    "train.step_deadline_s=60",
-    # This policy is too small to earn a reward, which these rules would rightly stop.
-    *(f"watch.{rule}.action=warn" for rule in ("reward_spread", "no_signal", "answered", "cut_off", "searches", "response_short")),
+    *(f"train.{item}" for item in (f"steps={STEPS}", "prompts=2", "group=4", "save_every=1", f"max_attempts={10 * KILLS}")),
 )
 VICTIMS = {
     "driver": "",
@@ -52,58 +40,18 @@ VICTIMS = {
     "raylet": "raylet/raylet",
     "control store": "gcs/gcs_server",
 }
-BEFORE_TRAINING = ("download", "validate", "prepare", "corpus", "embed", "index", "policy")
 
 
-def workspace(root: Path) -> Workspace:
-    root.mkdir()
-    space = Workspace(root)
-    resolved = config.load_profile("laptop", SIZE)
-    config.save(resolved, root / "params.yaml")
-    for name in BEFORE_TRAINING:
-        run_stage(name, resolved, space)
-    return space
-
-
-class Training:
-    """`research run train` as a user starts it, and what it has on disk."""
-
-    def __init__(self, space: Workspace) -> None:
-        self.space = space
-        self.process = self.start()
-
-    def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "research_rl", "run", "train", "-w", str(self.space.root)]
-        with (self.space.root / "driver.log").open("ab") as log:
-            return subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=subprocess.STDOUT)
-
-    @property
-    def work(self) -> Path:
-        return next(iter(self.space.root.glob("artifacts/.work/train-*")), self.space.root / "none")
-
-    def logged(self) -> int:
-        return MetricsLog(self.work / "metrics.jsonl").last
-
-    def members(self, word: str) -> list[psutil.Process]:
-        found: list[psutil.Process] = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if word in " ".join(process.cmdline()):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
-
-    def kill(self, victim: str) -> bool:
-        """Kill one process of this kind; return whether there was one."""
-        if victim == "driver":
-            self.process.kill()
-            self.process.wait()
-            return True
-        members = self.members(VICTIMS[victim])
-        for process in members[:1]:
-            process.send_signal(signal.SIGKILL)
-        return bool(members)
+def kill(training: Training, victim: str) -> bool:
+    """Kill one process of this kind; return whether there was one."""
+    if victim == "driver":
+        training.process.kill()
+        training.process.wait()
+        return True
+    members = training.members(VICTIMS[victim])
+    for process in members[:1]:
+        process.send_signal(signal.SIGKILL)
+    return bool(members)
 
 
 def questions(work: Path) -> list[list[str]]:
@@ -116,7 +64,7 @@ def questions(work: Path) -> list[list[str]]:
 def test_whatever_is_killed_training_goes_on_and_loses_nothing(number: int, tmp_path: Path) -> None:
     assert interpreter(config.load_profile("laptop")).is_file()
     chance, deck = random.Random(number), list[str]()
-    training = Training(workspace(tmp_path / "killed"))
+    training = Training(workspace(tmp_path / "killed", *SIZE))
     done: Counter[str] = Counter()
     redone: list[int] = []
     last_kill_at, early = 0, False
@@ -125,13 +73,13 @@ def test_whatever_is_killed_training_goes_on_and_loses_nothing(number: int, tmp_
         early = not early and chance.random() < 0.15
         deadline = time.monotonic() + 900
         while not early and training.logged() <= last_kill_at and time.monotonic() < deadline:
-            assert training.process.poll() is None, (tmp_path / "killed/driver.log").read_text()[-3000:]
+            assert training.process.poll() is None, training.said()
             time.sleep(0.2)
         time.sleep(chance.uniform(0, 8))
-        assert training.process.poll() is None, (tmp_path / "killed/driver.log").read_text()[-3000:]
+        assert training.process.poll() is None, training.said()
         before = training.logged()
         deck = deck or chance.sample(list(VICTIMS), len(VICTIMS))
-        if not training.kill(deck[-1]):
+        if not kill(training, deck[-1]):
             continue  # not there yet: the trainer is starting
         victim = deck.pop()
         done[victim] += 1
@@ -144,7 +92,7 @@ def test_whatever_is_killed_training_goes_on_and_loses_nothing(number: int, tmp_
             training.process = training.start()
         newest = checkpoints.latest(training.work / "checkpoints")
         redone.append(before - (newest.step if newest else 0))
-    assert training.process.wait(3600) == 0, (tmp_path / "killed/driver.log").read_text()[-3000:]
+    assert training.process.wait(3600) == 0, training.said()
     work = training.space.folder("train")
     steps = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1)), "metrics are continuous"
@@ -156,7 +104,7 @@ def test_whatever_is_killed_training_goes_on_and_loses_nothing(number: int, tmp_
         len(list(json.loads(line) for line in gzip.decompress(p.read_bytes()).splitlines())) == 8 for p in (work / "rollouts").glob("*.gz")
     )
 
-    left_alone = workspace(tmp_path / "left-alone")
+    left_alone = workspace(tmp_path / "left-alone", *SIZE)
     reference = Training(left_alone)
     assert reference.process.wait(3600) == 0
     assert questions(work) == questions(left_alone.folder("train")), "the order of the data goes on as if nothing had happened"
