@@ -213,6 +213,8 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
     return {
         "trainer.use_v1": True,
         "trainer.v1.trainer_mode": "sync",
+        "trainer.v1.sampler.custom_sampler.path": "pkg://research_rl.training.sampler",
+        "trainer.v1.sampler.custom_sampler.name": "EagerReplayBuffer",
         "trainer.logger": ["console", "file"],
         "trainer.project_name": "research-rl",
         "trainer.experiment_name": config.profile,
@@ -289,8 +291,6 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ROLLOUT}.agent.num_workers": 1,
         "data.dataloader_num_workers": 0,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
-        "trainer.v1.sampler.custom_sampler.path": f"pkg://{_CPU}.sampler",
-        "trainer.v1.sampler.custom_sampler.name": "EagerReplayBuffer",
         "trainer.device": "cpu",
         **(_small_ray(paths) if config.cluster.launcher == "local" else {}),
     }
