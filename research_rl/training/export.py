@@ -1,4 +1,4 @@
-"""The stage `export`: the trained policy as a Hugging Face folder. Knows file formats; this process needs no torch and no verl.
+"""The stage `export`: the trained policy as a Hugging Face folder. Knows what verl writes; this process needs no torch and no verl.
 
 verl writes the whole policy beside its shards (save content `hf_model`), in the optimizer's float32 and with a config that
 says bfloat16. What is published has the initial policy's config, tokenizer and number format, the same tensors of the same
@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,11 @@ from research_rl.config import CHECKOUT
 from research_rl.errors import ModelError
 from research_rl.prompts import load_tokenizer
 from research_rl.stages import Context
+from research_rl.training import lora
 from research_rl.training.supervise import interpreter
+from research_rl.training.tensors import Output, Tensor, blocks, content, read, tensors, to_bfloat16, write
 
-__all__ = ["Tensor", "load", "run", "tensors", "verify", "write_like"]
+__all__ = ["load", "run", "verify", "write_like"]
 
 _COPIED = (
     "config.json",
@@ -39,19 +39,6 @@ _COPIED = (
     "vocab.json",
     "merges.txt",
 )
-_BLOCK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a safetensors file: its place in the file, in bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    end: int
 
 
 def run(context: Context) -> None:
@@ -87,12 +74,27 @@ def load(folder: Path, python: Path) -> str:
 
 
 def write_like(trained: Path, policy: Path, target: Path) -> None:
-    """Write `trained`'s tensors below `target`, file by file, in the number format they have in `policy`."""
-    formats = {name: tensor.dtype for name, tensor in tensors(policy).items()}
+    """Write `trained`'s tensors below `target`, file by file, in the number format they have in `policy`; an adapter is merged."""
+    formats, adapters = {name: tensor.dtype for name, tensor in tensors(policy).items()}, lora.adapters(trained)
+    places: dict[str, str] = {}
     for path in sorted(trained.glob("*.safetensors")):
-        _rewrite(path, target / path.name, formats)
+        found = [tensor for tensor in sorted(read(path), key=lambda tensor: tensor.start) if not lora.is_factor(tensor.name)]
+        outputs = [_output(tensor, adapters, formats) for tensor in found]
+        write(target / path.name, outputs)
+        places |= {output.name: path.name for output in outputs}
     for index in trained.glob("*.safetensors.index.json"):
-        shutil.copyfile(index, target / index.name)
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        (target / index.name).write_text(json.dumps({**listed, "weight_map": places}, indent=1) + "\n", encoding="utf-8")
+
+
+def _output(tensor: Tensor, adapters: Mapping[str, lora.Adapter], formats: Mapping[str, str]) -> Output:
+    name, length = lora.plain(tensor.name), tensor.end - tensor.start
+    adapter = adapters.get(name)
+    values = (lambda: adapter.merged(tensor).view(np.uint8).reshape(-1)) if adapter else (lambda: content(tensor))
+    if (adapter or tensor.dtype == "F32") and formats.get(name) == "BF16":
+        return Output(name, "BF16", tensor.shape, 2 * int(np.prod(tensor.shape)), lambda: map(to_bfloat16, blocks(values())))
+    size = 4 * int(np.prod(tensor.shape)) if adapter else length
+    return Output(name, "F32" if adapter else tensor.dtype, tensor.shape, size, lambda: (block.tobytes() for block in blocks(values())))
 
 
 def verify(folder: Path, policy: Path) -> dict[str, int]:
@@ -117,49 +119,6 @@ def verify(folder: Path, policy: Path) -> dict[str, int]:
     return {"tensors": len(found), "parameters": sum(int(np.prod(t.shape)) for t in found.values())}
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of all safetensors files of a folder by name. Raises ModelError when there is none."""
-    found = {tensor.name: tensor for path in sorted(folder.glob("*.safetensors")) for tensor in _read(path)}
-    if not found:
-        raise ModelError(f"{folder} has no *.safetensors; a Hugging Face model folder is needed")
-    return found
-
-
-def _read(path: Path) -> Iterator[Tensor]:
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, Any] = json.loads(stream.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield Tensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + start, 8 + length + end)
-
-
-def _rewrite(source: Path, target: Path, formats: dict[str, str]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    found = sorted(_read(source), key=lambda tensor: tensor.start)
-    for tensor in found:
-        halved = tensor.dtype == "F32" and formats.get(tensor.name) == "BF16"
-        dtype, size = ("BF16", (tensor.end - tensor.start) // 2) if halved else (tensor.dtype, tensor.end - tensor.start)
-        header[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with target.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for tensor in found:
-            for block in _blocks(_bytes(tensor)):
-                stream.write(_to_bfloat16(block) if header[tensor.name]["dtype"] != tensor.dtype else block.tobytes())
-
-
-def _to_bfloat16(block: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    """Round float32 bytes to the nearest bfloat16, ties to even, as torch does; a NaN stays a NaN."""
-    bits = block.view(np.dtype("<u4")).astype(np.uint64)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).astype("<u2").tobytes()
-
-
 def _tied(folder: Path) -> set[str]:
     """Return the tensors that may be left out because another one stands for them."""
     return {"lm_head.weight"} if _config(folder).get("tie_word_embeddings") else set()
@@ -174,11 +133,7 @@ def _finite(tensor: Tensor) -> bool:
     if tensor.dtype not in _EXPONENT:
         return True
     kind, mask = _EXPONENT[tensor.dtype]
-    return all(not np.any((block.view(kind) & mask) == mask) for block in _blocks(_bytes(tensor)))
-
-
-def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.memmap(tensor.file, dtype=np.uint8, mode="r", offset=tensor.start, shape=(tensor.end - tensor.start,))
+    return all(not np.any((block.view(kind) & mask) == mask) for block in blocks(content(tensor)))
 
 
 _EXPONENT = {
@@ -187,9 +142,3 @@ _EXPONENT = {
     "F16": (np.dtype("<u2"), 0x7C00),
     "BF16": (np.dtype("<u2"), 0x7F80),
 }
-
-
-def _blocks(values: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    for start in range(0, len(values), _BLOCK):
-        # A copy is aligned for the view; the file's bytes need not be.
-        yield np.array(values[start : start + _BLOCK])

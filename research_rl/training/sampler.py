@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
-"""verl's replay buffer, asked often enough: its own interval of 2 s is longer than a laptop's rollout, and lost a second a step on a GPU."""
+"""verl's replay buffer, asked often: its own interval of 2 s is longer than a laptop's rollout and lost a second a step on a GPU."""
 
 from __future__ import annotations
 

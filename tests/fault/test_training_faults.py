@@ -6,7 +6,7 @@ import gzip
 import json
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import pytest
 
@@ -17,15 +17,16 @@ from tests.fault.training import Training, workspace
 from tests.faulty import FAULTS, GARBAGE, Proxy, Retriever
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
-STEPS, PROMPTS, GROUP = 60, 4, 4
-EACH, OUTAGES, AWAY_S = 10, 3, 8
+STEPS, PROMPTS, GROUP = 45, 8, 4
+BURST, BURSTS, OUTAGES, AWAY_S = 5, 2, 3, 8
 SEARCH_S, STEP_S = 4, 60
 SIZE = (
     *(f"policy.{item}" for item in ("warmup_drills=40", "warmup_steps=200")),
     *(f"train.{item}" for item in (f"steps={STEPS}", f"prompts={PROMPTS}", f"group={GROUP}", f"save_every={STEPS}")),
+    "train.episodes_in_flight=8",
     f"episode.search_timeout_s={SEARCH_S}",
 )
-COUNTED = {**dict.fromkeys(GARBAGE, "garbage"), "nothing": "nothing", "busy": "busy", "server_error": "server_error"}
+COUNTED = {**dict.fromkeys(GARBAGE, "garbage"), "busy": "busy", "server_error": "server_error"}
 """How the client calls what was injected."""
 
 
@@ -42,31 +43,33 @@ def retriever(space: Workspace) -> Generator[Retriever]:
     found.process.kill()
 
 
+def until(training: Training, true: Callable[[], bool]) -> None:
+    """Wait for something that training does."""
+    deadline = time.monotonic() + 300
+    while not true():
+        assert training.process.poll() is None and time.monotonic() < deadline, training.said()
+        time.sleep(0.1)
+
+
 def inject(training: Training, retriever: Retriever, proxy: Proxy) -> None:
-    """Spoil replies kind by kind, then kill and freeze the retriever, each while training searches."""
-    for fault in FAULTS:
-        proxy.plan.extend([fault] * EACH)
-        deadline = time.monotonic() + 300
-        while proxy.plan and time.monotonic() < deadline:
-            assert training.process.poll() is None, training.said()
-            time.sleep(0.1)
+    """Spoil replies kind by kind, a burst a step, then kill and freeze the retriever, each while training searches."""
+    for fault in FAULTS * BURSTS:
+        before = training.logged()
+        proxy.plan.extend([fault] * BURST)
+        until(training, lambda: not proxy.plan and training.logged() > before)  # noqa: B023
         print(f"{fault}: {proxy.injected[fault]} injected, step {training.logged()}", flush=True)
     for act in (retriever.outage, retriever.freeze):
         for number in range(OUTAGES):
             before = training.logged()
             act(AWAY_S)
-            while training.logged() <= before:
-                assert training.process.poll() is None, training.said()
-                time.sleep(0.1)
+            until(training, lambda: training.logged() > before)  # noqa: B023
             print(f"{act.__name__} {number + 1} of {AWAY_S} s after step {before}", flush=True)
 
 
 def test_a_failing_retriever_costs_no_group_and_every_failure_is_counted(space: Workspace, retriever: Retriever) -> None:
     proxy = Proxy(retriever.port, slow_s=1.0)
     training = Training(space, f"retriever.url={proxy.url}")
-    while training.logged() < 1:
-        assert training.process.poll() is None, training.said()
-        time.sleep(0.2)
+    until(training, lambda: training.logged() >= 1)
     inject(training, retriever, proxy)
     assert training.logged() < STEPS - 1, "the faults must fall into the training"
     assert training.process.wait(1800) == 0, training.said()
@@ -88,6 +91,7 @@ def test_a_failing_retriever_costs_no_group_and_every_failure_is_counted(space: 
         injected[COUNTED.get(fault, fault)] += number
     paused = sum(row["search/paused_s"] for row in numbers)
     longest = max(row["timing_s/step"] - row["search/paused_s"] for row in numbers)
+    nothing = sum(row["episode/search_failed/nothing"] for row in numbers)
     told = sum(
         row["episode/search_failed/" + kind] for row in numbers for kind in ("timeout", "unreachable", "garbage", "busy", "server_error")
     )
@@ -96,6 +100,7 @@ def test_a_failing_retriever_costs_no_group_and_every_failure_is_counted(space: 
     )
     print(f"paused {paused:.1f} s in all; longest step {longest:.1f} s without pauses; searches {proxy.received}", flush=True)
     assert {kind: failed[kind] for kind in set(COUNTED.values())} == {kind: injected[kind] for kind in set(COUNTED.values())}
+    assert nothing >= injected["nothing"]  # a group's trajectories share an answer
     assert failed["unreachable"] > 0 and failed["timeout"] > 0
     assert longest < STEP_S
     rows = [json.loads(line) for path in (done / "rollouts").glob("*.gz") for line in gzip.decompress(path.read_bytes()).splitlines()]

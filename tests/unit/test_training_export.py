@@ -12,6 +12,7 @@ import pytest
 
 from research_rl.errors import ModelError
 from research_rl.training import export
+from research_rl.training.tensors import floats, tensors
 
 Values = Mapping[str, np.ndarray]
 
@@ -66,7 +67,7 @@ def test_weights_take_the_policys_number_format(tmp_path: Path, weights: dict[st
     policy, source, target = write(tmp_path / "p", weights, "BF16"), write(tmp_path / "s", trained), tmp_path / "o"
     target.mkdir()
     export.write_like(source, policy, target)
-    found = export.tensors(target)
+    found = tensors(target)
     assert {tensor.dtype for tensor in found.values()} == {"BF16"}
     norm = found["norm.weight"]
     raw = np.frombuffer((target / "model.safetensors").read_bytes()[norm.start : norm.end], "<u2")
@@ -78,10 +79,49 @@ def test_float32_stays_bit_for_bit(tmp_path: Path, weights: dict[str, np.ndarray
     policy, source, target = write(tmp_path / "p", weights), write(tmp_path / "s", weights), tmp_path / "o"
     target.mkdir()
     export.write_like(source, policy, target)
-    tensor = export.tensors(target)["embed.weight"]
+    tensor = tensors(target)["embed.weight"]
     assert (target / "model.safetensors").read_bytes()[tensor.start : tensor.end] == weights["embed.weight"].tobytes()
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
-        export.tensors(tmp_path)
+        tensors(tmp_path)
+
+
+def adapted(folder: Path, weights: dict[str, np.ndarray], a: np.ndarray, b: np.ndarray) -> Path:
+    """Write what verl writes of a policy with an adapter on its projection."""
+    names = {"embed.weight": "base_model.model.embed.weight", "proj.weight": "base_model.model.proj.base_layer.weight"}
+    factors = {"base_model.model.proj.lora_A.default.weight": a, "base_model.model.proj.lora_B.default.weight": b}
+    found = write(folder / "huggingface", {**{names[name]: array for name, array in weights.items()}, **factors})
+    (folder / "lora_train_meta.json").write_text(json.dumps({"r": a.shape[0], "lora_alpha": 8, "task_type": "CAUSAL_LM"}))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_an_adapter_is_merged_into_the_weights_it_was_trained_beside(tmp_path: Path, dtype: str) -> None:
+    random = np.random.default_rng(1)
+    weights = {"embed.weight": random.normal(size=(3, 5)).astype("f4"), "proj.weight": random.normal(size=(4, 5)).astype("f4")}
+    a, b = random.normal(size=(2, 5)).astype("f4"), random.normal(size=(4, 2)).astype("f4")
+    policy, trained, target = write(tmp_path / "p", weights, dtype), adapted(tmp_path / "actor", weights, a, b), tmp_path / "out"
+    target.mkdir()
+    export.write_like(trained, policy, target)
+    found = tensors(target)
+    assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(weights, dtype)
+    wanted = weights["proj.weight"] + 4 * (b @ a)
+    assert np.allclose(floats(found["proj.weight"]), wanted, rtol=1e-6 if dtype == "F32" else 2**-8)
+    assert np.allclose(floats(found["embed.weight"]), weights["embed.weight"], rtol=0 if dtype == "F32" else 2**-8)
+
+
+@pytest.mark.parametrize("damage", ["factor", "meta", "shape"])
+def test_an_adapter_that_is_not_whole_is_refused(tmp_path: Path, damage: str) -> None:
+    weights = {"embed.weight": np.ones((3, 5), "f4"), "proj.weight": np.ones((4, 5), "f4")}
+    a, b = np.ones((2, 5), "f4"), np.ones((3 if damage == "shape" else 4, 2), "f4")
+    trained = adapted(tmp_path / "actor", weights, a, b)
+    if damage == "meta":
+        (tmp_path / "actor" / "lora_train_meta.json").unlink()
+    elif damage == "factor":
+        file = trained / "model.safetensors"
+        file.write_bytes(file.read_bytes().replace(b"proj.lora_B.default", b"proj.other_.default"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match=r"lora_train_meta\.json|one factor of the adapter of proj\.weight|does not fit"):
+        export.write_like(trained, write(tmp_path / "p", weights), tmp_path / "out")
