@@ -682,6 +682,12 @@ class Config(Section):
             raise ValueError("reward.terms asks a judge; set judge.url to an OpenAI-compatible address such as http://127.0.0.1:8000/v1")
         return self
 
+    @model_validator(mode="after")
+    def _traces_have_a_prompt(self) -> Config:
+        if self.policy.warm_up and self.prompt.template == "instruct":
+            raise ValueError("policy.warm_up=true writes traces without a chat template; set prompt.template to base or file")
+        return self
+
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PROFILES = CHECKOUT / "configs"

@@ -8,10 +8,11 @@ shapes, every number is finite, and the folder was loaded and let write in the p
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from research_rl.prompts import load_tokenizer
 from research_rl.stages import Context
 from research_rl.training import lora
 from research_rl.training.supervise import interpreter
-from research_rl.training.tensors import Output, Tensor, blocks, content, read, tensors, to_bfloat16, write
+from research_rl.training.tensors import Bytes, Output, Tensor, blocks, content, read, tensors, to_bfloat16, write
 
 __all__ = ["load", "run", "verify", "write_like"]
 
@@ -88,13 +89,16 @@ def write_like(trained: Path, policy: Path, target: Path) -> None:
 
 
 def _output(tensor: Tensor, adapters: Mapping[str, lora.Adapter], formats: Mapping[str, str]) -> Output:
-    name, length = lora.plain(tensor.name), tensor.end - tensor.start
+    name, count = lora.plain(tensor.name), math.prod(tensor.shape)
     adapter = adapters.get(name)
-    values = (lambda: adapter.merged(tensor).view(np.uint8).reshape(-1)) if adapter else (lambda: content(tensor))
-    if (adapter or tensor.dtype == "F32") and formats.get(name) == "BF16":
-        return Output(name, "BF16", tensor.shape, 2 * int(np.prod(tensor.shape)), lambda: map(to_bfloat16, blocks(values())))
-    size = 4 * int(np.prod(tensor.shape)) if adapter else length
-    return Output(name, "F32" if adapter else tensor.dtype, tensor.shape, size, lambda: (block.tobytes() for block in blocks(values())))
+    dtype, size = ("F32", 4 * count) if adapter else (tensor.dtype, tensor.end - tensor.start)
+
+    def pieces() -> Iterator[Bytes]:
+        return blocks(adapter.merged(tensor).reshape(-1).view(np.uint8) if adapter else content(tensor))
+
+    if dtype == "F32" and formats.get(name) == "BF16":
+        return Output(name, "BF16", tensor.shape, 2 * count, lambda: map(to_bfloat16, pieces()))
+    return Output(name, dtype, tensor.shape, size, lambda: (piece.tobytes() for piece in pieces()))
 
 
 def verify(folder: Path, policy: Path) -> dict[str, int]:

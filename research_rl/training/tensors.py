@@ -13,7 +13,7 @@ import numpy as np
 
 from research_rl.errors import ModelError
 
-__all__ = ["Output", "Tensor", "blocks", "content", "floats", "read", "tensors", "to_bfloat16", "write"]
+__all__ = ["Bytes", "Output", "Tensor", "blocks", "content", "floats", "read", "tensors", "to_bfloat16", "write"]
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _BLOCK = 1 << 24

@@ -84,3 +84,9 @@ def test_hash_follows_its_sections_alone() -> None:
 def test_dump_is_plain_yaml_of_the_whole_tree() -> None:
     tree = config.load_profile("laptop")
     assert Config.model_validate(yaml.safe_load(config.dump(tree))) == tree
+
+
+def test_a_warm_up_needs_a_prompt_it_can_write() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.warm_up=true .* set prompt\.template to base or file"):
+        config.load_profile("laptop", ["policy.warm_up=true", "prompt.template=instruct"])
+    assert config.load_profile("smollm-world").policy.warm_up
