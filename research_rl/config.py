@@ -552,7 +552,7 @@ class RetrieverConfig(Section):
     pause_share: float = Field(
         default=0.3, ge=0, lt=1, description="Training pauses when more than this share of recent searches got no answer from the service."
     )
-    pause_least: int = Field(default=8, ge=1, description="Fewest failed searches that make training pause.")
+    pause_least: int = Field(default=8, ge=1, description="Fewest failed searches that make training pause; as many in a row always do.")
     pause_window_s: float = Field(default=30.0, gt=0, description="How far back searches count as recent, in seconds.")
     pause_max_s: float = Field(
         default=600.0, gt=0, description="Longest wait for the service to be well again; then training stops, to be resumed later."

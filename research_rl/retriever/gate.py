@@ -23,7 +23,10 @@ _NOT_THE_SERVICE = frozenset({None, SearchFault.EMPTY_QUERY, SearchFault.NOTHING
 
 @dataclass(frozen=True)
 class Patience:
-    """When searches pause: more than `share` of those ended in the last `window_s` failed, and at least `least`."""
+    """When searches pause: the last `least` failed, or more than `share` of those ended in the last `window_s` and at least `least`.
+
+    A service that dies after many good answers shows in the first way long before it does in the second.
+    """
 
     window_s: float
     least: int
@@ -80,8 +83,11 @@ class PauseGate:
         return dict(Counter(str(fault) for _, fault in self._window if fault is not None))
 
     def _too_many(self) -> bool:
-        failed = sum(self._faults().values())
-        return failed >= self._patience.least and failed > self._patience.share * len(self._window)
+        failed, least = sum(self._faults().values()), self._patience.least
+        if failed < least:
+            return False
+        in_a_row = all(fault is not None for _, fault in list(self._window)[-least:])
+        return in_a_row or failed > self._patience.share * len(self._window)
 
     async def _watch(self) -> None:
         self._tell("paused")
