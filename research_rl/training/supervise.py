@@ -216,7 +216,9 @@ class _State:
     def rewind(self) -> Checkpoint | None:
         """Return the checkpoint to go on from, after forgetting everything later than it."""
         watch.restore(self.run.paths.checkpoints, self.run.paths.work)
-        found = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps, verify=True, passed_over=self._passed_over)
+        found = self._with_metrics(
+            checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps, verify=True, passed_over=self._passed_over)
+        )
         step = found.step if found else 0
         if found:
             checkpoints.seal(found.path)
@@ -227,9 +229,19 @@ class _State:
                 path.unlink()
         self.log.rewind(step)
         for missing in self.log.missing(step):
-            # A trainer killed between saving step n and logging it leaves the episodes as the only witness.
+            # Where more than one step would be done again, the episodes are the only witness of a step that was saved but not logged.
             self.finish(missing, self._logged(missing))
         return found
+
+    def _with_metrics(self, found: Checkpoint | None) -> Checkpoint | None:
+        """Return the one of the step before, where verl was killed between saving a step and logging it and this costs one step only."""
+        if found is None or found.step in self.log.rows or self._logged(found.step):
+            return found
+        before = checkpoints.latest(self.run.paths.checkpoints, found.step - 1, verify=True)
+        if (before.step if before else 0) < found.step - 1:
+            return found
+        self._passed_over(found, "the trainer ended before it wrote this step's metrics; the step is done again")
+        return before
 
     def finish(self, step: int, metrics: dict[str, float]) -> None:
         """Record a done step: merge the episodes' metrics, keep its episodes, tell the hooks. Raises TrainingError."""

@@ -96,9 +96,8 @@ def test_whatever_is_killed_training_goes_on_and_loses_nothing(number: int, tmp_
     work = training.space.folder("train")
     steps = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1)), "metrics are continuous"
-    assert all("episode/reward" in row["metrics"] for row in steps)
-    silent = [row["step"] for row in steps if "actor/grad_norm" not in row["metrics"]]
-    print(f"kills {dict(done)}; steps whose trainer metrics were lost with the trainer: {silent}; redone finished steps: {max(redone)}")
+    assert all({"episode/reward", "actor/grad_norm"} <= row["metrics"].keys() for row in steps)
+    print(f"kills {dict(done)}; redone finished steps: {max(redone)}")
     assert max(redone) <= 1, "at most one step is done again"
     assert all(
         len(list(json.loads(line) for line in gzip.decompress(p.read_bytes()).splitlines())) == 8 for p in (work / "rollouts").glob("*.gz")

@@ -84,7 +84,8 @@ for step in range(step + 1, int(options["trainer.total_training_steps"]) + 1):
     if step == script.get("die_saving"):
         save(step, whole=False)
         sys.exit(3)
-    save(step)
+    if step % script.get("save_every", 1) == 0:
+        save(step)
     if step == script.get("die_saved"):
         sys.exit(4)
     if script.get("padding"):
@@ -182,13 +183,23 @@ def test_a_checkpoint_cut_by_death_is_passed_over(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
 
 
-def test_a_step_saved_but_not_logged_is_not_missing(tmp_path: Path) -> None:
-    run, listener = make_run(tmp_path, [{"die_saved": 3}, {}]), Listener()
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_step_saved_but_not_logged_is_done_again(tmp_path: Path, step: int) -> None:
+    run, listener = make_run(tmp_path, [{"die_saved": step}, {}]), Listener()
     supervise(run, listener, ignore)
-    assert "resuming from 3" in (run.logs / "attempt_2.log").read_text()
+    assert f"resuming from {step - 1}" in (run.logs / "attempt_2.log").read_text()
     rows = read_metrics(run)
     assert [row["step"] for row in rows] == listener.steps == [1, 2, 3, 4]
-    assert "loss" not in rows[2]["metrics"] and rows[2]["metrics"]["episode/reward"] == 0.5
+    assert all("loss" in row["metrics"] for row in rows) and rows[step - 1]["metrics"]["attempt"] == 2
+
+
+def test_a_step_saved_but_not_logged_is_kept_where_more_than_it_would_be_done_again(tmp_path: Path) -> None:
+    run, listener = make_run(tmp_path, [{"die_saved": 2, "save_every": 2}, {"save_every": 2}]), Listener()
+    supervise(run, listener, ignore)
+    assert "resuming from 2" in (run.logs / "attempt_2.log").read_text()
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == listener.steps == [1, 2, 3, 4]
+    assert "loss" not in rows[1]["metrics"] and rows[1]["metrics"]["episode/reward"] == 0.5
 
 
 def test_a_new_process_goes_on_and_tells_the_kept_steps_again(tmp_path: Path) -> None:
