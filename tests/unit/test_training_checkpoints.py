@@ -26,7 +26,8 @@ def write_checkpoint(folder: Path, step: int, world_size: int = 1) -> Path:
     names = [f"actor/{part}_world_size_{world_size}_rank_{r}.pt" for part in ("model", "optim", "extra_state") for r in range(world_size)]
     for name in (*names, "data.pt"):
         with zipfile.ZipFile(path / name, "w") as archive:
-            archive.writestr("archive/data.pkl", pickle.dumps("x" * 1000))
+            archive.writestr("archive/data.pkl", pickle.dumps({"step": step}))
+            archive.writestr("archive/data/0", b"x" * 1000)
     (huggingface / "config.json").write_text("{}")
     write_safetensors(huggingface / "model.safetensors")
     return path
