@@ -41,8 +41,9 @@ class Cluster:
         return found
 
     def busy(self) -> list[str]:
-        """Return those that belong to a job: trainers, their workers and engines."""
-        return [words for words in self.processes() if "main_ppo" in words or "_leased.py" in words or words.startswith(("ray::", "VLLM"))]
+        """Return those that belong to a job: trainers, their workers and engines; a worker of Ray's own pool waits idle for the next."""
+        busy = (words for words in self.processes() if not words.startswith("ray::IDLE"))
+        return [words for words in busy if "main_ppo" in words or "_leased.py" in words or words.startswith(("ray::", "VLLM"))]
 
 
 @contextmanager
