@@ -174,6 +174,14 @@ def test_a_wide_window_of_metric_names_is_understood(tmp_path: Path) -> None:
     assert (curves.steps, curves.ends("f1")) == (2, (0.0, 0.0))
 
 
+def test_what_was_played_on_dev_before_the_first_step_begins_its_curve(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 8, "metrics": {"dev/f1": 0.75}}))
+    assert read_curves(tmp_path).series == {"dev_f1": ([8], [0.75])}
+    (tmp_path / "rollouts" / "dev").mkdir(parents=True)
+    (tmp_path / "rollouts/dev/000000.jsonl").write_text("".join(json.dumps({"f1": f1}) + "\n" for f1 in (0.0, 0.5)))
+    assert read_curves(tmp_path).series == {"dev_f1": ([0, 8], [0.25, 0.75])}
+
+
 def test_rollouts_are_read_in_the_order_of_steps(tmp_path: Path) -> None:
     (tmp_path / "rollouts").mkdir()
     for step in (10, 9):
