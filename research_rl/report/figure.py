@@ -26,6 +26,9 @@ _PANELS = (
 )
 
 
+_FEW = 10
+
+
 def draw(curves: Curves, path: Path, title: str) -> None:
     """Write four panels over the training step; a thin line per step, a bold one for the moving average."""
     import matplotlib
@@ -64,7 +67,7 @@ def _panel(axis: Any, curves: Curves, title: str, label: str, lines: tuple[tuple
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Return the centred moving average over a tenth of the run, narrower at both ends."""
-    half = max(1, len(values) // 20)
+    """Return the centred moving average over a tenth of the run, narrower at both ends; a few values far apart stay as they are."""
+    half = max(1, len(values) // 20) if len(values) >= _FEW else 0
     windows = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
     return [sum(window) / len(window) for window in windows]
