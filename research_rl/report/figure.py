@@ -25,8 +25,8 @@ _PANELS = (
     ("Response length", "tokens written by the model", (("tokens", "tokens", "#555555"),)),
 )
 
-
 _FEW = 10
+"""Values below which a series is drawn without a moving average."""
 
 
 def draw(curves: Curves, path: Path, title: str) -> None:

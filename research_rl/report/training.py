@@ -54,7 +54,8 @@ def read_curves(folder: Path) -> Curves:
         found = {step: value for step, value in values.items() if value is not None}
         if found:
             series[name] = (list(found), list(found.values()))
-    before = [float(row["f1"]) for row in read_rollouts({step: path for step, path in rollout_files(folder, "dev").items() if step == 0})]
+    start = rollout_files(folder, "dev").get(0)
+    before = [float(row["f1"]) for row in _lines(start)] if start else []
     if before and "dev_f1" in series:  # the first step's line has no room for what was played before it
         steps, values = series["dev_f1"]
         series["dev_f1"] = ([0, *steps], [sum(before) / len(before), *values])

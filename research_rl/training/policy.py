@@ -84,7 +84,7 @@ def _warmed(context: Context, base: Path | None) -> tuple[Path, dict[str, Any]]:
             share = message["step"] / message["of"]
             context.progress(f"warm-up step {message['step']}/{message['of']}, loss {message['loss']:.3f}", share)
 
-    _process(context, "warmup", "research_rl.training.warmup", [str(work / "spec.json")], read, len(os.sched_getaffinity(0)) if base else 1)
+    _process(context, "warmup", "research_rl.training.warmup", [str(work / "spec.json")], read, wide=base is not None)
     return model, {"warmed_up": True, **facts}
 
 
@@ -140,15 +140,22 @@ _SOURCES: dict[str, Callable[[Context], tuple[Path, dict[str, Any]]]] = {
 
 
 def _process(
-    context: Context, name: str, module: str, arguments: list[str], read: Callable[[dict[str, Any]], None], threads: int = 1
+    context: Context, name: str, module: str, arguments: list[str], read: Callable[[dict[str, Any]], None], wide: bool = False
 ) -> None:
-    """Run a module in the policy environment and hand its JSON lines to `read`. Raises TrainingError with its last words."""
+    """Run a module in the policy environment and hand its JSON lines to `read`. Raises TrainingError with its last words.
+
+    One thread and no card, so that equal parameters give equal bytes; `wide` gives it all cores and the card of train.hardware.
+    """
     folder = context.workspace.work("policy")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log"
     log.unlink(missing_ok=True)
-    env = {"PYTHONPATH": str(CHECKOUT), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
-    if context.config.train.hardware == "cpu":
+    env = {
+        "PYTHONPATH": str(CHECKOUT),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)) if wide else 1),
+    }
+    if not wide or context.config.train.hardware == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     command = [str(interpreter(context.config)), "-m", module, *arguments]
     process = services.spawn(name, command, folder=context.workspace.services / "policy", env=env, cwd=CHECKOUT, log=log)

@@ -62,7 +62,7 @@ def read(path: Path) -> Iterator[Tensor]:
 
 
 def write(path: Path, outputs: Sequence[Output]) -> None:
-    """Write a file; no more than one piece of one tensor is held in memory."""
+    """Write a file, one tensor after the other."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for item in outputs:

@@ -21,7 +21,7 @@ import pytest
 from research_rl import config
 from research_rl.training import checkpoints
 from research_rl.training.supervise import interpreter
-from tests.fault.training import Training, workspace
+from tests.training import Training, workspace
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(4 * 3600)]
 RUNS = 2

@@ -13,8 +13,8 @@ import pytest
 from research_rl import config
 from research_rl.stages import Workspace
 from research_rl.training.supervise import interpreter
-from tests.fault.training import Training, workspace
 from tests.faulty import FAULTS, GARBAGE, Proxy, Retriever
+from tests.training import Training, workspace
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 STEPS, PROMPTS, GROUP = 45, 8, 4
