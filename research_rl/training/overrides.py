@@ -18,11 +18,14 @@ from typing import Any, Literal
 import yaml
 
 from research_rl.config import CHECKOUT, Config
+from research_rl.serving.launch import threads
+from research_rl.training.cpu import ENGINE_THREADS_VARIABLE
 from research_rl.training.cpu.transfer import TOKEN_VARIABLE
 
 __all__ = ["Paths", "agent_settings", "agent_yaml", "environment", "render", "resolved"]
 
 _ADAPTER = "research_rl.training.adapter.SearchAgentLoop"
+_MANAGER = "research_rl.training.rollout.SearchAgentManager"
 _CPU = "research_rl.training.cpu"
 _MODEL, _ACTOR, _REF, _ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("model", "actor", "ref", "rollout"))
 
@@ -120,7 +123,7 @@ def environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
         "HF_DATASETS_CACHE": str(paths.work / "datasets"),
     }
     private = _private_ray(token) if config.cluster.launcher == "local" else {}
-    return {**common, **private, **(_cpu_environment(config, token) if config.train.hardware == "cpu" else {})}
+    return {**common, **private, **(_cpu_environment(config, paths, token) if config.train.hardware == "cpu" else {})}
 
 
 def _private_ray(token: str) -> dict[str, str]:
@@ -203,9 +206,16 @@ def _rollout(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ROLLOUT}.seed": config.seed,
         f"{_ROLLOUT}.agent.default_agent_loop": "search_agent",
         f"{_ROLLOUT}.agent.agent_loop_config_path": str(paths.agent),
+        f"+{_ROLLOUT}.agent.agent_loop_manager_class": _MANAGER,
         # The agent loop grades its own trajectory, which knows who wrote what; verl's reward workers would stay idle.
         "reward.num_workers": 0,
+        **(_whole_turns(config) if train.engine == "vllm" else {}),
     }
+
+
+def _whole_turns(config: Config) -> dict[str, Any]:
+    """Let vLLM report a turn's first token and its end: verl reads nothing in between, and each report copies the whole turn."""
+    return {f"+{_ROLLOUT}.engine_kwargs.vllm.stream_interval": config.prompt.max_tokens + config.episode.max_response_tokens}
 
 
 def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
@@ -288,6 +298,7 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ROLLOUT}.max_num_batched_tokens": max(4096, length),
         f"{_ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": 256,
         f"+{_ROLLOUT}.engine_kwargs.vllm.worker_extension_cls": f"{_CPU}.vllm_worker.CpuWorkerExtension",
+        **({f"+{_ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni"} if train.tensor_parallel == 1 else {}),
         f"{_ROLLOUT}.agent.num_workers": 1,
         "data.dataloader_num_workers": 0,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
@@ -311,19 +322,23 @@ def _small_ray(paths: Paths) -> dict[str, Any]:
 _SHORT: dict[Literal["float32", "bfloat16"], str] = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def _cpu_environment(config: Config, token: str) -> dict[str, str]:
-    threads = str(os.cpu_count() or 1)
+def _cpu_environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
+    cores = str(os.cpu_count() or 1)
+    weight_bytes = sum(path.stat().st_size for path in paths.model.glob("*.safetensors"))
     return {
         "VERL_USE_EXTERNAL_MODULES": f"{_CPU}.platform",
         TOKEN_VARIABLE: token[:12],
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": str(config.serving.kv_cache_gib),
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": cores,
+        ENGINE_THREADS_VARIABLE: str(threads(config.serving, weight_bytes)),
+        # Unset, vLLM would put its only worker into a process of its own, and both would spin while they wait for each other.
+        **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.train.tensor_parallel == 1 else {}),
         # The sampler and the loss would be compiled at the first step, for longer than a small policy's steps gain by it.
         "TORCH_COMPILE_DISABLE": "1",
         # Trainer, engine and agents take turns on the same cores; spinning threads would take them from each other.
         "OMP_WAIT_POLICY": "PASSIVE",
-        "TQ_NUM_THREADS": threads,
+        "TQ_NUM_THREADS": cores,
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",

@@ -72,8 +72,8 @@ def test_a_large_model_uses_every_core_unless_told_otherwise(tmp_path: Path, mon
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(6))
     large = model.ModelFolder(tmp_path, "Qwen2ForCausalLM", launch.SMALL_BYTES, None)
     small = model.ModelFolder(tmp_path, "Qwen2ForCausalLM", launch.SMALL_BYTES - 1, None)
-    assert [launch.threads(ServingConfig(), found) for found in (large, small)] == [6, 1]
-    assert launch.threads(ServingConfig(threads=3), large) == 3
+    assert [launch.threads(ServingConfig(), found.weight_bytes) for found in (large, small)] == [6, 1]
+    assert launch.threads(ServingConfig(threads=3), large.weight_bytes) == 3
 
 
 @pytest.mark.parametrize(("engine", "flag"), [("vllm", "--enforce-eager"), ("sglang", "--disable-cuda-graph")])

@@ -45,6 +45,39 @@ def test_hardware_decides_the_platform_and_nothing_of_the_method() -> None:
     assert "VERL_USE_EXTERNAL_MODULES" not in overrides.environment(config(hardware="gpu"), PATHS, "0" * 64)
 
 
+ENGINE = "+actor_rollout_ref.rollout.engine_kwargs.vllm"
+
+
+def test_an_engine_of_one_worker_on_cpu_keeps_it_in_its_own_process(tmp_path: Path) -> None:
+    paths = Paths(*(tmp_path / name for name in "abcde"))
+    one, two = (config(hardware="cpu", tensor_parallel=count) for count in (1, 2))
+    found = [overrides.resolved(choice, paths).get(f"{ENGINE}.distributed_executor_backend") for choice in (one, two)]
+    told = [overrides.environment(choice, paths, "0" * 64).get("VLLM_ENABLE_V1_MULTIPROCESSING") for choice in (one, two)]
+    assert (found, told) == (["uni", None], ["0", None])
+
+
+def test_a_small_policy_is_decoded_by_one_thread_and_a_large_one_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(6))
+    paths, weights = Paths(*(tmp_path / name for name in "abcde")), tmp_path / "a" / "model.safetensors"
+    weights.parent.mkdir()
+    threads: list[str] = []
+    for size in (1 << 20, 64 << 20):
+        with weights.open("wb") as handle:
+            handle.truncate(size)
+        threads.append(overrides.environment(config(hardware="cpu"), paths, "0" * 64)["RESEARCH_ENGINE_THREADS"])
+    assert threads == ["1", "6"]
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "gpu"])
+def test_turns_are_reported_whole_and_sglang_is_told_nothing_of_vllm(hardware: str) -> None:
+    chosen = Config.model_validate(
+        {"train": {"hardware": hardware}, "prompt": {"max_tokens": 300}, "episode": {"max_response_tokens": 700}},
+    )
+    assert overrides.resolved(chosen, PATHS)[f"{ENGINE}.stream_interval"] == 1000
+    sglang = overrides.resolved(config(hardware="gpu", engine="sglang"), PATHS)
+    assert not any(name.startswith(ENGINE) for name in sglang)
+
+
 def test_extra_is_applied_last_however_it_is_spelled() -> None:
     attention = "actor_rollout_ref.model.override_config.attn_implementation"
     found = overrides.resolved(config(extra={"data.seed": 7, f"++{attention}": "eager"}), PATHS)

@@ -7,14 +7,19 @@ to copy into. With packing off the rest of verl's extension works unchanged.
 
 from __future__ import annotations
 
+import os
+
+import torch
 import vllm._custom_ops as ops
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
+from research_rl.training.cpu import ENGINE_THREADS_VARIABLE
 from research_rl.training.cpu.transfer import private_address
 
 __all__ = ["CpuWorkerExtension"]
 
 ops._supports_onednn = False
+torch.set_num_threads(int(os.environ[ENGINE_THREADS_VARIABLE]))
 
 
 class CpuWorkerExtension(vLLMColocateWorkerExtension):
