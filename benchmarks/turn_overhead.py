@@ -1,9 +1,9 @@
 """P9: what a turn costs beside the engine: our agent loop in verl's base class against verl's own ToolAgentLoop.
 
 Both play the same episodes in one process of the policy environment (`benchmarks/peers/verl_tool_loop.py`): engine and search
-answer at once, so that all CPU time is the loops' own. Both include the making of a loop for every episode, as verl's worker
-does it; ours also grading and the record on disk, shared out over the turns. The limit is for our loop once it is made, since
-making it is Hydra's work. Judged by the medians of many short rounds.
+answer at once, so that all CPU time is the loops' own. verl's includes the making of a loop for every episode, as its worker does it;
+our worker makes one for all. Ours includes grading and the record on disk, shared out over the turns. Judged by the medians of
+many short rounds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(quick: bool) -> Iterator[Duel]:
         env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(CHECKOUT), "CUDA_VISIBLE_DEVICES": "", "HOME": folder}
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder, env=env)
     found = json.loads(done.stdout.splitlines()[-1])
-    ours, peer, own = (statistics.median(found[name]) for name in ("ours", "peer", "own"))
+    ours, peer = (statistics.median(found[name]) for name in ("ours", "peer"))
     unit = "CPU-microseconds a turn"
     yield Duel("P9", "turn, against verl's ToolAgentLoop", unit, ours, peer, peer / ours, 1.0, rounds)
-    yield Duel("P9", "turn of our loop once made, against the limit", unit, own, LIMIT_US, LIMIT_US / own, 1.0, rounds)
+    yield Duel("P9", "turn, against the limit", unit, ours, LIMIT_US, LIMIT_US / ours, 1.0, rounds)

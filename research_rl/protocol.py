@@ -62,8 +62,13 @@ _INSTRUCTION = re.compile(r"\[(/?INST)\]", re.IGNORECASE)
 
 def fold(text: str) -> str:
     """Return `text` in the letters it passes for: compatibility forms, letters of other scripts, no invisible characters."""
-    shown = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) not in ("Cf", "Mn"))
-    return shown.casefold().translate(_LETTERS)
+    return _shown(text).casefold().translate(_LETTERS)
+
+
+def _shown(text: str) -> str:
+    if text.isascii():
+        return text
+    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) not in ("Cf", "Mn"))
 
 
 def neutralise(text: str) -> str:

@@ -120,8 +120,8 @@ def padded(text: str, opening: str) -> str:
     return opening + "a" * (TURN - length) + text
 
 
-def our_loop(folder: Path, model: Path) -> Callable[[], Any]:
-    """Return what makes our loop, its engine playing ReSearch's tags."""
+def our_loop(folder: Path, model: Path) -> Any:
+    """Return our loop, its engine playing ReSearch's tags."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     (folder / "template.txt").write_text("{question}")
     config = Config.model_validate(
@@ -135,15 +135,9 @@ def our_loop(folder: Path, model: Path) -> Callable[[], Any]:
     texts = [padded("</think><search>blue harbour</search>", "<think>")] * SEARCHES
     texts.append(padded("</think><answer>\\boxed{Avonlea}</answer>" + EOS, "<think>"))
     engine = Engine([tokenizer.encode(text, add_special_tokens=False) for text in texts])
-    agent, parts = OmegaConf.load(paths.agent)[0], common(model, engine)
-
-    def make() -> Any:
-        loop = hydra.utils.instantiate(config=agent, **parts)
-        loop._shared = shared
-        return loop
-
-    shared = replace(hydra.utils.instantiate(config=agent, **parts)._shared, client=Client())
-    return make
+    loop = hydra.utils.instantiate(config=OmegaConf.load(paths.agent)[0], **common(model, engine))
+    loop._shared = replace(loop._shared, client=Client())
+    return loop
 
 
 def verls_loop(model: Path) -> Callable[[], Any]:
@@ -161,7 +155,7 @@ def verls_loop(model: Path) -> Callable[[], Any]:
 
 
 async def microseconds(make: Callable[[], Any], episodes: int) -> float:
-    """Return CPU time of this process per turn; verl makes a loop for every episode, so its making is in it."""
+    """Return CPU time of this process per turn; `make` is asked for a loop for every episode."""
     started = time.process_time()
     for _ in range(episodes):
         out = await make().run({"temperature": 1.0}, **ROW)
@@ -170,12 +164,11 @@ async def microseconds(make: Callable[[], Any], episodes: int) -> float:
 
 
 async def main() -> None:
-    """Alternate the loops and print what each round took; `own` is ours without the making of a loop, which is verl's work."""
+    """Alternate the loops and print what each round took. Verl's worker makes a loop for every episode, ours one for all."""
     folder, rounds, episodes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     model = build_model(folder / "model")
     ours, peer = our_loop(folder, model), verls_loop(model)
-    once = ours()
-    makers = {"ours": ours, "peer": peer, "own": lambda: once}
+    makers = {"ours": lambda: ours, "peer": peer}
     for make in makers.values():
         await microseconds(make, 3)
     found: dict[str, list[float]] = {name: [] for name in makers}
