@@ -59,12 +59,25 @@ def reap() -> dict[int, int]:
         codes[pid] = os.waitstatus_to_exitcode(status)
 
 
+def childless() -> bool:
+    """Reap, and return whether nothing is left below this process.
+
+    The kernel's word: orphans become children of a subreaper, so without a child there is no descendant. A reading of /proc is
+    not one moment: where a child's pid is below its parent's, both are missed when the parent ends between the two.
+    """
+    reap()
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
+
+
 def end_all() -> None:
     """Ask, wait, then kill, until no descendant is left."""
     signal_all(signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
-    while descendants(os.getpid()):
-        reap()
+    while not childless():
         if time.monotonic() > deadline:
             signal_all(signal.SIGKILL)
         time.sleep(0.02)

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from research_rl.config import CHECKOUT
 from research_rl.errors import ServiceError
 from research_rl.services import free_port, guarded, reap, require_free, spawn
 
@@ -109,3 +110,25 @@ def test_a_port_in_use_is_named_with_its_setting() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ServiceError, match=f"retriever.port={port} .* set retriever.port to a free port"):
             require_free("127.0.0.1", port, "retriever.port")
+
+
+_BLIND = """
+import os, subprocess, sys
+from research_rl import _guardian
+seen, looks = _guardian.descendants, []
+def blind(root):
+    looks.append(1)
+    return [] if 1 < len(looks) < 4 else seen(root)
+_guardian.descendants, _guardian.GRACE_S = blind, 0.3
+stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+child.stdout.readline()
+_guardian.end_all()
+print(child.pid)
+"""
+
+
+def test_a_reading_of_the_process_table_that_misses_some_ends_nothing_early() -> None:
+    """Where pids wrapped round, a child can stand before its parent, and both escape one reading when the parent ends in it."""
+    done = subprocess.run([sys.executable, "-c", _BLIND], check=True, timeout=30, cwd=CHECKOUT, stdout=subprocess.PIPE)
+    assert not psutil.pid_exists(int(done.stdout))
