@@ -3,6 +3,7 @@
 
 vLLM's CPU backend packs every linear weight for oneDNN and drops the original, after which `load_weights` has nothing
 to copy into. With packing off the rest of verl's extension works unchanged.
+Importing this module also sets the engine's threads: it alone is imported in the process that computes, before the model is made.
 """
 
 from __future__ import annotations
