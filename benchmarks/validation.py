@@ -65,9 +65,9 @@ def _apart(side: str, path: Path) -> dict[str, float]:
 def ours(path: Path) -> int:
     """Judge the corpus as the stage does; return its rows."""
     from research_rl.config import ValidationConfig
-    from tasks.answers import Sought
-    from tasks.statistics import measure_corpus
-    from tasks.suites import check, corpus_frames
+    from research_rl.validation.answers import Sought
+    from research_rl.validation.corpus import measure_corpus
+    from research_rl.validation.suites import check, corpus_frames
 
     limits = ValidationConfig()
     found = measure_corpus(path, Sought.of((), ()), limits.max_passage_chars, path.parent / "scratch", lambda rows: None)
@@ -116,8 +116,8 @@ def peer(path: Path) -> int:
 
 def scale(rows: int) -> dict[str, float]:
     """Read a corpus of `rows` passages; return the rate, the peak of all processes, and memory's growth in bytes a row."""
-    from tasks.answers import Sought
-    from tasks.statistics import measure_corpus
+    from research_rl.validation.answers import Sought
+    from research_rl.validation.corpus import measure_corpus
 
     samples: list[tuple[int, int]] = []
     with tempfile.TemporaryDirectory() as folder:

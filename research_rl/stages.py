@@ -118,7 +118,7 @@ def _table(*stages: Stage) -> dict[str, Stage]:
 
 STAGES = _table(
     Stage("download", "research_rl.data.download:run", (), ("seed", "data"), "data", "raw questions and passages"),
-    Stage("validate", "tasks.validate:run_stage", ("download",), ("validation",), "artifacts/validated", "data-quality report"),
+    Stage("validate", "research_rl.validation.stage:run_stage", ("download",), ("validation",), "artifacts/validated", "data-quality report"),
     Stage("prepare", "research_rl.data.prepare:run", ("download", "validate"), ("seed", "prepare"), "artifacts/prepared", "questions as parquet"),
     Stage("corpus", "research_rl.corpus.build:run", ("download", "validate"), ("corpus",), "artifacts/corpus", "passage store"),
     Stage("embed", "research_rl.embedding.build:run", ("corpus",), ("encoder",), "artifacts/embeddings", "passage vectors"),

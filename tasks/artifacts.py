@@ -22,7 +22,7 @@ from research_rl.manifest import Manifest
 from research_rl.stages import STAGES, measured
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch import Finding
-from tasks.docs import SUMMARY, named, rank
+from research_rl.validation.docs import SUMMARY, named, rank
 from tasks.job import Job
 from tasks.registry import CHAMPION
 from tasks.track import FLOW, StageRun

@@ -19,11 +19,11 @@ from research_rl import config, manifest
 from research_rl.stages import Workspace
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch import Finding
+from research_rl.validation.stage import QualityError
 from tasks import versions
 from tasks.journal import Journal, read
 from tasks.track import StageRun, Tracker
 from tasks.train import Watcher
-from tasks.validate import QualityError
 from tests import defects
 
 SMALL: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pytest
 from research_rl import manifest
 from research_rl.manifest import Manifest
 from research_rl.stages import Context
-from tasks.validate import FIRST, QualityError, run_stage
+from research_rl.validation.stage import FIRST, QualityError, run_stage
 from tests.defects import DEFECTS, context, snapshot
 
 

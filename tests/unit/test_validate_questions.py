@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from research_rl.data.flashrag import Question
-from tasks.drift import divergence, quantiles, stability
-from tasks.questions import Texts, answer_kind, content_words, opening, words_of
+from research_rl.validation.drift import divergence, quantiles, stability
+from research_rl.validation.questions import Texts, answer_kind, content_words, opening, words_of
 
 
 def texts(questions: list[str], threshold: float = 0.8) -> Texts:

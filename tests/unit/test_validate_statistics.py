@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks import statistics
-from tasks.answers import Sought
-from tasks.columns import encoding_defects, keys, words
-from tasks.statistics import CorpusStatistics, measure_corpus, repeated
+from research_rl.validation import corpus
+from research_rl.validation.answers import Sought
+from research_rl.validation.columns import encoding_defects, keys, words
+from research_rl.validation.corpus import CorpusStatistics, measure_corpus, repeated
 
 ALPHABET = "ab cé ßÅ.,-—’\n_9 Ωж中"
 
@@ -78,7 +78,7 @@ def test_later_rows_of_a_repeated_key_are_found_with_the_row_they_repeat(
 ) -> None:
     values = np.random.default_rng(0).integers(0, 500, 1000).astype(np.uint64)
     values.tofile(tmp_path / "keys")
-    monkeypatch.setattr(statistics, "_MERGED", -(-len(values) // parts))
+    monkeypatch.setattr(corpus, "_MERGED", -(-len(values) // parts))
     count, first = repeated(tmp_path / "keys")
     last: dict[int, int] = {}
     expected: list[tuple[int, int]] = []
@@ -86,7 +86,7 @@ def test_later_rows_of_a_repeated_key_are_found_with_the_row_they_repeat(
         if value and value in last:
             expected.append((row, last[value]))
         last[value] = row
-    assert (count, first) == (len(expected), expected[: statistics.EXAMPLES])
+    assert (count, first) == (len(expected), expected[: corpus.EXAMPLES])
 
 
 def test_a_corpus_is_counted_and_its_defects_named(tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_the_result_depends_neither_on_shards_nor_on_processes(tmp_path: Path, m
     rows = [(str(n % 990), f"T\ntext {n} of {'é' if n % 7 else 'e'}" + " more" * (n % 5)) for n in range(1000)]
     path = write(tmp_path / "c.jsonl", rows)
     whole = measured(path, ("text 77", "text 1000"))
-    monkeypatch.setattr(statistics, "SHARD_BYTES", 9000)
-    monkeypatch.setattr(statistics, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 9000)
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 500)
     cut = measured(path, ("text 77", "text 1000"))
     assert len(cut.shards) > 5 and sum(shard["rows"] for shard in cut.shards) == 1000
     for name in ("rows", "longest", "defects", "examples", "sample"):
@@ -131,7 +131,7 @@ def test_the_result_depends_neither_on_shards_nor_on_processes(tmp_path: Path, m
 
 
 def test_the_sample_is_bounded_and_drawn_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "SAMPLE_ROWS", 10)
+    monkeypatch.setattr(corpus, "SAMPLE_ROWS", 10)
     sample = measured(write(tmp_path / "c.jsonl", [(str(row), f"T\ntext {row}") for row in range(500)])).sample
     assert len(sample) == 10 and {int(name) // 250 for _, name, _ in sample} == {0, 1}
 

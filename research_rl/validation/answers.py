@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tasks.columns import Bits, Words, keys, phrase_keys, phrases
+from research_rl.validation.columns import Bits, Words, keys, phrase_keys, phrases
 
 __all__ = ["Sought"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from research_rl.data.flashrag import Question
-from tasks.questions import answer_kind, opening
-from tasks.statistics import LONGEST, CorpusStatistics
+from research_rl.validation.corpus import LONGEST, CorpusStatistics
+from research_rl.validation.questions import answer_kind, opening
 
 __all__ = ["compare", "corpus_profile", "quantiles", "question_profile", "stability"]
 

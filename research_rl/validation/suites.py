@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.config import DriftConfig, ValidationConfig
-from tasks.columns import ENCODING_DEFECTS
-from tasks.docs import write_summary
-from tasks.questions import COLUMNS
-from tasks.statistics import CorpusStatistics, Example
+from research_rl.validation.columns import ENCODING_DEFECTS
+from research_rl.validation.corpus import CorpusStatistics, Example
+from research_rl.validation.docs import write_summary
+from research_rl.validation.questions import COLUMNS
 
 __all__ = ["Check", "Frame", "check", "corpus_frames", "drift_frame", "question_frame", "schema_frame"]
 

@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-from tasks.answers import Sought
-from tasks.columns import Bits, Words, encoding_defects, keys, words
+from research_rl.validation.answers import Sought
+from research_rl.validation.columns import Bits, Words, encoding_defects, keys, words
 
 __all__ = ["CorpusStatistics", "Example", "measure_corpus", "parse_lines", "repeated"]
 

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 
 from research_rl.data.flashrag import Question, supporting_ids
-from tasks.answers import Sought
-from tasks.columns import encoding_defects
-from tasks.statistics import CorpusStatistics, shorten
+from research_rl.validation.answers import Sought
+from research_rl.validation.columns import encoding_defects
+from research_rl.validation.corpus import CorpusStatistics, shorten
 
 __all__ = ["COLUMNS", "Texts", "answer_kind", "opening", "rows"]
 
