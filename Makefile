@@ -25,10 +25,10 @@ lint: setup  ## format check, lint, types, layers
 	@.venv/bin/python tests/run.py lint
 
 up: setup  ## start Prefect server, MLflow server and a worker on loopback, deploy everything
-	@.venv/bin/python -m tasks.services up
+	@.venv/bin/python -m tasks.local.stack up
 
 down:  ## stop what `make up` started
-	@if [ -x .venv/bin/python ]; then .venv/bin/python -m tasks.services down; fi
+	@if [ -x .venv/bin/python ]; then .venv/bin/python -m tasks.local.stack down; fi
 
 bench: setup  ## run the benchmarks
 	@.venv/bin/python -m benchmarks

@@ -1,5 +1,5 @@
 """Order, concurrency and parameters of the pipeline. The work is in `tasks`, the method in `research_rl`."""
 
-from tasks import settings
+from tasks.local import settings
 
 settings.apply()

@@ -10,11 +10,11 @@ from prefect.runtime import flow_run
 from tasks.download import download
 from tasks.index import corpus, embed, index
 from tasks.job import opened, stop_services
+from tasks.local.server import server
 from tasks.prepare import prepare
-from tasks.server import server
 from tasks.summary import summary
 from tasks.validate import validate
-from tasks.versions import commit
+from tasks.versioning.commit import commit
 
 __all__ = ["research_data"]
 

@@ -9,10 +9,10 @@ from prefect.runtime import flow_run
 
 from tasks.evaluate import baseline, evaluate, report
 from tasks.job import opened, stop_services
+from tasks.local.server import server
 from tasks.retriever import retriever
-from tasks.server import server
 from tasks.summary import summary
-from tasks.versions import commit
+from tasks.versioning.commit import commit
 
 __all__ = ["research_eval"]
 

@@ -9,8 +9,8 @@ from prefect import flow
 
 from research_rl.stages import Workspace
 from tasks.job import resolve
-from tasks.keeper import keep, stop_serving
-from tasks.server import server
+from tasks.local.keeper import keep, stop_serving
+from tasks.local.server import server
 
 __all__ = ["research_serve"]
 

@@ -15,15 +15,15 @@ from tasks.download import download
 from tasks.evaluate import baseline, evaluate, report
 from tasks.index import corpus, embed, index
 from tasks.job import assignments, opened, resolve, stop_services
+from tasks.local.server import server
 from tasks.policy import policy
 from tasks.prepare import prepare
 from tasks.preview import preview
 from tasks.retriever import retriever
-from tasks.server import server
 from tasks.summary import summary
 from tasks.train import export, train
 from tasks.validate import validate
-from tasks.versions import commit
+from tasks.versioning.commit import commit
 
 __all__ = ["research_train"]
 

@@ -24,8 +24,8 @@ from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch import Finding
 from research_rl.validation.docs import SUMMARY, named, rank
 from tasks.job import Job
-from tasks.registry import CHAMPION
-from tasks.track import FLOW, StageRun
+from tasks.tracking.registry import CHAMPION
+from tasks.tracking.track import FLOW, StageRun
 
 __all__ = ["evaluation_table", "index_card", "quality_table", "refused_table", "report_page", "watch_note"]
 

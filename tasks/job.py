@@ -24,8 +24,8 @@ from research_rl.errors import ConfigError, ServiceError
 from research_rl.manifest import Manifest
 from research_rl.services import reap
 from research_rl.stages import Workspace
-from tasks.settings import stack_folder
-from tasks.track import Tracker
+from tasks.local.settings import stack_folder
+from tasks.tracking.track import Tracker
 
 __all__ = ["Job", "Outcome", "assignments", "locked", "opened", "resolve", "stop_services"]
 

@@ -24,7 +24,7 @@ from research_rl.manifest import Manifest
 from research_rl.stages import STAGES, Context, run_stage
 from tasks import quiet
 from tasks.job import Job, Outcome
-from tasks.track import StageRun
+from tasks.tracking.track import StageRun
 
 __all__ = ["StageTask", "is_transient", "stage_task"]
 

@@ -13,9 +13,9 @@ from research_rl.training.train import TrainHooks, run_with
 from research_rl.training.watch import Finding
 from tasks.artifacts import watch_note
 from tasks.job import Job
-from tasks.registry import MANIFEST
 from tasks.stage import stage_task
-from tasks.track import StageRun
+from tasks.tracking.registry import MANIFEST
+from tasks.tracking.track import StageRun
 
 __all__ = ["Watcher", "export", "train"]
 

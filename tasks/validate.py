@@ -6,7 +6,7 @@ from research_rl.stages import Context
 from research_rl.validation.stage import QualityError, run_stage
 from tasks.artifacts import quality_table, refused_table
 from tasks.stage import stage_task
-from tasks.track import StageRun
+from tasks.tracking.track import StageRun
 
 __all__ = ["validate"]
 

@@ -17,7 +17,7 @@ from research_rl.training import checkpoints
 from research_rl.training.checkpoints import SEAL, Checkpoint
 from research_rl.training.remote import Store, Uploader, restore
 from research_rl.training.supervise import Run, supervise
-from tasks.services import Stack
+from tasks.local.stack import Stack
 from tests.unit.test_training_checkpoints import write_checkpoint
 from tests.unit.test_training_supervise import Listener, ignore, make_run, read_metrics
 

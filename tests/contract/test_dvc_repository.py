@@ -12,8 +12,8 @@ import pytest
 
 from research_rl import config, manifest
 from research_rl.stages import Workspace, run_stage
-from tasks import versions
-from tasks.services import Stack
+from tasks.local.stack import Stack
+from tasks.versioning import commit
 
 SMALL = ("entities=60", "train_questions=64", "dev_questions=8", "test_questions=16")
 BUILT = ("download", "validate", "prepare", "corpus", "embed", "index")
@@ -28,7 +28,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     config.save(resolved, space.root / "params.yaml")
     for name in BUILT:
         run_stage(name, resolved, space)
-    versions.record(space, BUILT)
+    commit.record(space, BUILT)
     return space
 
 
@@ -42,8 +42,8 @@ def ran(output: str) -> list[str]:
 
 
 def test_nothing_runs_after_a_record(workspace: Workspace) -> None:
-    assert "up to date" in versions.dvc(workspace.root, "status", "data.dvc", *PIPELINE)
-    assert ran(versions.dvc(workspace.root, "repro", *PIPELINE)) == []
+    assert "up to date" in commit.dvc(workspace.root, "status", "data.dvc", *PIPELINE)
+    assert ran(commit.dvc(workspace.root, "repro", *PIPELINE)) == []
 
 
 def test_recorded_artifacts_are_still_whole_and_replaceable(workspace: Workspace) -> None:
@@ -57,11 +57,11 @@ def test_one_parameter_reruns_only_what_depends_on_it(workspace: Workspace) -> N
     hashes = {name: manifest.load(workspace.folder(name)).hash for name in BUILT}
     before = config.load(workspace.root / "params.yaml").encoder.dim
     change(workspace, "encoder.dim=64")
-    assert ran(versions.dvc(workspace.root, "repro", *PIPELINE)) == ["embed", "index"]
+    assert ran(commit.dvc(workspace.root, "repro", *PIPELINE)) == ["embed", "index"]
     after = {name: manifest.load(workspace.folder(name)).hash for name in BUILT}
     assert {name for name in BUILT if hashes[name] != after[name]} == {"embed", "index"}
     change(workspace, f"encoder.dim={before}")
-    assert ran(versions.dvc(workspace.root, "repro", *PIPELINE)) == [], "the run cache knows the earlier artifacts"
+    assert ran(commit.dvc(workspace.root, "repro", *PIPELINE)) == [], "the run cache knows the earlier artifacts"
     assert {name: manifest.load(workspace.folder(name)).hash for name in BUILT} == hashes
 
 
@@ -78,29 +78,29 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Generator[dict[str, str]
 
 
 def test_a_fresh_clone_pulls_the_same_bytes_from_s3(workspace: Workspace, bucket: dict[str, str], tmp_path: Path) -> None:
-    versions.dvc(workspace.root, "remote", "add", "--default", "--force", "s3", "s3://research-rl/dvc")
-    versions.dvc(workspace.root, "push", "data.dvc", *PIPELINE, env=bucket)
+    commit.dvc(workspace.root, "remote", "add", "--default", "--force", "s3", "s3://research-rl/dvc")
+    commit.dvc(workspace.root, "push", "data.dvc", *PIPELINE, env=bucket)
     clone = Workspace(tmp_path / "clone")
     clone.root.mkdir()
     for name in ("params.yaml", "dvc.yaml", "dvc.lock", "data.dvc"):
         shutil.copy(workspace.root / name, clone.root / name)
     shutil.copytree(workspace.root / ".dvc", clone.root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
-    versions.dvc(clone.root, "pull", "data.dvc", *PIPELINE, env=bucket)
+    commit.dvc(clone.root, "pull", "data.dvc", *PIPELINE, env=bucket)
     for name in BUILT:
         assert manifest.load(clone.folder(name)).hash == manifest.load(workspace.folder(name)).hash
-    assert ran(versions.dvc(clone.root, "repro", *PIPELINE)) == []
+    assert ran(commit.dvc(clone.root, "repro", *PIPELINE)) == []
 
 
 def test_a_wrong_key_is_one_clear_error(workspace: Workspace, bucket: dict[str, str]) -> None:
     from research_rl.errors import ServiceError
 
-    versions.dvc(workspace.root, "remote", "add", "--default", "--force", "s3", "s3://research-rl/elsewhere")
+    commit.dvc(workspace.root, "remote", "add", "--default", "--force", "s3", "s3://research-rl/elsewhere")
     with pytest.raises(ServiceError, match="push"):
-        versions.dvc(workspace.root, "push", "data.dvc", env={**bucket, "AWS_SECRET_ACCESS_KEY": "wrong"})
+        commit.dvc(workspace.root, "push", "data.dvc", env={**bucket, "AWS_SECRET_ACCESS_KEY": "wrong"})
 
 
 def test_the_checkout_has_a_repository_with_a_remote() -> None:
     done = subprocess.run(
-        [*versions.COMMAND, "config", "--list"], cwd=config.CHECKOUT, env=os.environ, capture_output=True, text=True, check=True
+        [*commit.COMMAND, "config", "--list"], cwd=config.CHECKOUT, env=os.environ, capture_output=True, text=True, check=True
     )
     assert "remote.s3.url=s3://research-rl/dvc" in done.stdout and "core.analytics=false" in done.stdout

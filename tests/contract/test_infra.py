@@ -14,7 +14,7 @@ import yaml
 from research_rl.config import CHECKOUT, RetrieverConfig
 from research_rl.retriever import TOKEN
 from research_rl.retriever.observe import Metrics
-from tasks import kubernetes
+from tasks.local import kubernetes
 from tests.knowledge import built
 
 INFRA = CHECKOUT / "infra"

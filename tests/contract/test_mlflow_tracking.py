@@ -16,9 +16,9 @@ from research_rl import config
 from research_rl.manifest import Manifest
 from research_rl.services import Process, free_port, guarded
 from research_rl.stages import Workspace
-from tasks import sender, track
-from tasks.journal import Place, read
-from tasks.track import Tracker, journals
+from tasks.tracking import sender, track
+from tasks.tracking.journal import Place, read
+from tasks.tracking.track import Tracker, journals
 
 EPISODE: dict[str, Any] = {
     "question": "Who?",
@@ -114,7 +114,7 @@ def test_an_absent_server_costs_seconds_and_is_told_later(
     assert not Place.load(tracker.journal.folder).runs and len(read(tracker.journal.folder, 0)) > 5
     with running():
         done = subprocess.run(
-            [sys.executable, "-m", "tasks.track", "--workspace", str(space.root)], env={**os.environ, "MLFLOW_TRACKING_URI": url}
+            [sys.executable, "-m", "tasks.tracking.resend", "--workspace", str(space.root)], env={**os.environ, "MLFLOW_TRACKING_URI": url}
         )
         assert done.returncode == 0
         check(url, Place.load(tracker.journal.folder))
@@ -164,7 +164,7 @@ def test_a_server_absent_then_killed_then_back_ends_with_every_step_once(
     assert not tracker.close("FINISHED")
     assert slowest < 0.5, "a step must not wait for the server"
     with running():
-        command = [sys.executable, "-m", "tasks.track", "--workspace", str(space.root)]
+        command = [sys.executable, "-m", "tasks.tracking.resend", "--workspace", str(space.root)]
         assert subprocess.run(command, env={**os.environ, "MLFLOW_TRACKING_URI": url}).returncode == 0
         assert sent_steps(tracker, url) == list(range(1, 31))
         from mlflow import MlflowClient

@@ -20,10 +20,10 @@ from research_rl.stages import Workspace
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch import Finding
 from research_rl.validation.stage import QualityError
-from tasks import versions
-from tasks.journal import Journal, read
-from tasks.track import StageRun, Tracker
+from tasks.tracking.journal import Journal, read
+from tasks.tracking.track import StageRun, Tracker
 from tasks.train import Watcher
+from tasks.versioning import commit
 from tests import defects
 
 SMALL: dict[str, Any] = {
@@ -71,7 +71,7 @@ def test_it_builds_shows_and_commits(workspace: Path) -> None:
     assert states(run) == {**dict.fromkeys(STAGES, "Completed"), "dvc-commit": "Completed", "summary": "Completed"}
     assert artifacts(run) >= {"data-quality", "index-card", "run-summary"}
     assert config.load(workspace / "params.yaml").data.generated.entities == 60
-    assert "up to date" in versions.dvc(workspace, "status", "data.dvc", *STAGES[1:])
+    assert "up to date" in commit.dvc(workspace, "status", "data.dvc", *STAGES[1:])
 
 
 def test_a_second_run_skips_everything_and_a_parameter_reruns_what_depends_on_it(workspace: Path) -> None:

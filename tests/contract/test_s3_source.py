@@ -19,7 +19,7 @@ from research_rl.config import Config
 from research_rl.data import download, flashrag
 from research_rl.errors import DataError
 from research_rl.stages import STAGES, Context, Workspace, silent
-from tasks.services import BUCKET, Stack
+from tasks.local.stack import BUCKET, Stack
 
 ROWS = 12_000
 CORPUS = b"".join(json.dumps({"id": str(n), "contents": f"passage {n} " + "x" * (n % 597)}).encode() + b"\n" for n in range(ROWS))

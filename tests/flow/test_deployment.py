@@ -18,7 +18,7 @@ from conftest import Trained, processes_of
 
 from research_rl.config import CHECKOUT
 from research_rl.services import free_port
-from tasks.services import Stack
+from tasks.local.stack import Stack
 from tests.knowledge import built
 
 PREFECT = str(Path(sys.executable).parent / "prefect")

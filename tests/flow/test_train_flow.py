@@ -14,7 +14,7 @@ from conftest import SIZE, Trained, processes_of
 
 from research_rl import config, manifest
 from research_rl.stages import STAGES, Workspace, current
-from tasks import versions
+from tasks.versioning import commit
 
 
 def rows(database: Path, query: str) -> list[tuple[str, ...]]:
@@ -90,8 +90,8 @@ def test_mlflow_holds_lineage_steps_and_both_evaluations(trained: Trained) -> No
 
 
 def test_dvc_has_nothing_left_to_do(trained: Trained) -> None:
-    assert "up to date" in versions.dvc(trained.root, "status")
-    assert "Running stage" not in versions.dvc(trained.root, "repro")
+    assert "up to date" in commit.dvc(trained.root, "status")
+    assert "Running stage" not in commit.dvc(trained.root, "repro")
 
 
 def test_a_third_run_skips_every_stage(trained: Trained) -> None:

@@ -8,11 +8,11 @@ import yaml
 
 from research_rl.config import CHECKOUT, Config
 from research_rl.stages import STAGES
-from tasks import dvc_file
+from tasks.versioning import dvc_file
 
 
 def test_the_committed_file_is_the_rendering() -> None:
-    assert (CHECKOUT / "dvc.yaml").read_text(encoding="utf-8") == dvc_file.render(), "run `python -m tasks.dvc_file`"
+    assert (CHECKOUT / "dvc.yaml").read_text(encoding="utf-8") == dvc_file.render(), "run `python -m tasks.versioning.dvc_file`"
 
 
 def test_every_stage_but_the_snapshot_stands_with_its_parents_and_parameters() -> None:

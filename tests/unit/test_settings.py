@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tasks import settings
+from tasks.local import settings
 
 
 def _seen(folder: Path) -> str:

@@ -12,8 +12,8 @@ import yaml
 
 from research_rl.config import CHECKOUT
 from research_rl.errors import ServiceError
-from tasks.services import Stack, main, s3_command
-from tasks.settings import ADDRESSES
+from tasks.local.settings import ADDRESSES
+from tasks.local.stack import Stack, main, s3_command
 
 
 def test_a_port_in_use_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

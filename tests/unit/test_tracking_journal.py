@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from tasks.journal import EVENTS, Journal, Place, read
-from tasks.sender import _groups, metric_name
-from tasks.traces import pieces
-from tasks.track import flat
+from tasks.tracking.journal import EVENTS, Journal, Place, read
+from tasks.tracking.sender import _groups, metric_name
+from tasks.tracking.traces import pieces
+from tasks.tracking.track import flat
 
 
 def test_events_come_back_in_order_from_any_place(tmp_path: Path) -> None:

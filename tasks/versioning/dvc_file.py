@@ -1,6 +1,6 @@
 """Render dvc.yaml from the stage table, so that DVC and the flows share one definition of every stage.
 
-`download` is absent: its artifact is the snapshot that data.dvc versions as a whole. `python -m tasks.dvc_file` writes
+`download` is absent: its artifact is the snapshot that data.dvc versions as a whole. `python -m tasks.versioning.dvc_file` writes
 the checkout's file.
 """
 
@@ -17,7 +17,7 @@ from research_rl.stages import STAGES, Stage
 __all__ = ["SNAPSHOT", "render", "write"]
 
 SNAPSHOT = "download"
-_HEADER = "# Written by `python -m tasks.dvc_file` from the stage table in research_rl/stages.py.\n"
+_HEADER = "# Written by `python -m tasks.versioning.dvc_file` from the stage table in research_rl/stages.py.\n"
 # Stages that read their last artifact: DVC must not remove it before they run.
 _KEPT = {"validate"}
 # A checkout's own environment comes first; elsewhere the caller's PATH decides.

@@ -19,9 +19,9 @@ from prefect.states import Completed
 
 from research_rl.errors import ServiceError
 from research_rl.stages import STAGES, Workspace, current
-from tasks import dvc_file
-from tasks.dvc_file import SNAPSHOT
 from tasks.job import Job
+from tasks.versioning import dvc_file
+from tasks.versioning.dvc_file import SNAPSHOT
 
 __all__ = ["COMMAND", "commit", "dvc", "environment", "prepare_repository", "record"]
 

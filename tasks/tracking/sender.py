@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.journal import Place, read
+from tasks.tracking.journal import Place, read
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -160,18 +160,18 @@ class _Sender:
             logger.warning("%s is gone; it is not uploaded", path)
 
     def _on_trace(self, event: Event) -> None:
-        from tasks.traces import log_trace
+        from tasks.tracking.traces import log_trace
 
         self._client()
         log_trace(self.place.uri, self.place.experiment, self._run(event), event["record"], int(event["time"]))
 
     def _on_register(self, event: Event) -> None:
-        from tasks import registry
+        from tasks.tracking import registry
 
         registry.register(self._client(), self._run(event), event["model"], Path(event["path"]), event["tags"])
 
     def _on_alias(self, event: Event) -> None:
-        from tasks import registry
+        from tasks.tracking import registry
 
         registry.point(self._client(), event["model"], event["manifest"], event["alias"])
 
@@ -273,7 +273,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of the sender process."""
-    parser = argparse.ArgumentParser("tasks.sender", description="Pass tracking journals on to MLflow.")
+    parser = argparse.ArgumentParser("tasks.tracking.sender", description="Pass tracking journals on to MLflow.")
     parser.add_argument("folder", type=Path, help="folder of journals")
     parser.add_argument("--live", help="name of the journal that is still being written")
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a silent MLflow after the flow's end")

@@ -1,7 +1,7 @@
 """Tracking off the critical path: events go to a journal on disk; a separate process (`sender`) passes them to MLflow.
 
 Invariants: (1) no run waits for MLflow, and none fails because of it; (2) what MLflow missed stays in the journal and is
-sent by the next run or by `python -m tasks.track`; (3) this module never imports mlflow.
+sent by the next run or by `python -m tasks.tracking.resend`; (3) this module never imports mlflow.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from research_rl.config import CHECKOUT, Config
 from research_rl.manifest import Manifest
 from research_rl.services import Process, spawn
 from research_rl.stages import Workspace
-from tasks.journal import Journal, Place
+from tasks.tracking.journal import Journal, Place
 
-__all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "main", "tracking_uri"]
+__all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "tracking_uri"]
 
 FLOW = "flow"
 _PARAM_CHARS = 500
@@ -159,7 +159,16 @@ class Tracker:
         )
         sender = spawn(
             "mlflow-sender",
-            [sys.executable, "-m", "tasks.sender", "--live", journal.folder.name, "--patience", str(PATIENCE_S), str(journals(workspace))],
+            [
+                sys.executable,
+                "-m",
+                "tasks.tracking.sender",
+                "--live",
+                journal.folder.name,
+                "--patience",
+                str(PATIENCE_S),
+                str(journals(workspace)),
+            ],
             folder=workspace.services,
             cwd=CHECKOUT,
             env={"MLFLOW_TRACKING_URI": uri},
@@ -245,7 +254,7 @@ class Tracker:
         sent = Place.load(self.journal.folder).done
         if not sent:
             logger.warning(
-                "MLflow at %s took no events in time; they are kept in %s and go out with the next run or `python -m tasks.track`",
+                "MLflow at %s took no events in time; %s keeps them for the next run or `python -m tasks.tracking.resend`",
                 self.uri,
                 self.journal.folder,
             )
@@ -265,21 +274,3 @@ def _git() -> dict[str, str]:
     except (FileNotFoundError, subprocess.CalledProcessError):
         return {}
     return {"git_commit": commit, "git_changed": str(bool(changed.strip())).lower()}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Send what earlier runs of a workspace could not; return the exit code."""
-    import argparse
-
-    parser = argparse.ArgumentParser("tasks.track", description="Send tracking journals that MLflow missed.")
-    parser.add_argument("-w", "--workspace", type=Path, default=Path())
-    workspace = Workspace(parser.parse_args(arguments).workspace.resolve())
-    from tasks.job import locked
-    from tasks.sender import send_all
-
-    with locked(workspace, 0.0):
-        return send_all(journals(workspace), live=None)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

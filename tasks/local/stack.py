@@ -1,4 +1,4 @@
-"""`python -m tasks.services up|down|status|s3`: the servers a workstation needs, on loopback, in the background.
+"""`python -m tasks.local.stack up|down|status|s3`: the servers a workstation needs, on loopback, in the background.
 
 Invariants: (1) `up` twice starts nothing twice; (2) each process has its own group, a pid file and a log below
 .services/stack; (3) `down` ends them with all they started and nothing else; (4) a port in use is one clear message.
@@ -24,8 +24,8 @@ import psutil
 from research_rl.config import CHECKOUT
 from research_rl.errors import ResearchError, ServiceError
 from research_rl.services import reap, require_free
-from tasks import settings
-from tasks.settings import ADDRESSES
+from tasks.local import settings
+from tasks.local.settings import ADDRESSES
 
 __all__ = ["Stack", "main"]
 
@@ -282,7 +282,7 @@ def _s3(stack: Stack) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     verbs = {"up": _up, "down": _down, "status": _status, "s3": _s3}
-    parser = argparse.ArgumentParser("tasks.services", description="Background services of this checkout, on loopback.")
+    parser = argparse.ArgumentParser("tasks.local.stack", description="Background services of this checkout, on loopback.")
     parser.add_argument("verb", choices=list(verbs), help="up: Prefect, MLflow, a worker; down: stop all; s3: an S3 server for DVC")
     try:
         verbs[parser.parse_args(arguments).verb](Stack())

@@ -1,4 +1,4 @@
-"""`python -m tasks.kubernetes WORKSPACE [--image IMAGE] [--parts N]`: the retriever's manifests with memory from what it will serve.
+"""`python -m tasks.local.kubernetes WORKSPACE [--image IMAGE] [--parts N]`: the retriever's manifests with memory from what it will serve.
 
 Reads manifests and infra/k8s/retriever.yaml; asks no cluster. The request is what one replica needs to answer from memory:
 the process, its encoder, and the pages of index and passages it maps. The limit adds a quarter.
@@ -77,7 +77,7 @@ def _renamed(value: Any, name: str) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the manifests; return the exit code."""
-    parser = argparse.ArgumentParser("tasks.kubernetes", description="The retriever's Kubernetes manifests for a workspace.")
+    parser = argparse.ArgumentParser("tasks.local.kubernetes", description="The retriever's Kubernetes manifests for a workspace.")
     parser.add_argument("workspace", type=Path, help="folder with artifacts/")
     parser.add_argument("--image", help="image of the retriever (default: research-rl/retriever:local)")
     parser.add_argument("--parts", type=int, default=1, help="Deployments among which the index is cut")

@@ -1,0 +1,27 @@
+"""Send the tracking events that earlier runs of a workspace could not. Run as `python -m tasks.tracking.resend`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from research_rl.stages import Workspace
+from tasks.job import locked
+from tasks.tracking.sender import send_all
+from tasks.tracking.track import journals
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Send the journals that MLflow missed; return the exit code."""
+    parser = argparse.ArgumentParser("tasks.tracking.resend", description="Send tracking journals that MLflow missed.")
+    parser.add_argument("-w", "--workspace", type=Path, default=Path())
+    workspace = Workspace(parser.parse_args(arguments).workspace.resolve())
+    with locked(workspace, 0.0):
+        return send_all(journals(workspace), live=None)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
