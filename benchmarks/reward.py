@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from benchmarks.duel import Duel, alternate, rate
 from benchmarks.peers import published_scoring as peer
-from research_rl.metrics import contains, forget
-from research_rl.reward import grade
+from research_rl.reward.metrics import contains, forget
+from research_rl.reward.rules import grade
 from research_rl.trajectory import Author, Segment, Trajectory
 
 PAIRS, GROUP, EOS = 10_000, 5, "<|im_end|>"

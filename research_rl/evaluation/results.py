@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.errors import DataError
-from research_rl.metrics import recall
-from research_rl.reward import grade
+from research_rl.reward.metrics import recall
+from research_rl.reward.rules import grade
 from research_rl.trajectory import Author, StopReason, Trajectory
 
 __all__ = ["Journal", "Question", "Result", "read_questions", "read_results", "to_result", "write_results"]

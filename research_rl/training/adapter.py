@@ -22,13 +22,13 @@ from uuid import uuid4
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
 from research_rl.agent import Completion, Limits, SearchFailure, run_episode
-from research_rl.composed import Case, Grader
 from research_rl.config import JudgeConfig, PromptConfig, RewardConfig
 from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
 from research_rl.retriever import TOKEN
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Patience, PauseGate
-from research_rl.reward import Grade
+from research_rl.reward.grader import Case, Grader
+from research_rl.reward.rules import Grade
 from research_rl.training import episodes, pauses
 from research_rl.trajectory import Trajectory
 

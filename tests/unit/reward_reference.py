@@ -1,4 +1,4 @@
-"""Both published rules once more, from their statement alone and by other means than `research_rl.reward`: one pattern for all
+"""Both published rules once more, from their statement alone and by other means than `research_rl.reward.rules`: one pattern for all
 tags, a state machine for searches, a recursive box. For tests; slow and plain on purpose."""
 
 from __future__ import annotations

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from research_rl import protocol, reward
+from research_rl import protocol
 from research_rl.agent import Completion, Limits, run_episode
 from research_rl.config import EncyclopediaConfig, PolicyConfig, PromptConfig
 from research_rl.data import encyclopedia
 from research_rl.errors import ModelError
 from research_rl.prompts import FolderTokenizer, render
+from research_rl.reward import rules
 from research_rl.training import tiny, traces
 from research_rl.training.policy import check_folder
 from research_rl.training.traces import Trace
@@ -68,7 +69,7 @@ def test_turns_decode_to_the_strings_the_protocol_reads(tokenizer: Any) -> None:
     assert decoded.endswith(protocol.SEARCH_CLOSE)
     assert protocol.last_query(decoded) == f"{name} author written"
     answer = tokenizer.decode(tokenizer.encode(f"<answer> \\boxed{{ {name} }} </answer>"))
-    assert (reward.boxed(answer) or "").strip() == name
+    assert (rules.boxed(answer) or "").strip() == name
 
 
 def test_text_outside_the_vocabulary_becomes_unknown_and_never_fails(tokenizer: Any) -> None:
@@ -129,7 +130,7 @@ def test_a_trace_is_laid_out_as_an_episode(folder: Path, lesson: list[Trace]) ->
         assert [*prompt, *trajectory.response_ids] == list(itertools.chain.from_iterable(ids for ids, _ in pieces))
         assert trajectory.response_mask == [int(mine) for ids, mine in pieces[1:] for _ in ids]
         assert trajectory.stop is StopReason.ANSWERED
-        assert reward.grade(trajectory, ["x"], "repository", tiny.EOS).format_ok
+        assert rules.grade(trajectory, ["x"], "repository", tiny.EOS).format_ok
 
 
 def test_the_prompt_of_a_trace_is_the_rendered_question(lesson: list[Trace]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from research_rl.reward import grade
+from research_rl.reward.rules import grade
 from research_rl.training import episodes
 from research_rl.training.metrics_log import MetricsLog, Tail, numbers
 from research_rl.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory

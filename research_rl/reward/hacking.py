@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from research_rl import protocol
 from research_rl.config import StrictConfig
-from research_rl.metrics import normalize
+from research_rl.reward.metrics import normalize
 
 __all__ = ["plain", "suspicion"]
 

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import pytest
 
 from research_rl import config as configuration
-from research_rl.composed import Case, Grader
 from research_rl.config import Config, JudgeConfig, RewardConfig
 from research_rl.errors import ConfigError
-from research_rl.judge import Judge
-from research_rl.reward import Grade, grade
+from research_rl.reward.grader import Case, Grader
+from research_rl.reward.judge import Judge
+from research_rl.reward.rules import Grade, grade
 from research_rl.trajectory import Author, SearchFault, SearchRecord, Segment, StopReason, Trajectory
 
 CASE = Case("where?", ("Paris",), ("p1", "p2"))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from research_rl import protocol
-from research_rl.metrics import exact_match, token_f1
+from research_rl.reward.metrics import exact_match, token_f1
 from research_rl.trajectory import Author, Segment, Trajectory
 
 __all__ = ["FORMAT_REWARD", "Grade", "Rule", "answer", "boxed", "check_format", "grade", "graded_text", "score_text"]

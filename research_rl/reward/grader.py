@@ -15,11 +15,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from research_rl import hardening, reward
 from research_rl.config import JudgeConfig, RewardConfig, RewardTerm
-from research_rl.judge import TOKEN, Judge, Verdict
-from research_rl.metrics import contains, normalize, recall
-from research_rl.reward import Grade
+from research_rl.reward import hacking, rules
+from research_rl.reward.judge import TOKEN, Judge, Verdict
+from research_rl.reward.metrics import contains, normalize, recall
+from research_rl.reward.rules import Grade
 from research_rl.trajectory import Author, Trajectory
 
 __all__ = ["Case", "Grader"]
@@ -43,12 +43,12 @@ class Grader:
 
     async def grade(self, trajectory: Trajectory, case: Case) -> Grade:
         """Return the reward with its parts."""
-        text = reward.graded_text(trajectory.segments).removesuffix(self._eos)
+        text = rules.graded_text(trajectory.segments).removesuffix(self._eos)
         if self._config.strict.on:
-            text = hardening.plain(text)
-            case = replace(case, golds=tuple(hardening.plain(gold) for gold in case.golds))
+            text = hacking.plain(text)
+            case = replace(case, golds=tuple(hacking.plain(gold) for gold in case.golds))
         rule = "paper" if self._config.rule == "paper" else "repository"
-        grade = reward.score_text(text, case.golds, rule, ended_by_eos=trajectory.ended_by_eos)
+        grade = rules.score_text(text, case.golds, rule, ended_by_eos=trajectory.ended_by_eos)
         grade = replace(grade, suspicion=self._suspicion(trajectory, grade.prediction, case))
         if self._config.rule != "composed":
             return self._strict(replace(grade, parts=_published_parts(grade)))
@@ -58,7 +58,7 @@ class Grader:
     def _suspicion(self, trajectory: Trajectory, prediction: str, case: Case) -> str | None:
         written = "".join(s.text for s in trajectory.segments if s.author is Author.MODEL)
         results = [s.text for s in trajectory.segments if s.author is Author.SEARCH]
-        return hardening.suspicion(written, reward.answer(written), prediction, case.golds, results, self._config.strict)
+        return hacking.suspicion(written, rules.answer(written), prediction, case.golds, results, self._config.strict)
 
     def _strict(self, grade: Grade) -> Grade:
         if not self._config.strict.on or grade.suspicion is None:
@@ -105,9 +105,9 @@ def _published_parts(grade: Grade) -> dict[str, float]:
     return {"answer": grade.score if grade.f1 else 0.0, "format": 0.0 if grade.f1 else grade.score}
 
 
-def _published(rule: reward.Rule) -> Callable[[_Facts, RewardTerm], float]:
+def _published(rule: rules.Rule) -> Callable[[_Facts, RewardTerm], float]:
     def term(facts: _Facts, term: RewardTerm) -> float:
-        return reward.score_text(facts.text, facts.case.golds, rule, ended_by_eos=facts.trajectory.ended_by_eos).score
+        return rules.score_text(facts.text, facts.case.golds, rule, ended_by_eos=facts.trajectory.ended_by_eos).score
 
     return term
 
