@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from benchmarks.duel import Duel, alternate, rate
 from benchmarks.peers import published_scoring as peer
+from research_rl.episode.trajectory import Author, Segment, Trajectory
 from research_rl.reward.metrics import contains, forget
 from research_rl.reward.rules import grade
-from research_rl.trajectory import Author, Segment, Trajectory
 
 PAIRS, GROUP, EOS = 10_000, 5, "<|im_end|>"
 PROMPT = "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n"

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from benchmarks.duel import Duel, alternate
 from benchmarks.peers import lockstep
-from research_rl.agent import Completion, Limits, run_episode
 from research_rl.config import CHECKOUT, Config, load, load_profile
-from research_rl.prompts import FolderTokenizer, encode_prompt
+from research_rl.episode.agent import Completion, Limits, run_episode
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.serve import running as retriever_running
 from research_rl.services import Endpoint

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from research_rl import protocol
-from research_rl.agent import Engine, Limits, Searcher, SearchFailure, Tokenizer
+from research_rl.episode import protocol
+from research_rl.episode.agent import Engine, Limits, Searcher, SearchFailure, Tokenizer
 
 __all__ = ["play"]
 

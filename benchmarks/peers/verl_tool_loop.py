@@ -25,9 +25,9 @@ from verl.tools.schemas import OpenAIFunctionToolSchema
 from verl.workers.rollout.replica import TokenOutput
 
 from research_rl.config import Config
+from research_rl.episode.trajectory import Passage
 from research_rl.training import overrides
 from research_rl.training.overrides import Paths
-from research_rl.trajectory import Passage
 
 SEARCHES, TURN, RESULT = 4, 110, 200
 EOS = "<|im_end|>"

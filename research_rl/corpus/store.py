@@ -17,9 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from research_rl import manifest
+from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError, ManifestError
 from research_rl.manifest import Manifest
-from research_rl.trajectory import Passage
 
 __all__ = ["PassageStore", "shard_name", "write_shard", "write_table"]
 

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from research_rl.data.compressed import open_plain
+from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError
-from research_rl.trajectory import Passage
 
 __all__ = ["Question", "read_passages", "read_questions", "supporting_ids", "to_line"]
 

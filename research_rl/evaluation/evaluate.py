@@ -17,15 +17,15 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
-from research_rl.agent import Engine, Limits, Searcher, run_episode
 from research_rl.config import Config
+from research_rl.episode.agent import Engine, Limits, Searcher, run_episode
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer
+from research_rl.episode.trajectory import StopReason, Trajectory
 from research_rl.errors import ConfigError, ServiceError
 from research_rl.evaluation.results import Journal, Question, Result, read_questions, to_result, write_results
 from research_rl.evaluation.summary import headline, summarise
-from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
 from research_rl.services import Endpoint
 from research_rl.stages import STAGES, Context
-from research_rl.trajectory import StopReason, Trajectory
 
 __all__ = ["evaluate", "run_baseline", "run_trained"]
 

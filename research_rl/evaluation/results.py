@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from research_rl.episode.trajectory import Author, StopReason, Trajectory
 from research_rl.errors import DataError
 from research_rl.reward.metrics import recall
 from research_rl.reward.rules import grade
-from research_rl.trajectory import Author, StopReason, Trajectory
 
 __all__ = ["Journal", "Question", "Result", "read_questions", "read_results", "to_result", "write_results"]
 

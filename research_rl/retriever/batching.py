@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from research_rl.trajectory import Passage
+from research_rl.episode.trajectory import Passage
 
 __all__ = ["Busy", "Late", "MicroBatcher"]
 

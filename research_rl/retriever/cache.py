@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from research_rl.trajectory import Passage
+from research_rl.episode.trajectory import Passage
 
 __all__ = ["ResultCache"]
 

@@ -17,9 +17,9 @@ from typing import Any, Self, cast
 
 import httpx
 
-from research_rl.agent import SearchFailure
+from research_rl.episode.agent import SearchFailure
+from research_rl.episode.trajectory import Passage, SearchFault
 from research_rl.retriever.fleet import Part, parts
-from research_rl.trajectory import Passage, SearchFault
 
 __all__ = ["RetrieverClient", "merged"]
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from research_rl.trajectory import SearchFault
+from research_rl.episode.trajectory import SearchFault
 
 __all__ = ["Note", "Patience", "PauseGate"]
 

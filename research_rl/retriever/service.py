@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 
 from research_rl import __version__
 from research_rl.config import RetrieverConfig
+from research_rl.episode.trajectory import Passage
 from research_rl.errors import ResearchError
 from research_rl.retriever import wire
 from research_rl.retriever.batching import Busy, Late, MicroBatcher
@@ -28,7 +29,6 @@ from research_rl.retriever.engine import Retriever
 from research_rl.retriever.gateway import Gateway, refusal
 from research_rl.retriever.observe import Metrics, Seen
 from research_rl.retriever.wire import BatchSearchRequest, RetrieveRequest, SearchRequest
-from research_rl.trajectory import Passage
 
 __all__ = ["Service"]
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from research_rl.trajectory import Passage
+from research_rl.episode.trajectory import Passage
 
 __all__ = ["BatchSearchRequest", "RetrieveRequest", "SearchRequest", "batch_reply", "retrieve_reply", "search_reply"]
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from research_rl.config import JudgeConfig, RewardConfig, RewardTerm
+from research_rl.episode.trajectory import Author, Trajectory
 from research_rl.reward import hacking, rules
 from research_rl.reward.judge import TOKEN, Judge, Verdict
 from research_rl.reward.metrics import contains, normalize, recall
 from research_rl.reward.rules import Grade
-from research_rl.trajectory import Author, Trajectory
 
 __all__ = ["Case", "Grader"]
 

@@ -11,8 +11,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from research_rl import protocol
 from research_rl.config import StrictConfig
+from research_rl.episode import protocol
 from research_rl.reward.metrics import normalize
 
 __all__ = ["plain", "suspicion"]

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from research_rl import protocol
+from research_rl.episode import protocol
+from research_rl.episode.trajectory import Author, Segment, Trajectory
 from research_rl.reward.metrics import exact_match, token_f1
-from research_rl.trajectory import Author, Segment, Trajectory
 
 __all__ = ["FORMAT_REWARD", "Grade", "Rule", "answer", "boxed", "check_format", "grade", "graded_text", "score_text"]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 import httpx
 
-from research_rl.agent import Completion
+from research_rl.episode.agent import Completion
 from research_rl.errors import ServiceError
 from research_rl.services import Endpoint
 
@@ -35,7 +35,7 @@ class Sampling:
 
 
 class HttpEngine:
-    """`research_rl.agent.Engine` over a served model. Use it as an async context manager, within one event loop."""
+    """`research_rl.episode.agent.Engine` over a served model. Use it as an async context manager, within one event loop."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false, reportUnknownParameterType=false
-"""verl's agent loop around `research_rl.agent.run_episode`. Turns verl's server client into an Engine and a Trajectory into
+"""verl's agent loop around `research_rl.episode.agent.run_episode`. Turns verl's server client into an Engine and a Trajectory into
 verl's output; holds no loop of its own. Runs inside verl's agent workers.
 
 Named by the agent file, not by verl's `@register`: the decorator would run at first import and drop the file's settings.
@@ -21,16 +21,16 @@ from uuid import uuid4
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
-from research_rl.agent import Completion, Limits, SearchFailure, run_episode
 from research_rl.config import JudgeConfig, PromptConfig, RewardConfig
-from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
+from research_rl.episode.agent import Completion, Limits, SearchFailure, run_episode
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer
+from research_rl.episode.trajectory import Trajectory
 from research_rl.retriever import TOKEN
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Patience, PauseGate
 from research_rl.reward.grader import Case, Grader
 from research_rl.reward.rules import Grade
 from research_rl.training import episodes, pauses
-from research_rl.trajectory import Trajectory
 
 __all__ = ["SearchAgentLoop", "VerlEngine", "eos_ids"]
 

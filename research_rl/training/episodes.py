@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import pstdev
 from typing import Any
 
+from research_rl.episode.trajectory import Author, SearchFault, StopReason, Trajectory
 from research_rl.reward.rules import Grade
-from research_rl.trajectory import Author, SearchFault, StopReason, Trajectory
 
 __all__ = ["DEV", "TRAIN", "append", "discard", "discard_after", "gather", "losses", "record", "steps", "summarise"]
 

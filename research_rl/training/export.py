@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 
 from research_rl.config import CHECKOUT
+from research_rl.episode.prompts import load_tokenizer
 from research_rl.errors import ModelError
-from research_rl.prompts import load_tokenizer
 from research_rl.stages import Context
 from research_rl.training import lora
 from research_rl.training.supervise import interpreter

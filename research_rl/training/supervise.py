@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.config import CHECKOUT, Config
+from research_rl.episode.trajectory import SearchFault, StopReason
 from research_rl.errors import TrainingError
 from research_rl.retriever import TOKEN
 from research_rl.stages import Progress
@@ -34,7 +35,6 @@ from research_rl.training.overrides import Paths
 from research_rl.training.pauses import Pauses
 from research_rl.training.remote import Store, Uploader, restore
 from research_rl.training.watch import Finding
-from research_rl.trajectory import SearchFault, StopReason
 
 __all__ = ["Outcome", "Run", "TrainHooks", "interpreter", "ray_folder", "supervise"]
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from research_rl import prompts, protocol
 from research_rl.config import PolicyConfig, PromptConfig
 from research_rl.data import encyclopedia, names
 from research_rl.data.encyclopedia import Hop, Question, World
 from research_rl.data.names import Kind, Side
 from research_rl.embedding.lexical import LexicalEncoder
+from research_rl.episode import prompts, protocol
 from research_rl.training import tiny
 
 __all__ = ["Trace", "lesson", "lexicon"]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.config import Config
+from research_rl.episode.prompts import load_tokenizer, render
 from research_rl.errors import ConfigError
 from research_rl.manifest import Manifest
-from research_rl.prompts import load_tokenizer, render
 from research_rl.retriever.serve import running
 from research_rl.stages import Context
 from research_rl.training import overrides

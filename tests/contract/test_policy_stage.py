@@ -8,8 +8,8 @@ import pytest
 
 from research_rl import manifest, stages
 from research_rl.config import CHECKOUT, Config, load_profile
+from research_rl.episode.prompts import FolderTokenizer
 from research_rl.errors import ModelError, TrainingError
-from research_rl.prompts import FolderTokenizer
 
 SMALL = ("policy.warmup_drills=2", "policy.warmup_steps=10", "policy.warmup_batch=4", "policy.hidden=32", "policy.layers=1")
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from research_rl.agent import SearchFailure
+from research_rl.episode.agent import SearchFailure
+from research_rl.episode.trajectory import Passage, SearchFault
 from research_rl.retriever.client import RetrieverClient
-from research_rl.trajectory import Passage, SearchFault
 
 GOOD = [[[{"id": "1", "contents": "x"}]], [[0.5]]]
 Reply = tuple[int, bytes, dict[str, str]]

@@ -12,17 +12,17 @@ import httpx
 import psutil
 import pytest
 
-from research_rl.agent import Completion
 from research_rl.config import Config
+from research_rl.episode.agent import Completion
+from research_rl.episode.prompts import FolderTokenizer, load_tokenizer
+from research_rl.episode.trajectory import Passage
 from research_rl.errors import ServiceError
 from research_rl.evaluation.evaluate import evaluate
 from research_rl.evaluation.results import Question
-from research_rl.prompts import FolderTokenizer, load_tokenizer
 from research_rl.services import Endpoint
 from research_rl.serving.client import HttpEngine, Sampling
 from research_rl.serving.serve import running
 from research_rl.stages import Workspace
-from research_rl.trajectory import Passage
 
 CHAIN = {
     "?": "<think>",

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap
 from verl.workers.rollout.replica import TokenOutput
 
-from research_rl.prompts import load_tokenizer
+from research_rl.episode.prompts import load_tokenizer
 from research_rl.training import episodes
 
 model, agent_file, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from research_rl.agent import Completion, Limits, SearchFailure, run_episode
+from research_rl.episode.agent import Completion, Limits, SearchFailure, run_episode
+from research_rl.episode.trajectory import StopReason, Trajectory
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Note, Patience, PauseGate
-from research_rl.trajectory import StopReason, Trajectory
 from tests.faulty import GARBAGE, Proxy, Retriever
 from tests.knowledge import built
 

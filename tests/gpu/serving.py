@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.config import Config, load_profile
-from research_rl.prompts import load_tokenizer
+from research_rl.episode.prompts import load_tokenizer
 from research_rl.services import Endpoint
 from research_rl.serving.client import HttpEngine, Sampling
 from research_rl.serving.serve import running

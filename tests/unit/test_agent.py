@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_rl import protocol
-from research_rl.agent import Completion, Limits, SearchFailure, run_episode
-from research_rl.trajectory import Author, Passage, SearchFault, StopReason, Trajectory
+from research_rl.episode import protocol
+from research_rl.episode.agent import Completion, Limits, SearchFailure, run_episode
+from research_rl.episode.trajectory import Author, Passage, SearchFault, StopReason, Trajectory
 
 LIMITS = Limits(top_k=2, max_searches=2, max_result_tokens=40, max_response_tokens=600, wall_s=5.0, search_timeout_s=1.0)
 EOS = 0

@@ -13,17 +13,17 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from research_rl import manifest
-from research_rl.agent import Completion, SearchFailure
 from research_rl.config import Config
+from research_rl.episode.agent import Completion, SearchFailure
+from research_rl.episode.prompts import FolderTokenizer
+from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError, ServiceError
 from research_rl.evaluation import evaluate as module
 from research_rl.evaluation.evaluate import evaluate
 from research_rl.evaluation.results import Journal, Question, Result, read_questions, read_results, write_results
 from research_rl.evaluation.summary import headline, summarise
 from research_rl.manifest import Manifest
-from research_rl.prompts import FolderTokenizer
 from research_rl.stages import STAGES, Context, Workspace
-from research_rl.trajectory import Passage
 
 EOS = "<eos>"
 

@@ -14,8 +14,8 @@ import pytest
 import zstandard
 
 from research_rl.data import flashrag
+from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError
-from research_rl.trajectory import Passage
 
 GOOD = {"id": "q1", "question": "Who?", "golden_answers": ["Ada"], "metadata": {"hops": 2}}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from research_rl.config import PromptConfig
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt, render
 from research_rl.errors import ConfigError, ModelError
-from research_rl.prompts import FolderTokenizer, encode_prompt, render
 
 CHAT = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from research_rl.episode.trajectory import Passage
 from research_rl.retriever.batching import Busy, Late, MicroBatcher
-from research_rl.trajectory import Passage
 
 
 class Searches:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from research_rl.episode.trajectory import Passage
 from research_rl.retriever.cache import ResultCache
-from research_rl.trajectory import Passage
 
 FOUND = [Passage("1", "x", 0.5)]
 

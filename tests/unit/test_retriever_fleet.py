@@ -8,10 +8,10 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 
+from research_rl.episode.trajectory import Passage
 from research_rl.retriever import fleet
 from research_rl.retriever.client import merged
 from research_rl.retriever.fleet import Part, Replica
-from research_rl.trajectory import Passage
 
 
 class Down(Exception):

@@ -9,9 +9,9 @@ import reward_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research_rl.episode.trajectory import Author, Segment, Trajectory
 from research_rl.reward.metrics import exact_match, normalize, recall, token_f1
 from research_rl.reward.rules import boxed, check_format, grade, graded_text, score_text
-from research_rl.trajectory import Author, Segment, Trajectory
 
 THINK = "<think> t </think>"
 SEARCH = "<search> q </search> <result>\n</result>"

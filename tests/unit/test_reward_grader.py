@@ -14,11 +14,11 @@ import pytest
 
 from research_rl import config as configuration
 from research_rl.config import Config, JudgeConfig, RewardConfig
+from research_rl.episode.trajectory import Author, SearchFault, SearchRecord, Segment, StopReason, Trajectory
 from research_rl.errors import ConfigError
 from research_rl.reward.grader import Case, Grader
 from research_rl.reward.judge import Judge
 from research_rl.reward.rules import Grade, grade
-from research_rl.trajectory import Author, SearchFault, SearchRecord, Segment, StopReason, Trajectory
 
 CASE = Case("where?", ("Paris",), ("p1", "p2"))
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from research_rl.config import StrictConfig
-from research_rl.protocol import TAGS, fold, neutralise
+from research_rl.episode.protocol import TAGS, fold, neutralise
 from research_rl.reward.hacking import plain, suspicion
 
 LIMITS = StrictConfig()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from research_rl.agent import Completion
 from research_rl.config import Config, ServingConfig
+from research_rl.episode.agent import Completion
 from research_rl.errors import ModelError, ServiceError
 from research_rl.serving import client, launch, model
 from research_rl.serving.client import Sampling

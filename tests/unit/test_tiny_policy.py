@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from research_rl import protocol
-from research_rl.agent import Completion, Limits, run_episode
 from research_rl.config import EncyclopediaConfig, PolicyConfig, PromptConfig
 from research_rl.data import encyclopedia
+from research_rl.episode import protocol
+from research_rl.episode.agent import Completion, Limits, run_episode
+from research_rl.episode.prompts import FolderTokenizer, render
+from research_rl.episode.trajectory import Passage, StopReason
 from research_rl.errors import ModelError
-from research_rl.prompts import FolderTokenizer, render
 from research_rl.reward import rules
 from research_rl.training import tiny, traces
 from research_rl.training.policy import check_folder
 from research_rl.training.traces import Trace
-from research_rl.trajectory import Passage, StopReason
 
 POLICY = PolicyConfig(warmup_drills=1, warmup_steps=4, warmup_batch=16, warmup_world=EncyclopediaConfig(entities=80, max_hops=2))
 PROMPT = PromptConfig(template="file", path="configs/prompts/laptop.txt")

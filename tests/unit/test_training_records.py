@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from research_rl.episode.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
 from research_rl.reward.rules import grade
 from research_rl.training import episodes
 from research_rl.training.metrics_log import MetricsLog, Tail, numbers
-from research_rl.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
 
 
 def test_a_step_done_again_replaces_and_no_step_is_missing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from research_rl.errors import ConfigError, ModelError
 
 __all__ = ["FolderTokenizer", "encode_prompt", "load_tokenizer", "render"]
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "templates"
 
 
 class FolderTokenizer:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, Protocol
 
-from research_rl import protocol
-from research_rl.trajectory import Author, Passage, SearchFault, SearchRecord, Segment, StopReason, Trajectory
+from research_rl.episode import protocol
+from research_rl.episode.trajectory import Author, Passage, SearchFault, SearchRecord, Segment, StopReason, Trajectory
 
 __all__ = ["Completion", "Engine", "Gate", "Limits", "SearchFailure", "Searcher", "Tokenizer", "run_episode"]
 
