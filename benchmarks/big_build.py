@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from research_rl import config as configuration
-from research_rl import manifest, sizing
+from research_rl import sizing
 from research_rl.config import Config, config_hash
-from research_rl.stages import STAGES, Workspace, measured
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Workspace, measured
 
 OVERRIDES = ("encoder.kind=lexical", "encoder.dim=384", "index.memory_gib=2", "index.factory=Flat")
 WORDS, VOCABULARY = 60, 200_000

@@ -15,8 +15,8 @@ from benchmarks.duel import Duel
 from research_rl.config import IndexConfig
 from research_rl.index import dense
 from research_rl.index.vectors import VectorFiles
-from research_rl.stages import STAGES, Workspace
-from research_rl.work import Work
+from research_rl.pipeline.stages import STAGES, Workspace
+from research_rl.pipeline.work import Work
 
 DIM, SHARD = 384, 7_000
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from research_rl import config as configuration
-from research_rl import manifest
 from research_rl.corpus.store import PassageStore
 from research_rl.index.text import Searcher, open_files
-from research_rl.stages import STAGES, Workspace, run_stage
+from research_rl.pipeline import manifest
+from research_rl.pipeline.run import run_stage
+from research_rl.pipeline.stages import STAGES, Workspace
 
 SETS = {
     "MuSiQue dev": "musique/dev.jsonl",

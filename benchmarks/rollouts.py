@@ -21,10 +21,11 @@ from benchmarks.peers import lockstep
 from research_rl.config import CHECKOUT, Config, load, load_profile
 from research_rl.episode.agent import Completion, Limits, run_episode
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt
+from research_rl.pipeline.run import current, run_stage
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import Endpoint
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.serve import running as retriever_running
-from research_rl.services import Endpoint
-from research_rl.stages import Workspace, current, run_stage
 
 MEAN_TOKENS, SIGMA, MOST_TURNS = 110, 0.6, 5
 STEP_S, STEP_PER_SEQUENCE_S = 0.012, 0.00006

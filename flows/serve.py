@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import flow
 
-from research_rl.stages import Workspace
+from research_rl.pipeline.stages import Workspace
 from tasks.job import resolve
 from tasks.local.keeper import keep, stop_serving
 from tasks.local.server import server

@@ -18,8 +18,8 @@ import numpy as np
 from research_rl.config import Config, EncoderConfig
 from research_rl.corpus import build, store
 from research_rl.errors import ManifestError, ModelError
-from research_rl.manifest import file_sha256
-from research_rl.stages import Workspace
+from research_rl.pipeline.manifest import file_sha256
+from research_rl.pipeline.stages import Workspace
 
 __all__ = ["by_shape", "machine", "measure", "shaped", "texts", "verified", "width"]
 

@@ -18,7 +18,7 @@ from research_rl import __version__
 
 if TYPE_CHECKING:
     from research_rl.config import Config
-    from research_rl.stages import Workspace
+    from research_rl.pipeline.stages import Workspace
 
 __all__ = ["main"]
 
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _workspace(arguments: argparse.Namespace) -> Workspace:
-    from research_rl.stages import Workspace
+    from research_rl.pipeline.stages import Workspace
 
     return Workspace(arguments.workspace.resolve())
 
@@ -119,7 +119,8 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from research_rl.stages import STAGES, run_stage
+    from research_rl.pipeline.run import run_stage
+    from research_rl.pipeline.stages import STAGES
 
     config, workspace = _resolve(arguments), _workspace(arguments)
     for name in STAGES if arguments.stage == "all" else (arguments.stage,):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from research_rl import manifest, sizing
+from research_rl import sizing
 from research_rl.config import Config, config_hash
 from research_rl.errors import ManifestError
-from research_rl.stages import STAGES, Workspace
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Workspace
 from research_rl.training import plan as training
 
 __all__ = ["Row", "State", "check", "describe", "state"]

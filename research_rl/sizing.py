@@ -12,10 +12,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from research_rl import manifest
 from research_rl.config import Config
 from research_rl.errors import ConfigError, ManifestError
-from research_rl.stages import STAGES, Workspace
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Workspace
 
 __all__ = ["Estimate", "estimates", "refuse", "table"]
 

@@ -17,9 +17,9 @@ from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 
-from research_rl import manifest
-from research_rl.manifest import Manifest
-from research_rl.stages import STAGES, measured
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import STAGES, measured
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch import Finding
 from research_rl.validation.docs import SUMMARY, named, rank

@@ -21,9 +21,9 @@ import yaml
 from research_rl import config as configuration
 from research_rl.config import Config
 from research_rl.errors import ConfigError, ServiceError
-from research_rl.manifest import Manifest
-from research_rl.services import reap
-from research_rl.stages import Workspace
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import reap
 from tasks.local.settings import stack_folder
 from tasks.tracking.track import Tracker
 

@@ -20,8 +20,9 @@ from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
 from research_rl.errors import ServiceError
-from research_rl.manifest import Manifest
-from research_rl.stages import STAGES, Context, run_stage
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.run import run_stage
+from research_rl.pipeline.stages import STAGES, Context
 from tasks import quiet
 from tasks.job import Job, Outcome
 from tasks.tracking.track import StageRun

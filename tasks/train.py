@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from research_rl.manifest import Manifest
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import Context
 from research_rl.report.training import read_rollouts
-from research_rl.stages import Context
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.train import TrainHooks, run_with
 from research_rl.training.watch import Finding

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from research_rl.stages import Context
+from research_rl.pipeline.stages import Context
 from research_rl.validation.stage import QualityError, run_stage
 from tasks.artifacts import quality_table, refused_table
 from tasks.stage import stage_task

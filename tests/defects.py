@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from research_rl import manifest
 from research_rl.config import Config
-from research_rl.stages import STAGES, Context, Workspace, silent
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
 
 Snapshot = dict[str, list[dict[str, Any]]]
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 
-from research_rl import services
 from research_rl.config import CHECKOUT
+from research_rl.process import services
 
 GARBAGE = ("garbage", "truncated", "schema", "empty_list")
 """Replies that must be told from an answer by reading them."""

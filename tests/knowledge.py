@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import psutil
 
-from research_rl import manifest
 from research_rl.config import Config
 from research_rl.corpus import build as corpus
 from research_rl.embedding import build as embed
 from research_rl.index import build as index
-from research_rl.stages import STAGES, Context, Progress, Workspace, silent
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Context, Progress, Workspace, silent
 
 TOWNS = ("Avonlea", "Brockhurst", "Caldera", "Dunmore", "Eastwick")
 

@@ -10,7 +10,8 @@ import psutil
 
 from research_rl import config
 from research_rl.config import CHECKOUT
-from research_rl.stages import Workspace, run_stage
+from research_rl.pipeline.run import run_stage
+from research_rl.pipeline.stages import Workspace
 from research_rl.training.metrics_log import MetricsLog
 
 SMALL = (

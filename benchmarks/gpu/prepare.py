@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.gpu import pack
 from research_rl.config import CHECKOUT
-from research_rl.manifest import MANIFEST
-from research_rl.stages import Workspace
+from research_rl.pipeline.manifest import MANIFEST
+from research_rl.pipeline.stages import Workspace
 
 MIB = 1 << 20
 LOCK = CHECKOUT / "requirements/gpu-host.txt"

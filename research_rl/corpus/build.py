@@ -17,8 +17,8 @@ import numpy as np
 from research_rl.corpus import store
 from research_rl.data.download import CORPUS
 from research_rl.errors import DataError
-from research_rl.stages import Context
-from research_rl.work import Work
+from research_rl.pipeline.stages import Context
+from research_rl.pipeline.work import Work
 
 __all__ = ["run", "shard"]
 

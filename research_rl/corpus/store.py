@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from research_rl import manifest
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError, ManifestError
-from research_rl.manifest import Manifest
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest
 
 __all__ = ["PassageStore", "shard_name", "write_shard", "write_table"]
 

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from research_rl import manifest
 from research_rl.config import DataConfig
 from research_rl.data import flashrag, transfer
 from research_rl.data.catalogue import expand
@@ -24,8 +23,9 @@ from research_rl.data.flashrag import Question
 from research_rl.data.sources import ChangedError, Sources
 from research_rl.data.transfer import Fetched, Located
 from research_rl.errors import ConfigError, DataError
-from research_rl.manifest import Staging
-from research_rl.stages import Context
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Staging
+from research_rl.pipeline.stages import Context
 
 __all__ = ["CORPUS", "FILES", "SPLITS", "run"]
 

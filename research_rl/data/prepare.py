@@ -14,7 +14,7 @@ from typing import Any
 from research_rl.data import flashrag
 from research_rl.data.download import GENERATED, SPLITS
 from research_rl.data.flashrag import Question
-from research_rl.stages import Context
+from research_rl.pipeline.stages import Context
 
 __all__ = ["run", "shuffled", "to_row"]
 

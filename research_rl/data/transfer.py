@@ -27,7 +27,7 @@ from typing import Any
 from research_rl.config import TransferConfig
 from research_rl.data.sources import Remote, Source, Sources, TransientError
 from research_rl.errors import ConfigError, DataError
-from research_rl.manifest import fsync
+from research_rl.pipeline.manifest import fsync
 
 __all__ = ["Fetched", "check_room", "fetch", "locate", "locked"]
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from research_rl import manifest
 from research_rl.errors import ManifestError
-from research_rl.manifest import Manifest
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest
 
 __all__ = ["ENCODER", "Encoded", "Encoder", "Vectors", "load_encoder", "vector_shards"]
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from research_rl.corpus.store import PassageStore
 from research_rl.embedding import ENCODER, Encoded
-from research_rl.manifest import file_sha256
-from research_rl.stages import Context
+from research_rl.pipeline.manifest import file_sha256
+from research_rl.pipeline.stages import Context
 
 __all__ = ["run"]
 

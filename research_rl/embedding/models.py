@@ -17,7 +17,7 @@ from pathlib import Path
 
 from research_rl.config import CHECKOUT
 from research_rl.errors import ModelError
-from research_rl.manifest import file_sha256
+from research_rl.pipeline.manifest import file_sha256
 
 __all__ = ["MODULES", "cache_folder", "copy_model", "resolve", "tree_sha256", "wheel_folder"]
 

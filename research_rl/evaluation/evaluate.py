@@ -24,8 +24,8 @@ from research_rl.episode.trajectory import StopReason, Trajectory
 from research_rl.errors import ConfigError, ServiceError
 from research_rl.evaluation.results import Journal, Question, Result, read_questions, to_result, write_results
 from research_rl.evaluation.summary import headline, summarise
-from research_rl.services import Endpoint
-from research_rl.stages import STAGES, Context
+from research_rl.pipeline.stages import STAGES, Context
+from research_rl.process.services import Endpoint
 
 __all__ = ["evaluate", "run_baseline", "run_trained"]
 

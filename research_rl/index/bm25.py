@@ -23,8 +23,8 @@ from research_rl.config import IndexConfig
 from research_rl.embedding import Vectors
 from research_rl.errors import ManifestError
 from research_rl.index.search import merged
-from research_rl.stages import silent
-from research_rl.work import Work
+from research_rl.pipeline.stages import silent
+from research_rl.pipeline.work import Work
 
 __all__ = ["STOP_WORDS", "Bm25", "Texts", "build", "write"]
 

@@ -17,9 +17,9 @@ from research_rl.index import budget
 from research_rl.index.search import EXACT
 from research_rl.index.text import Searcher, open_files, ranges_of
 from research_rl.index.vectors import VectorFiles
-from research_rl.manifest import Staging
-from research_rl.stages import Context
-from research_rl.work import Work
+from research_rl.pipeline.manifest import Staging
+from research_rl.pipeline.stages import Context
+from research_rl.pipeline.work import Work
 
 __all__ = ["run"]
 

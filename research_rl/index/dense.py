@@ -17,7 +17,7 @@ from research_rl.config import IndexConfig
 from research_rl.errors import ConfigError
 from research_rl.index.search import EXACT, Joined, VectorIndex, VectorSearcher, file_name, threads_for
 from research_rl.index.vectors import VectorFiles
-from research_rl.work import Work
+from research_rl.pipeline.work import Work
 
 __all__ = ["build", "learn", "open_vectors", "row_bytes", "write"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from research_rl.errors import ConfigError
 from research_rl.index.dense import unit
 from research_rl.index.search import VectorIndex, file_name
-from research_rl.work import Work
+from research_rl.pipeline.work import Work
 
 __all__ = ["adopt"]
 

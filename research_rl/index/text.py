@@ -13,7 +13,7 @@ from research_rl.embedding import Encoder, Vectors, load_encoder, vector_shards
 from research_rl.errors import ConfigError, ManifestError
 from research_rl.index.search import VectorSearcher
 from research_rl.index.vectors import VectorFiles
-from research_rl.manifest import Manifest
+from research_rl.pipeline.manifest import Manifest
 
 __all__ = ["Dense", "Hybrid", "Searcher", "open_index", "part_rows", "reads_vectors"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research_rl import manifest
 from research_rl.errors import DataError
 from research_rl.evaluation.results import read_results
+from research_rl.pipeline import manifest
 from research_rl.report import html
 from research_rl.report.format import difference_cells, difference_rows, metric_head, verdict
 from research_rl.report.pairs import Pair, PairedMetric, compare_metrics, match

@@ -9,15 +9,15 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from research_rl import manifest
 from research_rl.config import RetrieverConfig
 from research_rl.corpus.store import PassageStore
 from research_rl.embedding import ENCODER
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import ManifestError
 from research_rl.index.text import Searcher, open_index, part_rows, reads_vectors
-from research_rl.manifest import Manifest
-from research_rl.stages import Workspace
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import Workspace
 
 __all__ = ["Retriever"]
 

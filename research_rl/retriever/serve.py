@@ -15,12 +15,12 @@ from pathlib import Path
 
 import httpx
 
-from research_rl import services
 from research_rl.config import CHECKOUT, Config, RetrieverConfig, load
 from research_rl.errors import ConfigError, ResearchError, ServiceError
+from research_rl.pipeline.stages import Workspace
+from research_rl.process import services
+from research_rl.process.services import Endpoint
 from research_rl.retriever import TOKEN, fleet
-from research_rl.services import Endpoint
-from research_rl.stages import Workspace
 
 __all__ = ["TOKEN", "main", "running", "serve"]
 

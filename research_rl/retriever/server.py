@@ -14,10 +14,10 @@ from types import FrameType
 import uvicorn
 
 from research_rl.config import RetrieverConfig
+from research_rl.pipeline.stages import Workspace
 from research_rl.retriever.engine import Retriever
 from research_rl.retriever.observe import Journal
 from research_rl.retriever.service import Service
-from research_rl.stages import Workspace
 
 __all__ = ["run"]
 

@@ -17,7 +17,7 @@ import httpx
 
 from research_rl.episode.agent import Completion
 from research_rl.errors import ServiceError
-from research_rl.services import Endpoint
+from research_rl.process.services import Endpoint
 
 __all__ = ["HttpEngine", "Sampling", "parse_sglang", "parse_vllm", "render_sglang", "render_vllm"]
 

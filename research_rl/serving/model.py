@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research_rl import manifest
 from research_rl.errors import ManifestError, ModelError
+from research_rl.pipeline import manifest
 
 __all__ = ["ModelFolder", "check", "served_name"]
 

@@ -18,10 +18,10 @@ import httpx
 
 from research_rl.config import CHECKOUT, Config
 from research_rl.errors import ServiceError
-from research_rl.services import Endpoint, guarded, require_free
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import Endpoint, guarded, require_free
 from research_rl.serving import launch
 from research_rl.serving.model import ModelFolder, check, served_name
-from research_rl.stages import Workspace
 
 __all__ = ["TOKEN_VARIABLE", "context_tokens", "running", "serve"]
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from research_rl.manifest import file_sha256
+from research_rl.pipeline.manifest import file_sha256
 
 __all__ = ["SEAL", "Checkpoint", "complete", "discard_after", "fault", "latest", "link", "prune", "safetensors_fault", "seal"]
 

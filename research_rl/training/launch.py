@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from research_rl import services
 from research_rl.config import Config
 from research_rl.errors import ConfigError, ServiceError
+from research_rl.process import services
 
 __all__ = ["Launcher", "LocalLauncher", "RayJob", "RayJobLauncher", "RayJobs", "Started", "launcher"]
 
-_LEASED = Path(__file__).with_name("_leased.py")
+_LEASED = Path(services.__file__).with_name("_leased.py")
 _BEAT_S = 1.0
 _ASK_S = 1.0
 _STOP_S = 60.0

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from research_rl import services
 from research_rl.config import CHECKOUT
 from research_rl.embedding.models import cache_folder, wheel_folder
 from research_rl.episode.prompts import FolderTokenizer
 from research_rl.errors import ModelError, TrainingError
-from research_rl.stages import Context
+from research_rl.pipeline.stages import Context
+from research_rl.process import services
 from research_rl.training.supervise import interpreter
 
 __all__ = ["SMOLLM2_WHEEL", "check_folder", "run"]

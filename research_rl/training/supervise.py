@@ -26,8 +26,8 @@ from typing import Any
 from research_rl.config import CHECKOUT, Config
 from research_rl.episode.trajectory import SearchFault, StopReason
 from research_rl.errors import TrainingError
+from research_rl.pipeline.stages import Progress
 from research_rl.retriever import TOKEN
-from research_rl.stages import Progress
 from research_rl.training import checkpoints, episodes, launch, overrides, watch
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.metrics_log import MetricsLog, Tail, numbers

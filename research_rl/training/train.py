@@ -14,9 +14,9 @@ from typing import Any
 from research_rl.config import Config
 from research_rl.episode.prompts import load_tokenizer, render
 from research_rl.errors import ConfigError
-from research_rl.manifest import Manifest
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import Context
 from research_rl.retriever.serve import running
-from research_rl.stages import Context
 from research_rl.training import overrides
 from research_rl.training.checkpoints import link
 from research_rl.training.metrics_log import MetricsLog

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from research_rl import manifest
 from research_rl.data.download import CORPUS, SPLITS
 from research_rl.data.flashrag import Question, read_questions, supporting_ids
 from research_rl.errors import DataError, ManifestError
-from research_rl.stages import Context
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import Context
 from research_rl.validation import drift
 from research_rl.validation.answers import Sought
 from research_rl.validation.corpus import CorpusStatistics, measure_corpus

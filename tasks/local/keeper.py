@@ -19,12 +19,12 @@ import httpx
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
-from research_rl import manifest
 from research_rl.config import CHECKOUT, Config
 from research_rl.errors import ServiceError
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import Process, reap, require_free, spawn, wait_healthy
 from research_rl.retriever import TOKEN
-from research_rl.services import Process, reap, require_free, spawn, wait_healthy
-from research_rl.stages import Workspace
 from tasks.artifacts import showing
 
 __all__ = ["keep", "stop_serving"]

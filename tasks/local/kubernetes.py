@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
-from research_rl import manifest
 from research_rl.config import CHECKOUT
 from research_rl.errors import ResearchError
 from research_rl.index.text import reads_vectors
-from research_rl.manifest import Manifest
-from research_rl.stages import Workspace
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import Workspace
 
 __all__ = ["main", "memory_mib", "rendered"]
 

@@ -1,4 +1,4 @@
-"""A Prefect server for one run by hand. Knows Prefect's settings; leaves guarding to `research_rl.services`.
+"""A Prefect server for one run by hand. Knows Prefect's settings; leaves guarding to `research_rl.process.services`.
 
 Prefect would start a temporary server itself, but one that outlives a killed run. This one ends with its starter.
 """
@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 
-from research_rl.services import free_port, guarded
+from research_rl.process.services import free_port, guarded
 
 __all__ = ["server"]
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from research_rl.stages import Workspace
+from research_rl.pipeline.stages import Workspace
 from tasks.job import locked
 from tasks.tracking.sender import send_all
 from tasks.tracking.track import journals

@@ -20,9 +20,9 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from research_rl.config import CHECKOUT, Config
-from research_rl.manifest import Manifest
-from research_rl.services import Process, spawn
-from research_rl.stages import Workspace
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import Process, spawn
 from tasks.tracking.journal import Journal, Place
 
 __all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "tracking_uri"]

@@ -18,7 +18,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from research_rl.errors import ServiceError
-from research_rl.stages import STAGES, Workspace, current
+from research_rl.pipeline.run import current
+from research_rl.pipeline.stages import STAGES, Workspace
 from tasks.job import Job
 from tasks.versioning import dvc_file
 from tasks.versioning.dvc_file import SNAPSHOT

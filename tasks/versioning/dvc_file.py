@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from research_rl.config import CHECKOUT
-from research_rl.stages import STAGES, Stage
+from research_rl.pipeline.stages import STAGES, Stage
 
 __all__ = ["SNAPSHOT", "render", "write"]
 
 SNAPSHOT = "download"
-_HEADER = "# Written by `python -m tasks.versioning.dvc_file` from the stage table in research_rl/stages.py.\n"
+_HEADER = "# Written by `python -m tasks.versioning.dvc_file` from the stage table in research_rl/pipeline/stages.py.\n"
 # Stages that read their last artifact: DVC must not remove it before they run.
 _KEPT = {"validate"}
 # A checkout's own environment comes first; elsewhere the caller's PATH decides.

@@ -16,7 +16,7 @@ import httpx
 import psutil
 
 from research_rl.config import CHECKOUT
-from research_rl.services import free_port
+from research_rl.process.services import free_port
 
 BIN = CHECKOUT / ".venv-policy/bin"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research_rl import config
-from research_rl.stages import run_stage
+from research_rl.pipeline.run import run_stage
 from research_rl.training.tensors import floats, tensors
 from tests.training import Training, workspace
 

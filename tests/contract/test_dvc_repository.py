@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from research_rl import config, manifest
-from research_rl.stages import Workspace, run_stage
+from research_rl import config
+from research_rl.pipeline import manifest
+from research_rl.pipeline.run import run_stage
+from research_rl.pipeline.stages import Workspace
 from tasks.local.stack import Stack
 from tasks.versioning import commit
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from research_rl import manifest
-from research_rl._guardian import PR_SET_CHILD_SUBREAPER, descendants
 from research_rl.embedding import build
 from research_rl.errors import ServiceError
+from research_rl.pipeline import manifest
+from research_rl.process._guardian import PR_SET_CHILD_SUBREAPER, descendants
 from tests.encoder_model import write_model
 from tests.knowledge import context, store
 

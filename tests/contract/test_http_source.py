@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from research_rl import manifest
 from research_rl.config import Config
 from research_rl.data import download, flashrag
 from research_rl.errors import ConfigError, DataError
-from research_rl.stages import STAGES, Context, Workspace, silent
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
 from tests.web import Site, serve
 
 ROWS = 12_000

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from research_rl import manifest
 from research_rl.config import Config
 from research_rl.data import download, flashrag
 from research_rl.errors import DataError
-from research_rl.stages import STAGES, Context, Workspace, silent
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "owner/questions"

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from research_rl import config
-from research_rl.manifest import Manifest
-from research_rl.services import Process, free_port, guarded
-from research_rl.stages import Workspace
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import Process, free_port, guarded
 from tasks.tracking import sender, track
 from tasks.tracking.journal import Place, read
 from tasks.tracking.track import Tracker, journals

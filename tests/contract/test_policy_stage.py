@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from research_rl import manifest, stages
 from research_rl.config import CHECKOUT, Config, load_profile
 from research_rl.episode.prompts import FolderTokenizer
 from research_rl.errors import ModelError, TrainingError
+from research_rl.pipeline import manifest, run
+from research_rl.pipeline.stages import Workspace
 
 SMALL = ("policy.warmup_drills=2", "policy.warmup_steps=10", "policy.warmup_batch=4", "policy.hidden=32", "policy.layers=1")
 
@@ -17,8 +18,8 @@ pytestmark = pytest.mark.skipif(not (CHECKOUT / ".venv-policy").is_dir(), reason
 
 
 def build(root: Path, config: Config) -> tuple[Path, manifest.Manifest, list[str]]:
-    workspace, said = stages.Workspace(root), list[str]()
-    made, _ = stages.run_stage("policy", config, workspace, progress=lambda text, share: said.append(text))
+    workspace, said = Workspace(root), list[str]()
+    made, _ = run.run_stage("policy", config, workspace, progress=lambda text, share: said.append(text))
     return workspace.folder("policy"), made, said
 
 

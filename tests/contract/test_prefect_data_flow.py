@@ -15,8 +15,9 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.data import research_data
-from research_rl import config, manifest
-from research_rl.stages import Workspace
+from research_rl import config
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import Workspace
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch import Finding
 from research_rl.validation.stage import QualityError

@@ -17,10 +17,10 @@ import httpx
 import pytest
 
 from research_rl.config import CHECKOUT, Config
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import free_port
 from research_rl.retriever import TOKEN, fleet, serve
 from research_rl.retriever.client import RetrieverClient
-from research_rl.services import free_port
-from research_rl.stages import Workspace
 from tests.knowledge import built, until_ready
 
 ROWS = 240

@@ -21,13 +21,13 @@ import httpx
 import psutil
 import pytest
 
-from research_rl import manifest
 from research_rl.config import CHECKOUT, Config
 from research_rl.errors import ServiceError
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import Endpoint, free_port
 from research_rl.retriever import serve
 from research_rl.retriever.client import RetrieverClient
-from research_rl.services import Endpoint, free_port
-from research_rl.stages import Workspace
 from tests.knowledge import built, passages
 
 ROWS, SECRET = 250, "a-secret"

@@ -14,11 +14,11 @@ from typing import Any
 import boto3
 import pytest
 
-from research_rl import manifest
 from research_rl.config import Config
 from research_rl.data import download, flashrag
 from research_rl.errors import DataError
-from research_rl.stages import STAGES, Context, Workspace, silent
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
 from tasks.local.stack import BUCKET, Stack
 
 ROWS = 12_000

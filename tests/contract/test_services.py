@@ -15,7 +15,7 @@ import pytest
 
 from research_rl.config import CHECKOUT
 from research_rl.errors import ServiceError
-from research_rl.services import free_port, guarded, reap, require_free, spawn
+from research_rl.process.services import free_port, guarded, reap, require_free, spawn
 
 
 def _http(port: int) -> list[str]:
@@ -68,7 +68,7 @@ def test_killed_parent_takes_daemons_along(tmp_path: Path) -> None:
         f"""
         import sys, time
         from pathlib import Path
-        from research_rl.services import spawn
+        from research_rl.process.services import spawn
         inner = "import subprocess,sys,time; subprocess.Popen([sys.executable,'-c',sys.argv[1],sys.argv[2]]); time.sleep(600)"
         spawn("svc", [sys.executable, "-c", inner, {daemon!r}, {str(tmp_path / "daemon")!r}], folder=Path({str(tmp_path)!r}))
         time.sleep(600)
@@ -114,7 +114,7 @@ def test_a_port_in_use_is_named_with_its_setting() -> None:
 
 _BLIND = """
 import os, subprocess, sys
-from research_rl import _guardian
+from research_rl.process import _guardian
 seen, looks = _guardian.descendants, []
 def blind(root):
     looks.append(1)

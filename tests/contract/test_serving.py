@@ -19,10 +19,10 @@ from research_rl.episode.trajectory import Passage
 from research_rl.errors import ServiceError
 from research_rl.evaluation.evaluate import evaluate
 from research_rl.evaluation.results import Question
-from research_rl.services import Endpoint
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import Endpoint
 from research_rl.serving.client import HttpEngine, Sampling
 from research_rl.serving.serve import running
-from research_rl.stages import Workspace
 
 CHAIN = {
     "?": "<think>",

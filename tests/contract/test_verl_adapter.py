@@ -14,7 +14,7 @@ import chain_model
 import pytest
 
 from research_rl.config import CHECKOUT, Config
-from research_rl.services import free_port
+from research_rl.process.services import free_port
 from research_rl.training import overrides
 from research_rl.training.overrides import Paths
 from research_rl.training.supervise import interpreter

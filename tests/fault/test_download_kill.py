@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from research_rl import manifest
+from research_rl.pipeline import manifest
 from tests.web import Site, serve, settle
 
 ROWS = 4_000
@@ -37,7 +37,8 @@ import httpx, numpy
 from research_rl.config import Config
 from research_rl.data import download
 from research_rl.data.sources import http
-from research_rl.stages import Workspace, run_stage
+from research_rl.pipeline.stages import Workspace
+from research_rl.pipeline.run import run_stage
 EVENTS = ("open", "os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "os.scandir", "os.truncate")
 def trial(order):
     seen = 0

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from research_rl import manifest
 from research_rl.embedding import build
-from research_rl.manifest import file_sha256
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import file_sha256
 from tests.knowledge import context, store
 
 ROWS, ENCODER = 600, {"dim": 16, "shard_rows": 100}

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from research_rl import manifest
 from research_rl.errors import ManifestError
+from research_rl.pipeline import manifest
 
 # The child counts audit events of file operations and kills itself at the given one.
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from research_rl import manifest
+from research_rl.pipeline import manifest
 target, generation, fatal = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 seen = 0
 def count(event, arguments):

@@ -28,8 +28,8 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
 from research_rl.config import CHECKOUT
+from research_rl.process.services import free_port
 from research_rl.retriever import TOKEN
-from research_rl.services import free_port
 from tests.knowledge import built, until_ready
 
 MIB = 1 << 20

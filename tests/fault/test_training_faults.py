@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 import pytest
 
 from research_rl import config
-from research_rl.stages import Workspace
+from research_rl.pipeline.stages import Workspace
 from research_rl.training.supervise import interpreter
 from tests.faulty import FAULTS, GARBAGE, Proxy, Retriever
 from tests.training import Training, workspace

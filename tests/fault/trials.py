@@ -23,7 +23,8 @@ from typing import Any
 
 from research_rl import plan
 from research_rl.config import Config
-from research_rl.stages import STAGES, Workspace, current, run_stage
+from research_rl.pipeline.run import current, run_stage
+from research_rl.pipeline.stages import STAGES, Workspace
 
 CONFIG = Config.model_validate(
     {

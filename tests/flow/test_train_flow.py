@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import SIZE, Trained, processes_of
 
-from research_rl import config, manifest
-from research_rl.stages import STAGES, Workspace, current
+from research_rl import config
+from research_rl.pipeline import manifest
+from research_rl.pipeline.run import current
+from research_rl.pipeline.stages import STAGES, Workspace
 from tasks.versioning import commit
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from research_rl import config as configuration
 from research_rl.config import Config
-from research_rl.stages import Workspace, run_stage
+from research_rl.pipeline.run import run_stage
+from research_rl.pipeline.stages import Workspace
 from research_rl.training.metrics_log import MetricsLog
 
 BEFORE = ("download", "validate", "prepare", "corpus", "embed", "index")

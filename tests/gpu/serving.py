@@ -18,10 +18,10 @@ from typing import Any
 
 from research_rl.config import Config, load_profile
 from research_rl.episode.prompts import load_tokenizer
-from research_rl.services import Endpoint
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import Endpoint
 from research_rl.serving.client import HttpEngine, Sampling
 from research_rl.serving.serve import running
-from research_rl.stages import Workspace
 
 
 def main() -> None:

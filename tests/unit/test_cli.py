@@ -11,7 +11,7 @@ import pytest
 
 from research_rl import config
 from research_rl.cli import main
-from research_rl.stages import STAGES, Workspace
+from research_rl.pipeline.stages import STAGES, Workspace
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_help_comes_in_under_300_ms() -> None:
 
 
 def test_the_package_imports_no_orchestration_and_nothing_heavy() -> None:
-    code = "import sys, research_rl.cli, research_rl.episode.agent, research_rl.stages; print(*sys.modules)"
+    code = "import sys, research_rl.cli, research_rl.episode.agent, research_rl.pipeline.stages; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"prefect", "mlflow", "dvc", "great_expectations", "torch", "faiss", "transformers", "verl"} & set(loaded)
 

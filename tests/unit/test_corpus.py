@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from research_rl import manifest
 from research_rl.config import Config
 from research_rl.corpus import build
 from research_rl.corpus.store import PassageStore
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError, ManifestError
-from research_rl.stages import STAGES, Context, Progress, Workspace, silent
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Context, Progress, Workspace, silent
 
 ROWS = 257
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from research_rl import manifest
 from research_rl.corpus import store
+from research_rl.pipeline import manifest
 
 SHARD_ROWS = 500_000
 

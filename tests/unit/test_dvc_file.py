@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from research_rl.config import CHECKOUT, Config
-from research_rl.stages import STAGES
+from research_rl.pipeline.stages import STAGES
 from tasks.versioning import dvc_file
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research_rl import manifest
 from research_rl.embedding import build, load_encoder, vector_shards
 from research_rl.embedding.lexical import LexicalEncoder
 from research_rl.errors import ManifestError, ModelError
+from research_rl.pipeline import manifest
 from tests.knowledge import context, passages, store
 
 ENCODER = {"dim": 64, "shard_rows": 100}

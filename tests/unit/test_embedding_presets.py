@@ -59,7 +59,7 @@ def test_e5_without_a_prefix_is_refused(tmp_path: Path, prefix: str) -> None:
 
 def test_where_passages_are_encoded_changes_no_artifact() -> None:
     from research_rl.config import config_hash
-    from research_rl.stages import STAGES
+    from research_rl.pipeline.stages import STAGES
 
     here = load_profile("laptop")
     there = Config.model_validate({**here.model_dump(), "encoding": {"engine": "ray", "workers": 8}})

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from research_rl import manifest
 from research_rl.config import Config
 from research_rl.episode.agent import Completion, SearchFailure
 from research_rl.episode.prompts import FolderTokenizer
@@ -22,8 +21,9 @@ from research_rl.evaluation import evaluate as module
 from research_rl.evaluation.evaluate import evaluate
 from research_rl.evaluation.results import Journal, Question, Result, read_questions, read_results, write_results
 from research_rl.evaluation.summary import headline, summarise
-from research_rl.manifest import Manifest
-from research_rl.stages import STAGES, Context, Workspace
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import STAGES, Context, Workspace
 
 EOS = "<eos>"
 

@@ -10,15 +10,15 @@ import faiss
 import numpy as np
 import pytest
 
-from research_rl import manifest
 from research_rl.config import IndexConfig, RetrieverConfig
 from research_rl.embedding import build as embed
 from research_rl.embedding import load_encoder
 from research_rl.errors import ConfigError, ManifestError
 from research_rl.index import budget, build
 from research_rl.index.search import VectorIndex, file_name
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import measured
 from research_rl.retriever.engine import Retriever
-from research_rl.stages import measured
 from tests.knowledge import built, context, store
 
 ENCODER = {"dim": 64, "shard_rows": 100}

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import Stemmer
 
-from research_rl import manifest
 from research_rl.config import RetrieverConfig
 from research_rl.errors import ConfigError
 from research_rl.index.bm25 import STOP_WORDS
 from research_rl.index.text import Hybrid, Searcher, open_index
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import Workspace
 from research_rl.retriever.engine import Retriever
-from research_rl.stages import Workspace
 from tests.knowledge import built, passages
 
 ENCODER = {"dim": 128, "shard_rows": 100}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from research_rl import manifest
 from research_rl.errors import ManifestError
+from research_rl.pipeline import manifest
 
 
 def _publish(target: Path, text: str = "content", **facts: object) -> manifest.Manifest:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from research_rl import manifest
 from research_rl.config import Config
 from research_rl.data import prepare
-from research_rl.stages import STAGES, Context, Workspace, silent
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
 
 
 def context(root: Path, **tree: Any) -> Context:

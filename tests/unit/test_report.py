@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from research_rl import manifest
 from research_rl.config import Config
 from research_rl.episode.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
 from research_rl.errors import DataError
 from research_rl.evaluation.results import Question, Result, to_result, write_results
-from research_rl.manifest import Manifest
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import STAGES, Context, Workspace
 from research_rl.report import html
 from research_rl.report.build import run
 from research_rl.report.compare import compare, load
 from research_rl.report.pairs import compare_metrics, match, outcome
 from research_rl.report.training import read_curves, read_rollouts, rollout_files
 from research_rl.report.viewer import QUESTIONS, SEGMENT_CHARS, evaluated, rolled_out, spread, validated
-from research_rl.stages import STAGES, Context, Workspace
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028"
 

@@ -11,10 +11,10 @@ import yaml
 from research_rl.config import Config, ServingConfig
 from research_rl.episode.agent import Completion
 from research_rl.errors import ModelError, ServiceError
+from research_rl.pipeline.stages import Workspace
 from research_rl.serving import client, launch, model
 from research_rl.serving.client import Sampling
 from research_rl.serving.serve import running
-from research_rl.stages import Workspace
 
 
 def folder(path: Path, *, weights: bytes = b"0" * 100, **config: object) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from research_rl import config, plan, sizing
 from research_rl.errors import ConfigError
 from research_rl.index import budget
-from research_rl.stages import Workspace
+from research_rl.pipeline.stages import Workspace
 from tests.knowledge import built
 
 WIKI = 21_015_324

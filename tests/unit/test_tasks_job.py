@@ -13,12 +13,12 @@ import pytest
 
 from research_rl import config
 from research_rl.errors import ConfigError, DataError, ServiceError
-from research_rl.services import spawn
-from research_rl.stages import Workspace
+from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import spawn
 from tasks.job import locked, reap_all, resolve, stop_services
 from tasks.local import settings
 
-HOLD = "import sys; from pathlib import Path; from research_rl.stages import Workspace; from tasks.job import locked\n"
+HOLD = "import sys; from pathlib import Path; from research_rl.pipeline.stages import Workspace; from tasks.job import locked\n"
 HOLD += "with locked(Workspace(Path(sys.argv[1])), 0):\n    print('held', flush=True); sys.stdin.read()"
 
 

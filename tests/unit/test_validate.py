@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from research_rl import manifest
-from research_rl.manifest import Manifest
-from research_rl.stages import Context
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.stages import Context
 from research_rl.validation.stage import FIRST, QualityError, run_stage
 from tests.defects import DEFECTS, context, snapshot
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-GUARDIAN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "_guardian.py")
+GUARDIAN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_guardian.py")
 EXPIRED = 75
 
 

@@ -15,8 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from research_rl.manifest import file_sha256
-from research_rl.stages import Context
+from research_rl.pipeline.manifest import file_sha256
+from research_rl.pipeline.stages import Context
 
 __all__ = ["Work"]
 

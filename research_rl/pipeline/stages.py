@@ -5,25 +5,20 @@ One table serves every driver: the command line, the Prefect tasks and dvc.yaml 
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import importlib
 import json
-import re
-import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from research_rl import manifest
 from research_rl.config import Config, config_hash
-from research_rl.errors import ConfigError, ManifestError, StorageError
-from research_rl.manifest import Manifest, Staging
-from research_rl.meter import Meter
+from research_rl.errors import ManifestError
+from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest, Staging
+from research_rl.pipeline.meter import Meter
 
-__all__ = ["STAGES", "Context", "Progress", "Stage", "Workspace", "current", "measured", "run_stage"]
+__all__ = ["STAGES", "Context", "Progress", "Stage", "Workspace", "measured"]
 
 Progress = Callable[[str, float], None]
 """Called with a short text and the share done (0 to 1)."""
@@ -35,7 +30,7 @@ def silent(text: str, share: float) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `function` is `module:name`, called with a StageContext; it publishes `folder`."""
+    """One stage: `function` is `module:name`, called with a Context; it publishes `folder`."""
 
     name: str
     function: str
@@ -130,93 +125,3 @@ STAGES = _table(
     Stage("evaluate", "research_rl.evaluation.evaluate:run_trained", ("export", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "evaluation"), "artifacts/evaluation", "evaluation after training"),
     Stage("report", "research_rl.report.build:run", ("train", "baseline", "evaluate"), (), "artifacts/report", "curves, paired difference, trajectories"),
 )  # fmt: skip
-
-
-def current(name: str, config: Config, workspace: Workspace, *, verify: bool = True) -> Manifest | None:
-    """Return the artifact of `name` if it is whole and was built from this configuration and these parents."""
-    stage = STAGES[name]
-    try:
-        found = manifest.load(workspace.folder(name), verify=verify)
-        parents = {parent: manifest.load(workspace.folder(parent), verify=False).hash for parent in stage.parents}
-    except ManifestError:
-        return None
-    fits = found.stage == name and found.config_hash == config_hash(config, stage.sections) and found.parents == parents
-    return found if fits else None
-
-
-def run_stage(
-    name: str,
-    config: Config,
-    workspace: Workspace,
-    *,
-    force: bool = False,
-    progress: Progress = silent,
-    function: Callable[[Context], None] | None = None,
-) -> tuple[Manifest, bool]:
-    """Build the artifact of `name` unless it is current; return its manifest and whether it was built.
-
-    `function` does the stage's work in place of the table's, for drivers that watch it. Raises ConfigError for an unknown stage and ManifestError when a parent is missing, torn or stale.
-    """
-    if name not in STAGES:
-        raise ConfigError(f"stage={name!r} is not one of {list(STAGES)}")
-    with _alone(name, workspace, progress), _room(name, workspace):
-        manifest.sweep(workspace.folder(name))
-        if not force and (found := current(name, config, workspace)):
-            return found, False
-        stage = STAGES[name]
-        parents = {parent: _parent(name, parent, config, workspace) for parent in stage.parents}
-        work = function or _function(stage.function)
-        work(Context(stage, config, workspace, parents, progress))
-        return manifest.load(workspace.folder(name), verify=False), True
-
-
-@contextmanager
-def _alone(name: str, workspace: Workspace, progress: Progress) -> Generator[None]:
-    """Wait until no other process builds this stage here; the system lifts the lock of a process that dies."""
-    path = workspace.work("locks") / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress(f"waiting for the process that builds {name} now", 0.0)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _room(name: str, workspace: Workspace) -> Generator[None]:
-    """Turn what libraries raise when a write does not fit into one StorageError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if not _is_full(error):
-            raise
-        disk = shutil.disk_usage(workspace.root)
-        raise StorageError(
-            f"stage {name} could not write all it has to below {workspace.root}: {' '.join(str(error).split())}; with its unfinished files "
-            f"gone, {disk.free / 1e6:,.1f} of {disk.total / 1e6:,.1f} MB free; make room, raise the limit on file sizes (ulimit -f) or "
-            "use another disk, then rerun: finished shards are kept"
-        ) from error
-
-
-def _is_full(error: OSError | RuntimeError) -> bool:
-    """numpy, faiss and pyarrow name the cause in words, or only that less was written than asked."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return re.search(r"No space left|File too large|Disk quota|\d+ requested and \d+ written", str(error)) is not None
-
-
-def _parent(stage: str, parent: str, config: Config, workspace: Workspace) -> Manifest:
-    found = current(parent, config, workspace)
-    if found is None:
-        raise ManifestError(
-            f"stage {stage} needs {workspace.folder(parent)}, which is missing, torn or built from other parameters; "
-            f"run `research run {parent}` first"
-        )
-    return found
-
-
-def _function(path: str) -> Callable[[Context], None]:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)

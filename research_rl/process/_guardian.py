@@ -1,6 +1,6 @@
 """Run one command and take every descendant along when the parent or the command ends. Standard library only.
 
-Started by `research_rl.services` as `python -I -S _guardian.py COMMAND...` with a pipe as standard input that the
+Started by `research_rl.process.services` as `python -I -S _guardian.py COMMAND...` with a pipe as standard input that the
 parent never writes to: end of file on it means that the parent is gone, however it died. As child subreaper this
 process inherits daemons that the command left behind, so that none of them outlives it.
 """
