@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from research_rl import config as configuration
-from research_rl import sizing
 from research_rl.config import Config, config_hash
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import STAGES, Workspace, measured
+from research_rl.planning import knowledge
 
 OVERRIDES = ("encoder.kind=lexical", "encoder.dim=384", "index.memory_gib=2", "index.factory=Flat")
 WORDS, VOCABULARY = 60, 200_000
@@ -41,13 +41,13 @@ def main() -> int:
     config = configuration.load_profile("laptop", [*OVERRIDES, *arguments.overrides])
     prepare(config, workspace, arguments.rows)
     run(workspace, "corpus")
-    plan = {item.stage: item for item in sizing.estimates(config, workspace, arguments.rows)}
+    plan = {item.stage: item for item in knowledge.estimates(config, workspace, arguments.rows)}
     result = {"rows": arguments.rows, **{stage: killed_and_resumed(workspace, stage) for stage in ("embed", "index")}}
     print(json.dumps(verdict(config, result, plan)))
     return 0 if result["holds"] else 1
 
 
-def verdict(config: Config, result: dict, plan: dict[str, sizing.Estimate]) -> dict:
+def verdict(config: Config, result: dict, plan: dict[str, knowledge.Estimate]) -> dict:
     """Add planned figures, their ratios to the measured ones, and whether every promise held."""
     for stage in ("embed", "index"):
         result[stage] |= {"planned_mib": round(plan[stage].memory / 2**20), "planned_cpu_s": round(plan[stage].seconds, 1)}

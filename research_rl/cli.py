@@ -148,7 +148,7 @@ class _Printer:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from research_rl.plan import state
+    from research_rl.planning.plan import state
 
     config, workspace = _resolve(arguments), _workspace(arguments)
     for row in state(config, workspace):
@@ -156,7 +156,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from research_rl.plan import check, describe
+    from research_rl.planning.plan import check, describe
 
     config, workspace = _resolve(arguments), _workspace(arguments)
     print(describe(config, workspace), flush=True)

@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from research_rl.pipeline.stages import Workspace
-from research_rl.training.dry_run import dry_run
+from research_rl.planning.dry_run import dry_run
 from tasks.artifacts import showing
 from tasks.job import resolve
 

@@ -9,8 +9,8 @@ import pytest
 
 from research_rl.config import CHECKOUT, Config, load_profile, profiles
 from research_rl.errors import TrainingError
-from research_rl.training import paper
-from research_rl.training.dry_run import compose
+from research_rl.planning import paper
+from research_rl.planning.dry_run import compose
 from research_rl.training.overrides import Paths, render
 
 GPU_PROFILES = [name for name in profiles() if load_profile(name).train.hardware == "gpu"]

@@ -21,10 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from research_rl import plan
 from research_rl.config import Config
 from research_rl.pipeline.run import current, run_stage
 from research_rl.pipeline.stages import STAGES, Workspace
+from research_rl.planning import plan
 
 CONFIG = Config.model_validate(
     {

@@ -9,7 +9,7 @@ import pytest
 
 from research_rl.config import Config, load_profile, profiles
 from research_rl.errors import ConfigError
-from research_rl.training.plan import GIB, KNOWN, Shape, lines, memory, require_fit, schedule, shape_of
+from research_rl.planning.training import GIB, KNOWN, Shape, lines, memory, require_fit, schedule, shape_of
 
 QWEN_7B, QWEN_32B = KNOWN["Qwen/Qwen2.5-7B"], KNOWN["Qwen/Qwen2.5-32B"]
 

@@ -19,9 +19,10 @@ from research_rl import config as configuration
 from research_rl.config import CHECKOUT, Config
 from research_rl.errors import TrainingError
 from research_rl.pipeline.stages import Workspace
-from research_rl.plan import describe
-from research_rl.training import overrides, paper
-from research_rl.training.paper import Comparison
+from research_rl.planning import paper
+from research_rl.planning.paper import Comparison
+from research_rl.planning.plan import describe
+from research_rl.training import overrides
 from research_rl.training.supervise import interpreter, ray_folder
 
 __all__ = ["DryRun", "compose", "dry_run"]

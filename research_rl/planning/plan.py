@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from research_rl import sizing
 from research_rl.config import Config, config_hash
 from research_rl.errors import ManifestError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import STAGES, Workspace
-from research_rl.training import plan as training
+from research_rl.planning import knowledge, training
 
 __all__ = ["Row", "State", "check", "describe", "state"]
 
@@ -70,13 +69,13 @@ def describe(config: Config, workspace: Workspace) -> str:
 
 def check(config: Config, workspace: Workspace) -> None:
     """Raise ConfigError when the knowledge side cannot fit on the disk or in memory."""
-    rows = sizing.passages(config, workspace)
+    rows = knowledge.passages(config, workspace)
     if rows is not None:
-        sizing.refuse(sizing.estimates(config, workspace, rows), config, workspace)
+        knowledge.refuse(knowledge.estimates(config, workspace, rows), config, workspace)
 
 
 def _knowledge(config: Config, workspace: Workspace) -> list[str]:
-    rows = sizing.passages(config, workspace)
+    rows = knowledge.passages(config, workspace)
     if rows is None:
-        return [f"knowledge side: sizes known after download ({config.data.corpus} is not among {list(sizing.KNOWN)})"]
-    return sizing.table(sizing.estimates(config, workspace, rows), rows)
+        return [f"knowledge side: sizes known after download ({config.data.corpus} is not among {list(knowledge.KNOWN)})"]
+    return knowledge.table(knowledge.estimates(config, workspace, rows), rows)

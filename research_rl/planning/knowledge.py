@@ -49,8 +49,8 @@ def passages(config: Config, workspace: Workspace) -> int | None:
 
 def estimates(config: Config, workspace: Workspace, rows: int) -> list[Estimate]:
     """Return the estimates of corpus, embed and index. Raises ConfigError for an index that faiss refuses."""
-    from research_rl import calibrate
     from research_rl.index import budget
+    from research_rl.planning import calibrate
 
     text = _text_bytes(workspace, rows)
     rates = _Rates(config, workspace)
@@ -126,7 +126,7 @@ class _Rates:
         """Return the seconds of `rows` passages and of checking the `read` bytes of the parents, and where the rate comes from."""
         if not rows:
             return 0.0, "nothing to do"
-        from research_rl import calibrate
+        from research_rl.planning import calibrate
 
         before = calibrate.verified(read)
         section = STAGES[stage].sections[-1]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from research_rl import config, plan, sizing
+from research_rl import config
 from research_rl.errors import ConfigError
 from research_rl.index import budget
 from research_rl.pipeline.stages import Workspace
+from research_rl.planning import knowledge, plan
 from tests.knowledge import built
 
 WIKI = 21_015_324
@@ -23,8 +24,8 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wiki18_is_planned_without_any_data(tmp_path: Path) -> None:
     chosen = config.load_profile("paper-7b")
     workspace = Workspace(tmp_path)
-    assert sizing.passages(chosen, workspace) == WIKI
-    corpus, embed, index = sizing.estimates(chosen, workspace, WIKI)
+    assert knowledge.passages(chosen, workspace) == WIKI
+    corpus, embed, index = knowledge.estimates(chosen, workspace, WIKI)
     assert embed.disk == WIKI * 768 * 4 == pytest.approx(index.disk, rel=0.01)
     assert 10e9 < corpus.disk < 20e9
     assert index.memory < chosen.index.memory_gib * 1024**3
@@ -35,18 +36,18 @@ def test_wiki18_is_planned_without_any_data(tmp_path: Path) -> None:
 
 def test_a_rate_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, workspace = config.load_profile("laptop", ["data.corpus=wiki18_100w.jsonl"]), Workspace(tmp_path)
-    first = [item.rate for item in sizing.estimates(chosen, workspace, 1000)]
-    monkeypatch.setattr("research_rl.calibrate.measure", lambda *_: pytest.fail("measured again"))
-    assert [item.rate for item in sizing.estimates(chosen, workspace, 1000)] == first
+    first = [item.rate for item in knowledge.estimates(chosen, workspace, 1000)]
+    monkeypatch.setattr("research_rl.planning.calibrate.measure", lambda *_: pytest.fail("measured again"))
+    assert [item.rate for item in knowledge.estimates(chosen, workspace, 1000)] == first
 
 
 def test_what_cannot_fit_is_refused_with_value_limit_and_remedy(tmp_path: Path) -> None:
     chosen, workspace = config.load_profile("paper-7b"), Workspace(tmp_path)
-    huge = [sizing.Estimate("embed", 1e18, 1e6, 1, "")]
+    huge = [knowledge.Estimate("embed", 1e18, 1e6, 1, "")]
     with pytest.raises(ConfigError, match=r"embed need 1000000000.0 GB on disk, .* GB are free at .*; free some room"):
-        sizing.refuse(huge, chosen, workspace)
+        knowledge.refuse(huge, chosen, workspace)
     with pytest.raises(ConfigError, match=r"stage index needs 931322574.6 GiB of memory, this machine has .*; lower index.memory_gib"):
-        sizing.refuse([sizing.Estimate("index", 1e6, 1e18, 1, "")], chosen, workspace)
+        knowledge.refuse([knowledge.Estimate("index", 1e6, 1e18, 1, "")], chosen, workspace)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "SQfp16", "HNSW16", "IVF8,Flat", "IVF8,PQ8", "Exact"])
