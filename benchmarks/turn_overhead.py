@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.duel import Duel
 from research_rl.config import CHECKOUT, Config
-from research_rl.training.supervise import interpreter
+from research_rl.training.run.run import interpreter
 
 LIMIT_US = 200.0
 SCRIPT = Path(__file__).parent / "peers" / "verl_tool_loop.py"

@@ -20,8 +20,8 @@ from prefect.exceptions import PrefectException
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, measured
-from research_rl.training.checkpoints import Checkpoint
-from research_rl.training.watch import Finding
+from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.watch import Finding
 from research_rl.validation.docs import SUMMARY, named, rank
 from tasks.job import Job
 from tasks.tracking.registry import CHAMPION

@@ -7,10 +7,10 @@ from typing import Any
 
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Context
-from research_rl.report.training import read_rollouts
-from research_rl.training.checkpoints import Checkpoint
+from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.rollouts import read_rollouts
+from research_rl.training.run.watch import Finding
 from research_rl.training.train import TrainHooks, run_with
-from research_rl.training.watch import Finding
 from tasks.artifacts import watch_note
 from tasks.job import Job
 from tasks.stage import stage_task

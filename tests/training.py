@@ -12,7 +12,7 @@ from research_rl import config
 from research_rl.config import CHECKOUT
 from research_rl.pipeline.run import run_stage
 from research_rl.pipeline.stages import Workspace
-from research_rl.training.metrics_log import MetricsLog
+from research_rl.training.run.metrics_log import MetricsLog
 
 SMALL = (
     *(f"data.generated.{item}" for item in ("entities=60", "train_questions=512", "dev_questions=8", "test_questions=16")),

@@ -13,8 +13,9 @@ from research_rl.pipeline.stages import Context
 from research_rl.report import figure, html
 from research_rl.report.format import difference_rows, metric_head, verdict
 from research_rl.report.pairs import Pair, PairedMetric, by_group, compare_metrics, match, outcome
-from research_rl.report.training import Curves, read_curves, read_rollouts, rollout_files
+from research_rl.report.training import Curves, read_curves
 from research_rl.report.viewer import evaluated, rolled_out, spread, validated, viewer
+from research_rl.training.run.rollouts import read_rollouts, rollout_files
 
 __all__ = ["run"]
 

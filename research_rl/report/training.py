@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SERIES", "Curves", "read_curves", "read_rollouts", "rollout_files"]
+from research_rl.training.run.rollouts import read_lines, rollout_files
+
+__all__ = ["SERIES", "Curves", "read_curves"]
 
 SERIES: dict[str, tuple[str, ...]] = {
     "reward": ("episode/reward", "critic/score/mean", "critic/rewards/mean", "reward"),
@@ -47,7 +47,7 @@ class Curves:
 
 def read_curves(folder: Path) -> Curves:
     """Read metrics.jsonl of a train artifact: one object per step, its metrics below `metrics` or `data`, or beside `step`."""
-    rows = {int(row["step"]): row for row in _lines(folder / "metrics.jsonl")}
+    rows = {int(row["step"]): row for row in read_lines(folder / "metrics.jsonl")}
     series: dict[str, tuple[list[int], list[float]]] = {}
     for name, keys in SERIES.items():
         values = {step: _first(_flat(rows[step]), keys) for step in sorted(rows)}
@@ -55,24 +55,11 @@ def read_curves(folder: Path) -> Curves:
         if found:
             series[name] = (list(found), list(found.values()))
     start = rollout_files(folder, "dev").get(0)
-    before = [float(row["f1"]) for row in _lines(start)] if start else []
+    before = [float(row["f1"]) for row in read_lines(start)] if start else []
     if before and "dev_f1" in series:  # the first step's line has no room for what was played before it
         steps, values = series["dev_f1"]
         series["dev_f1"] = ([0, *steps], [sum(before) / len(before), *values])
     return Curves(series)
-
-
-def rollout_files(folder: Path, split: str = "") -> dict[int, Path]:
-    """Return the files of rollouts of a train artifact by step, in order; with split "dev" those of the validations."""
-    files = {int(path.name.partition(".")[0]): path for path in (folder / "rollouts" / split).glob("[0-9]*.jsonl*")}
-    return dict(sorted(files.items()))
-
-
-def read_rollouts(files: Mapping[int, Path]) -> Iterator[dict[str, Any]]:
-    """Yield the rollouts of these files, each with its `step`."""
-    for step, path in files.items():
-        for row in _lines(path):
-            yield {**row, "step": step}
 
 
 def _flat(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,9 +68,3 @@ def _flat(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
     return next((float(row[key]) for key in keys if row.get(key) is not None), None)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
-            yield from (json.loads(line) for line in stream if line.strip())

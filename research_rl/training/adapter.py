@@ -30,7 +30,7 @@ from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Patience, PauseGate
 from research_rl.reward.grader import Case, Grader
 from research_rl.reward.rules import Grade
-from research_rl.training import episodes, pauses
+from research_rl.training.run import episodes, pauses
 
 __all__ = ["SearchAgentLoop", "VerlEngine", "eos_ids"]
 

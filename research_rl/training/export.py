@@ -24,7 +24,7 @@ from research_rl.episode.prompts import load_tokenizer
 from research_rl.errors import ModelError
 from research_rl.pipeline.stages import Context
 from research_rl.training import lora
-from research_rl.training.supervise import interpreter
+from research_rl.training.run.run import interpreter
 from research_rl.training.tensors import Bytes, Output, Tensor, blocks, content, read, tensors, to_bfloat16, write
 
 __all__ = ["load", "run", "verify", "write_like"]

@@ -20,7 +20,7 @@ from research_rl.episode.prompts import FolderTokenizer
 from research_rl.errors import ModelError, TrainingError
 from research_rl.pipeline.stages import Context
 from research_rl.process import services
-from research_rl.training.supervise import interpreter
+from research_rl.training.run.run import interpreter
 
 __all__ = ["SMOLLM2_WHEEL", "check_folder", "run"]
 

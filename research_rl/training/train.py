@@ -18,10 +18,11 @@ from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Context
 from research_rl.retriever.serve import running
 from research_rl.training import overrides
-from research_rl.training.checkpoints import link
-from research_rl.training.metrics_log import MetricsLog
-from research_rl.training.remote import Store
-from research_rl.training.supervise import Outcome, Run, TrainHooks, ray_folder, supervise
+from research_rl.training.run.checkpoints import link
+from research_rl.training.run.metrics_log import MetricsLog
+from research_rl.training.run.remote import Store
+from research_rl.training.run.run import Outcome, Run, TrainHooks, ray_folder
+from research_rl.training.run.supervise import supervise
 
 __all__ = ["TrainHooks", "run", "run_with", "work_key"]
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from research_rl.errors import ConfigError
-from research_rl.training import checkpoints
-from research_rl.training.checkpoints import SEAL, Checkpoint
-from research_rl.training.remote import Store, Uploader, restore
-from research_rl.training.supervise import Run, supervise
+from research_rl.training.run import checkpoints
+from research_rl.training.run.checkpoints import SEAL, Checkpoint
+from research_rl.training.run.remote import Store, Uploader, restore
+from research_rl.training.run.run import Run
+from research_rl.training.run.supervise import supervise
 from tasks.local.stack import Stack
 from tests.unit.test_training_checkpoints import write_checkpoint
 from tests.unit.test_training_supervise import Listener, ignore, make_run, read_metrics

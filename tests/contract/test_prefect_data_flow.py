@@ -18,8 +18,8 @@ from flows.data import research_data
 from research_rl import config
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
-from research_rl.training.checkpoints import Checkpoint
-from research_rl.training.watch import Finding
+from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.watch import Finding
 from research_rl.validation.stage import QualityError
 from tasks.tracking.journal import Journal, read
 from tasks.tracking.track import StageRun, Tracker

@@ -15,7 +15,7 @@ from ray_cluster import BIN, Cluster, cluster
 
 from research_rl.config import CHECKOUT, load_profile
 from research_rl.errors import ConfigError, ServiceError
-from research_rl.training.launch import RayJobLauncher, RayJobs, launcher
+from research_rl.training.run.launch import RayJobLauncher, RayJobs, launcher
 
 pytestmark = pytest.mark.skipif(not BIN.is_dir(), reason="needs the policy environment; run `make setup`")
 PYTHON = str(BIN / "python")
@@ -23,7 +23,7 @@ SLEEP = [PYTHON, "-c", "import time; print('started', flush=True); time.sleep(60
 DRIVER = """
 import sys, time
 from pathlib import Path
-from research_rl.training.launch import RayJobLauncher, RayJobs
+from research_rl.training.run.launch import RayJobLauncher, RayJobs
 folder, address, token, python = Path(sys.argv[1]), *sys.argv[2:]
 job = RayJobLauncher(RayJobs(address, token), folder, 3.0).start(
     [python, "-c", "import time; print('started', flush=True); time.sleep(600)"], {}, folder, folder / "attempt_1.log")

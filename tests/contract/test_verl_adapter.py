@@ -17,7 +17,7 @@ from research_rl.config import CHECKOUT, Config
 from research_rl.process.services import free_port
 from research_rl.training import overrides
 from research_rl.training.overrides import Paths
-from research_rl.training.supervise import interpreter
+from research_rl.training.run.run import interpreter
 
 
 class Retriever(BaseHTTPRequestHandler):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from research_rl.config import CHECKOUT, Config
-from research_rl.training.supervise import interpreter
+from research_rl.training.run.run import interpreter
 
 UNREAD = {"raw_prompt", "extra_info", "index"}
 

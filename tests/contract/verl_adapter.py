@@ -18,7 +18,7 @@ from verl.experimental.agent_loop.agent_loop import DictConfigWrap
 from verl.workers.rollout.replica import TokenOutput
 
 from research_rl.episode.prompts import load_tokenizer
-from research_rl.training import episodes
+from research_rl.training.run import episodes
 
 model, agent_file, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 tokenizer = load_tokenizer(model)

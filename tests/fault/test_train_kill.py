@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from research_rl import config
-from research_rl.training import checkpoints
-from research_rl.training.supervise import interpreter
+from research_rl.training.run import checkpoints
+from research_rl.training.run.run import interpreter
 from tests.training import Training, workspace
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(4 * 3600)]

@@ -12,7 +12,7 @@ import pytest
 
 from research_rl import config
 from research_rl.pipeline.stages import Workspace
-from research_rl.training.supervise import interpreter
+from research_rl.training.run.run import interpreter
 from tests.faulty import FAULTS, GARBAGE, Proxy, Retriever
 from tests.training import Training, workspace
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from research_rl.config import CHECKOUT
-from research_rl.training.checkpoints import complete
-from research_rl.training.metrics_log import MetricsLog
+from research_rl.training.run.checkpoints import complete
+from research_rl.training.run.metrics_log import MetricsLog
 
 SIZE: dict[str, Any] = {
     "data.generated.entities": 60,

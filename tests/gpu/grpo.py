@@ -19,7 +19,7 @@ from research_rl import config as configuration
 from research_rl.config import Config
 from research_rl.pipeline.run import run_stage
 from research_rl.pipeline.stages import Workspace
-from research_rl.training.metrics_log import MetricsLog
+from research_rl.training.run.metrics_log import MetricsLog
 
 BEFORE = ("download", "validate", "prepare", "corpus", "embed", "index")
 HERE = ("policy", "train", "baseline", "export", "evaluate")

@@ -23,8 +23,9 @@ from research_rl.report import html
 from research_rl.report.build import run
 from research_rl.report.compare import compare, load
 from research_rl.report.pairs import compare_metrics, match, outcome
-from research_rl.report.training import read_curves, read_rollouts, rollout_files
+from research_rl.report.training import read_curves
 from research_rl.report.viewer import QUESTIONS, SEGMENT_CHARS, evaluated, rolled_out, spread, validated
+from research_rl.training.run.rollouts import read_rollouts, rollout_files
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028"
 

@@ -10,8 +10,8 @@ import pytest
 
 from research_rl.episode.trajectory import SearchFault
 from research_rl.retriever.gate import Note, Patience, PauseGate
-from research_rl.training import pauses
-from research_rl.training.pauses import Pauses
+from research_rl.training.run import pauses
+from research_rl.training.run.pauses import Pauses
 
 PATIENCE = Patience(window_s=5.0, least=3, share=0.5, longest_s=0.3)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from research_rl.training import checkpoints
+from research_rl.training.run import checkpoints
 
 
 def write_safetensors(path: Path, name: str = "weight", values: bytes = b"\0" * 16) -> None:

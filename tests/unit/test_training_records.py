@@ -10,8 +10,8 @@ import pytest
 
 from research_rl.episode.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
 from research_rl.reward.rules import grade
-from research_rl.training import episodes
-from research_rl.training.metrics_log import MetricsLog, Tail, numbers
+from research_rl.training.run import episodes
+from research_rl.training.run.metrics_log import MetricsLog, Tail, numbers
 
 
 def test_a_step_done_again_replaces_and_no_step_is_missing(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ import pytest
 from research_rl import config
 from research_rl.config import WatchConfig
 from research_rl.errors import ConfigError
-from research_rl.training import watch
-from research_rl.training.checkpoints import Checkpoint
-from research_rl.training.watch_rules import RULES
+from research_rl.training.run import watch
+from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.watch_rules import RULES
 
 Metrics = dict[str, float]
 History = dict[int, Metrics]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.errors import ConfigError
-from research_rl.training.checkpoints import SEAL, Checkpoint, fault
+from research_rl.training.run.checkpoints import SEAL, Checkpoint, fault
 
 __all__ = ["Store", "Uploader", "restore"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.retriever.gate import Note
-from research_rl.training.metrics_log import Tail
+from research_rl.training.run.metrics_log import Tail
 
 __all__ = ["Pauses", "append"]
 

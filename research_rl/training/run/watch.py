@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from research_rl.config import WatchConfig, WatchRule
 from research_rl.errors import CollapseError
-from research_rl.training import checkpoints
-from research_rl.training.checkpoints import Checkpoint
-from research_rl.training.watch_rules import NOT_FINITE, RULES, Rows, Rule
+from research_rl.training.run import checkpoints
+from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.watch_rules import NOT_FINITE, RULES, Rows, Rule
 
 __all__ = ["Finding", "collapse", "good", "keep_good", "levels", "not_finite", "restore", "verdicts"]
 

@@ -1,0 +1,163 @@
+"""One start of the trainer: watched until it is done, has ended, or is silent past its deadline."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from research_rl.errors import TrainingError
+from research_rl.retriever import TOKEN
+from research_rl.training import overrides
+from research_rl.training.overrides import Paths
+from research_rl.training.run import checkpoints, launch, watch
+from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.metrics_log import Tail, numbers
+from research_rl.training.run.pauses import Pauses
+from research_rl.training.run.records import Records
+
+__all__ = ["Attempt", "Failure"]
+
+_POLL_S = 0.2
+_TAIL_LINES = 30
+
+
+@dataclass(frozen=True)
+class Failure:
+    attempt: int
+    why: str
+    progressed: bool
+    tail: str
+
+
+@dataclass
+class Attempt:
+    """One start of the trainer."""
+
+    state: Records
+    resume: Checkpoint | None
+    number: int = 0
+    steps: int = 0
+    last: float = 0.0
+    announced: int = 0
+
+    def __post_init__(self) -> None:
+        self.pauses = Pauses(self.state.run.paths.pauses, self.state.run.config.retriever.pause_max_s)
+
+    def run(self) -> Failure | None:
+        """Start, watch and end the trainer; return why it must be started again, None when all steps are done."""
+        self.number = self.state.attempts() + 1
+        self.announced = self.resume.step if self.resume else 0
+        paths = replace(self.state.run.paths, resume=self.resume.path if self.resume else None)
+        shutil.rmtree(paths.ray, ignore_errors=True)
+        shutil.rmtree(paths.pauses, ignore_errors=True)
+        hooks = self.state.hooks
+        hooks.on_attempt(self.number, self.announced)
+        process = self._start(paths)
+        why: str | None = "was stopped by an error of its caller"
+        try:
+            why = self._watch(process)
+        finally:
+            process.stop()
+            shutil.rmtree(paths.ray, ignore_errors=True)
+            hooks.on_attempt_end(self.number, why)
+        return Failure(self.number, why, self.steps > 0, process.tail(_TAIL_LINES)) if why else None
+
+    def _start(self, paths: Paths) -> launch.Started:
+        run = self.state.run
+        paths.agent.write_text(overrides.agent_yaml(run.config, paths, run.retriever_url))
+        env = overrides.environment(run.config, paths, secrets.token_hex(32))
+        env["VERL_FILE_LOGGER_PATH"] = str(self._raw_metrics)
+        env["RESEARCH_GRACE_S"] = "3"
+        if run.retriever_token:
+            env[TOKEN] = run.retriever_token
+        command = [str(run.interpreter), "-m", "verl.trainer.main_ppo", *overrides.render(run.config, paths)]
+        command.append(f"hydra.run.dir={paths.work / 'hydra'}")
+        return run.launcher.start(command, env, paths.work, self._log)
+
+    @property
+    def _log(self) -> Path:
+        return self.state.run.logs / f"attempt_{self.number}.log"
+
+    @property
+    def _raw_metrics(self) -> Path:
+        return self.state.run.logs / f"attempt_{self.number}.metrics.jsonl"
+
+    def _watch(self, process: launch.Started) -> str | None:
+        metrics, log = Tail(self._raw_metrics), Tail(self._log)
+        self.last = time.monotonic()
+        while True:
+            ended = process.poll()
+            for line in log.lines():
+                self.state.padded(line)
+            self._hear_of_pauses()
+            for line in metrics.lines():
+                self._step(json.loads(line))
+            self._announce()
+            if self._done():
+                return None
+            if ended is not None:
+                return f"ended with code {ended}"
+            if why := self._silent():
+                return why
+            time.sleep(_POLL_S)
+
+    def _step(self, row: dict[str, Any]) -> None:
+        step = int(row["step"])
+        if step == (self.resume.step if self.resume else 0):
+            self.state.validated(step)  # the validation before the first step
+            return
+        self.state.finish(step, {**numbers(row["data"]), **watch.not_finite(row["data"]), "search/paused_s": self._paused()})
+        self.steps += 1
+        self.last = time.monotonic()
+
+    def _paused(self) -> float:
+        """Return how long searching paused since the last step."""
+        return self.pauses.seconds(time.time() - (time.monotonic() - self.last))
+
+    def _hear_of_pauses(self) -> None:
+        """Tell of pauses. Raises TrainingError when a worker gave the retriever up."""
+        retriever, url = self.state.run.config.retriever, self.state.run.retriever_url
+        for note in self.pauses.news():
+            faults = ", ".join(f"{count} {fault}" for fault, count in note["faults"].items())
+            failed = f"{sum(note['faults'].values())} of {note['searches']} recent searches failed ({faults})"
+            if note["event"] == "gave_up":
+                raise TrainingError(
+                    f"{failed} and {url} was not well again within retriever.pause_max_s={retriever.pause_max_s:g}; "
+                    f"repair the retriever and run the stage again, it goes on from its last checkpoint"
+                )
+            waits = f"paused: {failed}; waiting for {url}, at most {retriever.pause_max_s:g} s"
+            self.state.say(waits if note["event"] == "paused" else "the retriever is well again; training goes on")
+
+    def _announce(self) -> None:
+        """Seal a checkpoint and tell the hooks, once verl's tracker (written after its files) names it and its step is recorded."""
+        folder = self.state.run.paths.checkpoints
+        step = _tracked(folder / "latest_checkpointed_iteration.txt")
+        path = folder / f"global_step_{step}"
+        if self.announced < step <= self.state.log.last and checkpoints.fault(path) is None:
+            self.announced = step
+            checkpoints.seal(path)
+            checkpoints.prune(folder, self.state.run.config.train.keep_checkpoints)
+            if self.state.uploader:
+                self.state.uploader.offer(Checkpoint(step, path))
+            self.state.hooks.on_checkpoint(step, path)
+
+    def _done(self) -> bool:
+        return self.announced >= self.state.run.config.train.steps and self.state.log.last >= self.state.run.config.train.steps
+
+    def _silent(self) -> str | None:
+        train = self.state.run.config.train
+        name, limit = ("train.step_deadline_s", train.step_deadline_s) if self.steps else ("train.start_deadline_s", train.start_deadline_s)
+        silence = time.monotonic() - self.last - self._paused()
+        return f"made no step for {silence:.0f} s ({name}={limit:g}; raise it if steps really take longer)" if silence > limit else None
+
+
+def _tracked(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0

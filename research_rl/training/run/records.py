@@ -1,0 +1,176 @@
+"""The records of a run, step by step: metrics, episodes, losses, and the last good checkpoint. Knows files; starts no process."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from research_rl.episode.trajectory import SearchFault, StopReason
+from research_rl.errors import TrainingError
+from research_rl.pipeline.stages import Progress
+from research_rl.training.run import checkpoints, episodes, watch
+from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.metrics_log import MetricsLog, Tail, numbers
+from research_rl.training.run.remote import Uploader
+from research_rl.training.run.run import Run, TrainHooks
+from research_rl.training.run.watch import Finding
+
+__all__ = ["Records"]
+
+MAX_LOST = 0.1
+"""Largest share of a step's trajectories that may be missing before training on the rest is refused."""
+MAX_FAILED_SEARCHES = 0.5
+"""Largest share of a step's searches that may bring no passage before the retriever counts as lost."""
+_PADDED = re.compile(r"Upsampled batch from (\d+) to (\d+) with (\d+) synthetic padding samples")
+
+
+@dataclass
+class Records:
+    """What is known of a run over all its attempts."""
+
+    run: Run
+    hooks: TrainHooks
+    progress: Progress
+    log: MetricsLog
+    lost: int = 0
+    padding: int = 0
+    uploader: Uploader | None = None
+
+    def attempts(self) -> int:
+        """Return how often the trainer was started for this run, earlier processes included."""
+        return len(list(self.run.logs.glob("attempt_*.log")))
+
+    def replay(self) -> None:
+        """Tell the hooks of the steps an earlier process finished and this one keeps."""
+        found = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps)
+        for step in sorted(self.log.rows):
+            if found and step <= found.step:
+                self._tell(step)
+
+    def rewind(self) -> Checkpoint | None:
+        """Return the checkpoint to go on from, after forgetting everything later than it."""
+        watch.restore(self.run.paths.checkpoints, self.run.paths.work)
+        found = self._with_metrics(
+            checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps, verify=True, passed_over=self._passed_over)
+        )
+        step = found.step if found else 0
+        if found:
+            checkpoints.seal(found.path)
+        checkpoints.discard_after(self.run.paths.checkpoints, step)
+        episodes.discard_after(self.run.paths.episodes, step)
+        for path in self.run.rollouts.rglob("*.jsonl.gz"):
+            if int(path.name.split(".")[0]) > step:
+                path.unlink()
+        self.log.rewind(step)
+        for missing in self.log.missing(step):
+            # Where more than one step would be done again, the episodes are the only witness of a step that was saved but not logged.
+            self.finish(missing, self._logged(missing))
+        return found
+
+    def _with_metrics(self, found: Checkpoint | None) -> Checkpoint | None:
+        """Return the one of the step before, where verl was killed between saving a step and logging it and this costs one step only."""
+        if found is None or found.step in self.log.rows or self._logged(found.step):
+            return found
+        before = checkpoints.latest(self.run.paths.checkpoints, found.step - 1, verify=True)
+        if (before.step if before else 0) < found.step - 1:
+            return found
+        self._passed_over(found, "the trainer ended before it wrote this step's metrics; the step is done again")
+        return before
+
+    def finish(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a done step: merge the episodes' metrics, keep its episodes, tell the hooks. Raises TrainingError."""
+        rows = episodes.gather(self.run.paths.episodes, step)
+        _write_rollouts(self.run.rollouts / f"{step:06d}.jsonl.gz", rows)
+        validated = self.validated(step)
+        episodes.discard(self.run.paths.episodes, step)
+        losses = episodes.losses(rows, self.run.config.train.prompts, self.run.config.train.group)
+        self.log.put(step, {**metrics, **episodes.summarise(rows), **losses, **validated})
+        findings = watch.verdicts(self.run.config.watch, self.log.rows, step)
+        self.log.put(step, {**self.log.rows[step], **watch.levels(self.run.config.watch, findings)})
+        self._tell(step)
+        self._require_whole(step, rows)
+        self._heed(findings)
+
+    def validated(self, step: int) -> dict[str, float]:
+        """Keep the greedy episodes played on dev after `step`; return their means under `dev/`, none when none were played."""
+        rows = episodes.gather(self.run.paths.episodes, step, episodes.DEV)
+        if rows:
+            _write_rollouts(self.run.rollouts / episodes.DEV / f"{step:06d}.jsonl.gz", rows)
+            episodes.discard(self.run.paths.episodes, step, episodes.DEV)
+        return {f"dev/{name.removeprefix('episode/')}": value for name, value in episodes.summarise(rows).items()}
+
+    def _logged(self, step: int) -> dict[str, float]:
+        """Return what verl wrote about a step that no supervisor took up before it was killed; nothing when verl wrote nothing."""
+        for path in sorted(self.run.logs.glob("attempt_*.metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
+            for row in map(json.loads, Tail(path).lines()):
+                if int(row["step"]) == step:
+                    return numbers(row["data"])
+        return {}
+
+    def _passed_over(self, checkpoint: Checkpoint, why: str) -> None:
+        share = checkpoint.step / self.run.config.train.steps
+        self.progress(f"checkpoint of step {checkpoint.step} is passed over: {why}", min(1.0, share))
+
+    def padded(self, line: str) -> None:
+        """Count trajectories that verl replaced by padding, before the step is reported. Raises TrainingError past the limit."""
+        if found := _PADDED.search(line):
+            size, self.padding = int(found[2]), int(found[3])
+            self._lose(self.padding, size, "verl replaced them by padding; the agent loop raised, see the log")
+
+    def say(self, text: str) -> None:
+        """Tell the caller what happens between two steps."""
+        self.progress(text, min(1.0, self.log.last / self.run.config.train.steps))
+
+    def _tell(self, step: int) -> None:
+        metrics, steps = self.log.rows[step], self.run.config.train.steps
+        self.hooks.on_step(step, metrics)
+        self.hooks.on_rollouts(step, self.run.rollouts / f"{step:06d}.jsonl.gz")
+        reward = metrics.get("episode/reward", metrics.get("critic/score/mean", 0.0))
+        self.progress(f"step {step} of {steps}, reward {reward:.3f}", min(1.0, step / steps))
+
+    def _heed(self, findings: Sequence[Finding]) -> None:
+        """Keep the last good checkpoint, tell of breaches that begin, and raise CollapseError for one that stops the run."""
+        kept = watch.keep_good(self.run.paths.checkpoints, self.run.paths.work, findings, self.log.rows)
+        for finding in findings:
+            if finding.stops or finding.since == finding.step:
+                self.hooks.on_finding(finding, kept)
+                self.progress(f"watch {'stops' if finding.stops else 'warns'}: {finding.text}", finding.step / self.run.config.train.steps)
+            if finding.stops:
+                raise watch.collapse(finding, kept)
+
+    def _require_whole(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        train = self.run.config.train
+        expected = train.prompts * train.group
+        missing, self.padding = expected - len(rows) - self.padding, 0
+        if missing > 0:
+            self._lose(missing, expected, f"step {step} left no record of them; the agent loop raised, see the log")
+        broken = [row for row in rows if row["stop"] == StopReason.ENGINE_FAILURE.value]
+        example = f", the first with {broken[0]['error']}" if broken else ""
+        self._lose(len(broken), expected, f"the engine failed in step {step}{example}")
+        searches = [search for row in rows for search in row["searches"] if search["fault"] != SearchFault.EMPTY_QUERY.value]
+        failed = [search["error"] or search["fault"] for search in searches if search["fault"] is not None]
+        if len(failed) > MAX_FAILED_SEARCHES * max(len(searches), 1):
+            raise TrainingError(
+                f"{len(failed)} of {len(searches)} searches of step {step} failed (limit {MAX_FAILED_SEARCHES:.0%}), "
+                f"the first with {failed[0]!r}; check the retriever at {self.run.retriever_url}"
+            )
+
+    def _lose(self, count: int, expected: int, why: str) -> None:
+        self.lost += count
+        if count:
+            self.say(f"{count} of {expected} trajectories of a step were lost: {why}")
+        if count > MAX_LOST * expected:
+            raise TrainingError(f"{count} of {expected} trajectories of a step were lost (limit {MAX_LOST:.0%}): {why}")
+
+
+def _write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+    temporary.replace(path)
