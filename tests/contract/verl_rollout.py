@@ -17,8 +17,8 @@ from verl.experimental.agent_loop import agent_loop
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 
-from research_rl.training import rollout
-from research_rl.training.outbox import Outbox
+from research_rl.training.policy_env import rollout
+from research_rl.training.policy_env.outbox import Outbox
 
 CONFIG = OmegaConf.create(
     {"trainer": {"nnodes": 1, "n_gpus_per_node": 1}, "actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1}}, "data": {}}

@@ -19,9 +19,9 @@ from research_rl.episode.prompts import FolderTokenizer, render
 from research_rl.episode.trajectory import Passage, StopReason
 from research_rl.errors import ModelError
 from research_rl.reward import rules
-from research_rl.training import tiny, traces
 from research_rl.training.policy import check_folder
-from research_rl.training.traces import Trace
+from research_rl.training.policy_env import tiny, traces
+from research_rl.training.policy_env.traces import Trace
 
 POLICY = PolicyConfig(warmup_drills=1, warmup_steps=4, warmup_batch=16, warmup_world=EncyclopediaConfig(entities=80, max_hops=2))
 PROMPT = PromptConfig(template="file", path="configs/prompts/laptop.txt")

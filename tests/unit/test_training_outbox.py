@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from research_rl.training.outbox import Outbox
+from research_rl.training.policy_env.outbox import Outbox
 
 
 class Post:

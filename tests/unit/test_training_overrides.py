@@ -41,7 +41,7 @@ def test_hardware_decides_the_platform_and_nothing_of_the_method() -> None:
     method = ("algorithm.", "data.train", "data.max", "actor_rollout_ref.actor.optim", "actor_rollout_ref.actor.clip", "trainer.total")
     names = [name for name in cpu if name.startswith(method) and name != "algorithm.rollout_correction.bypass_mode"]
     assert names and all(cpu[name] == gpu[name] for name in names)
-    assert not any("research_rl.training.cpu" in str(value) for value in gpu.values())
+    assert not any("research_rl.training.policy_env.cpu" in str(value) for value in gpu.values())
     assert "VERL_USE_EXTERNAL_MODULES" not in overrides.environment(config(hardware="gpu"), PATHS, "0" * 64)
 
 

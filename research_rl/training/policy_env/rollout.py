@@ -20,7 +20,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import LLMServerClient
 
-from research_rl.training.outbox import Outbox
+from research_rl.training.policy_env.outbox import Outbox
 
 __all__ = ["SearchAgentManager"]
 

@@ -9,7 +9,7 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
-from research_rl.training.cpu.transfer import private_address
+from research_rl.training.policy_env.cpu.transfer import private_address
 
 __all__ = ["CpuEngine", "CpuServerAdapter"]
 

@@ -30,8 +30,8 @@ from transformers import (
 
 from research_rl.config import PolicyConfig, PromptConfig
 from research_rl.embedding.sentence import fast_bfloat16
-from research_rl.training import tiny, traces
-from research_rl.training.traces import Trace
+from research_rl.training.policy_env import tiny, traces
+from research_rl.training.policy_env.traces import Trace
 
 __all__ = ["Collator", "Lesson", "Spec", "encode", "main", "train"]
 

@@ -19,7 +19,7 @@ from research_rl.data.encyclopedia import Hop, Question, World
 from research_rl.data.names import Kind, Side
 from research_rl.embedding.lexical import LexicalEncoder
 from research_rl.episode import prompts, protocol
-from research_rl.training import tiny
+from research_rl.training.policy_env import tiny
 
 __all__ = ["Trace", "lesson", "lexicon"]
 

@@ -1,4 +1,4 @@
-"""Load a model folder as any user would and let it write: `python -m research_rl.training.load_check <folder>`.
+"""Load a model folder as any user would and let it write: `python -m research_rl.training.policy_env.load_check <folder>`.
 
 Runs in the policy environment; prints one JSON line. Exit code 1 when the model does not load, run or stay finite.
 """

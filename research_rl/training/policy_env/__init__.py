@@ -1,0 +1,1 @@
+"""What runs in the policy environment's interpreter, inside verl, vLLM or Ray. Alone in importing them."""
