@@ -93,7 +93,8 @@ def _ours(folder: Path, rows: int, model: Path) -> str:
 
 
 def _main(side: str, rows: int, folder: Path) -> None:
-    from research_rl.embedding.models import cache_folder, resolve
+    from research_rl.embedding.models import resolve
+    from research_rl.paths import cache_folder
 
     model = resolve(MODEL, cache_folder())
     _corpus(folder / "corpus.jsonl", rows)

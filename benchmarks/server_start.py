@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.duel import Duel, alternate
 from benchmarks.servers import ROWS, Server, ours, peer, workspace
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import Workspace
 
 MIB = 1 << 20

@@ -23,10 +23,11 @@ import httpx
 import numpy as np
 import psutil
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
 from research_rl.embedding import build as embed
 from research_rl.embedding import load_encoder
 from research_rl.index import build as index
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
 from research_rl.process.services import free_port

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.duel import Duel
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
+from research_rl.paths import CHECKOUT
 from research_rl.training.run.run import interpreter
 
 LIMIT_US = 200.0

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 from research_rl.process import services
 
 GARBAGE = ("garbage", "truncated", "schema", "empty_list")

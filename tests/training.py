@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from research_rl import config
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.run import run_stage
 from research_rl.pipeline.stages import Workspace
 from research_rl.training.run.metrics_log import MetricsLog

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu import pack
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import MANIFEST
 from research_rl.pipeline.stages import Workspace
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from research_rl.corpus.store import PassageStore
 from research_rl.embedding import ENCODER, Encoded
+from research_rl.paths import cache_folder
 from research_rl.pipeline.manifest import file_sha256
 from research_rl.pipeline.stages import Context
 
@@ -106,7 +107,7 @@ def _sentence(context: Context, store: PassageStore, work: Path) -> _Built:
     from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
 
     config = context.config.encoder
-    source = models.resolve(config.model, models.cache_folder())
+    source = models.resolve(config.model, cache_folder())
     settled = presets.settle(config, source)
     if not (work / ENCODER).is_dir():
         shutil.rmtree(work / "encoder.tmp", ignore_errors=True)

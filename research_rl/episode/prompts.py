@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import CHECKOUT, PromptConfig
+from research_rl.config import PromptConfig
 from research_rl.errors import ConfigError, ModelError
+from research_rl.paths import CHECKOUT
 
 __all__ = ["FolderTokenizer", "encode_prompt", "load_tokenizer", "render"]
 

@@ -18,6 +18,7 @@ import numpy as np
 from research_rl.config import Config, EncoderConfig
 from research_rl.corpus import build, store
 from research_rl.errors import ManifestError, ModelError
+from research_rl.paths import cache_folder
 from research_rl.pipeline.manifest import file_sha256
 from research_rl.pipeline.stages import Workspace
 
@@ -91,7 +92,7 @@ def _sentence(config: EncoderConfig, sample: list[str]) -> float:
     from research_rl.embedding import models, presets
     from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
 
-    source = models.resolve(config.model, models.cache_folder())
+    source = models.resolve(config.model, cache_folder())
     facts = {**presets.settle(config, source), "dtype": fast_bfloat16() if config.dtype == "auto" else config.dtype}
     encoder = SentenceEncoder.load(source, facts)
     encoder.encode_passages(sample[:16])
@@ -148,12 +149,11 @@ def shaped(config: EncoderConfig, stage: str) -> bool:
     """Return whether the rate of `stage` must be reckoned: its encoder is a known one and not on this machine."""
     if stage != "embed" or config.kind != "sentence" or _shape(config) is None:
         return False
-    from research_rl.embedding import models
 
     model = config.model or ""
     if model.startswith("pypi:"):
         package = model.removeprefix("pypi:").partition("/")[0].partition("==")[0].replace("-", "_").lower()
-        return not any((models.cache_folder() / "wheels").glob(f"{package}-*"))
+        return not any((cache_folder() / "wheels").glob(f"{package}-*"))
     return not Path(model).expanduser().is_dir()
 
 

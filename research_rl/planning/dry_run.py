@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from research_rl import config as configuration
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
 from research_rl.errors import TrainingError
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import Workspace
 from research_rl.planning import paper
 from research_rl.planning.paper import Comparison

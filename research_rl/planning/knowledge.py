@@ -113,7 +113,7 @@ class _Rates:
     """CPU-seconds a passage takes in a stage, measured once for a machine and a configuration of that stage."""
 
     def __init__(self, config: Config, workspace: Workspace) -> None:
-        from research_rl.embedding.models import cache_folder
+        from research_rl.paths import cache_folder
 
         self._config, self._workspace = config, workspace
         self._path = cache_folder() / "rates.json"

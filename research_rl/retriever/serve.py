@@ -15,8 +15,9 @@ from pathlib import Path
 
 import httpx
 
-from research_rl.config import CHECKOUT, Config, RetrieverConfig, load
+from research_rl.config import Config, RetrieverConfig, load
 from research_rl.errors import ConfigError, ResearchError, ServiceError
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import Workspace
 from research_rl.process import services
 from research_rl.process.services import Endpoint

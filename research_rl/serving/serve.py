@@ -16,8 +16,9 @@ from pathlib import Path
 
 import httpx
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
 from research_rl.errors import ServiceError
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Endpoint, guarded, require_free
 from research_rl.serving import launch

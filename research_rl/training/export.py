@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from research_rl.config import CHECKOUT
 from research_rl.episode.prompts import load_tokenizer
 from research_rl.errors import ModelError
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import Context
 from research_rl.training import lora
 from research_rl.training.run.run import interpreter

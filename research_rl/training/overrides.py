@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
+from research_rl.paths import CHECKOUT
 from research_rl.serving.launch import threads
 from research_rl.training.policy_env.cpu import ENGINE_THREADS_VARIABLE
 from research_rl.training.policy_env.cpu.transfer import TOKEN_VARIABLE

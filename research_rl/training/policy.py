@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import CHECKOUT
-from research_rl.embedding.models import cache_folder, wheel_folder
+from research_rl.embedding.models import wheel_folder
 from research_rl.episode.prompts import FolderTokenizer
 from research_rl.errors import ModelError, TrainingError
+from research_rl.paths import CHECKOUT, cache_folder
 from research_rl.pipeline.stages import Context
 from research_rl.process import services
 from research_rl.training.run.run import interpreter

@@ -19,8 +19,9 @@ import httpx
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
 from research_rl.errors import ServiceError
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, reap, require_free, spawn, wait_healthy

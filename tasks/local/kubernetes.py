@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from research_rl.config import CHECKOUT
 from research_rl.errors import ResearchError
 from research_rl.index.text import reads_vectors
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 
 __all__ = ["ADDRESSES", "apply", "point_prefect_at", "point_prefect_away", "stack_folder"]
 

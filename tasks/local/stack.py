@@ -21,8 +21,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from research_rl.config import CHECKOUT
 from research_rl.errors import ResearchError, ServiceError
+from research_rl.paths import CHECKOUT
 from research_rl.process.services import reap, require_free
 from tasks.local import settings
 from tasks.local.settings import ADDRESSES

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, spawn

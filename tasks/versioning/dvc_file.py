@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import STAGES, Stage
 
 __all__ = ["SNAPSHOT", "render", "write"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port
 
 BIN = CHECKOUT / ".venv-policy/bin"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from research_rl import config
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.run import run_stage
 from research_rl.pipeline.stages import Workspace
@@ -102,7 +103,5 @@ def test_a_wrong_key_is_one_clear_error(workspace: Workspace, bucket: dict[str, 
 
 
 def test_the_checkout_has_a_repository_with_a_remote() -> None:
-    done = subprocess.run(
-        [*commit.COMMAND, "config", "--list"], cwd=config.CHECKOUT, env=os.environ, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([*commit.COMMAND, "config", "--list"], cwd=CHECKOUT, env=os.environ, capture_output=True, text=True, check=True)
     assert "remote.s3.url=s3://research-rl/dvc" in done.stdout and "core.analytics=false" in done.stdout

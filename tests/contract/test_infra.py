@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from research_rl.config import CHECKOUT, RetrieverConfig
+from research_rl.config import RetrieverConfig
+from research_rl.paths import CHECKOUT
 from research_rl.retriever import TOKEN
 from research_rl.retriever.observe import Metrics
 from tasks.local import kubernetes

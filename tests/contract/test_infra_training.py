@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from research_rl import config
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 
 BIN = Path(sys.executable).parent
 RAYJOB = CHECKOUT / "infra/k8s/rayjob.yaml"

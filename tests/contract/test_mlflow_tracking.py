@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from research_rl import config
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, free_port, guarded
@@ -232,5 +233,5 @@ def test_a_journal_of_a_killed_flow_ends_as_killed(space: Workspace, monkeypatch
 def test_this_module_of_the_flow_never_imports_mlflow() -> None:
     started = time.monotonic()
     code = "import sys, flows.train; sys.exit('mlflow' in sys.modules or 'great_expectations' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=config.CHECKOUT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT).returncode == 0
     assert time.monotonic() - started < 60

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from research_rl.config import CHECKOUT, Config, load_profile
+from research_rl.config import Config, load_profile
 from research_rl.episode.prompts import FolderTokenizer
 from research_rl.errors import ModelError, TrainingError
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest, run
 from research_rl.pipeline.stages import Workspace
 

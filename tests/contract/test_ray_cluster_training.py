@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ray_cluster import Cluster, cluster
 
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(5400)]
 SIZE = [

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from ray_cluster import BIN, Cluster, cluster
 
-from research_rl.config import CHECKOUT, load_profile
+from research_rl.config import load_profile
 from research_rl.errors import ConfigError, ServiceError
+from research_rl.paths import CHECKOUT
 from research_rl.training.run.launch import RayJobLauncher, RayJobs, launcher
 
 pytestmark = pytest.mark.skipif(not BIN.is_dir(), reason="needs the policy environment; run `make setup`")

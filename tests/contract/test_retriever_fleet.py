@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import free_port
 from research_rl.retriever import TOKEN, fleet, serve

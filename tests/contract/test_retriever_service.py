@@ -21,8 +21,9 @@ import httpx
 import psutil
 import pytest
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
 from research_rl.errors import ServiceError
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Endpoint, free_port

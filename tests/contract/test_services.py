@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from research_rl.config import CHECKOUT
 from research_rl.errors import ServiceError
+from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port, guarded, reap, require_free, spawn
 
 

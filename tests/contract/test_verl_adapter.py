@@ -13,7 +13,8 @@ from typing import Any
 import chain_model
 import pytest
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
+from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port
 from research_rl.training import overrides
 from research_rl.training.overrides import Paths

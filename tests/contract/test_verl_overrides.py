@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from research_rl.config import CHECKOUT, Config, load_profile, profiles
+from research_rl.config import Config, load_profile, profiles
 from research_rl.errors import TrainingError
+from research_rl.paths import CHECKOUT
 from research_rl.planning import paper
 from research_rl.planning.dry_run import compose
 from research_rl.training.overrides import Paths, render

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
+from research_rl.paths import CHECKOUT
 from research_rl.training.run.run import interpreter
 
 UNREAD = {"raw_prompt", "extra_info", "index"}

@@ -27,7 +27,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port
 from research_rl.retriever import TOKEN
 from tests.knowledge import built, until_ready

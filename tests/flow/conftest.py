@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 from research_rl.training.run.checkpoints import complete
 from research_rl.training.run.metrics_log import MetricsLog
 

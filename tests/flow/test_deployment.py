@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import Trained, processes_of
 
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port
 from tasks.local.stack import Stack
 from tests.knowledge import built

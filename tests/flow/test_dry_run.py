@@ -11,7 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from research_rl.config import CHECKOUT, Config, load_profile
+from research_rl.config import Config, load_profile
+from research_rl.paths import CHECKOUT
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

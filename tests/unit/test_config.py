@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from research_rl import config
-from research_rl.config import CHECKOUT, Config, Section
+from research_rl.config import Config, Section
 from research_rl.errors import ConfigError
+from research_rl.paths import CHECKOUT
 
 
 @pytest.mark.parametrize("name", config.profiles())

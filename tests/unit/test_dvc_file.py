@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import STAGES
 from tasks.versioning import dvc_file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import pack, prepare
-from research_rl.config import CHECKOUT
+from research_rl.paths import CHECKOUT
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from research_rl.config import CHECKOUT
 from research_rl.errors import ServiceError
+from research_rl.paths import CHECKOUT
 from tasks.local.settings import ADDRESSES
 from tasks.local.stack import Stack, main, s3_command
 

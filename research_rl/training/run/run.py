@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from research_rl.config import CHECKOUT, Config
+from research_rl.config import Config
 from research_rl.errors import TrainingError
+from research_rl.paths import CHECKOUT
 from research_rl.training.overrides import Paths
 from research_rl.training.run import launch
 from research_rl.training.run.checkpoints import Checkpoint
