@@ -24,7 +24,8 @@ __all__ = ["main"]
 
 _EPILOG = (
     "Parameters are set as section.key=value at the end, for example: research run train train.steps=40. "
-    "`research config describe` lists them."
+    "`run` and `init` write them to params.yaml first and print each changed value; all other verbs write nothing. "
+    "`research config describe` lists every parameter."
 )
 _QUIET_S = 10.0
 
@@ -114,21 +115,36 @@ def _init(arguments: argparse.Namespace) -> None:
 
     resolved = config.load_profile(arguments.profile or "laptop", arguments.overrides)
     arguments.workspace.mkdir(parents=True, exist_ok=True)
-    path = arguments.workspace / "params.yaml"
-    print(f"{path}: {'written' if config.save(resolved, path) else 'unchanged'} (profile {resolved.profile})")
+    lines = config.update(resolved, arguments.workspace / "params.yaml")
+    print("\n".join(lines) or f"params.yaml unchanged (profile {resolved.profile})")
+    for line in resolved.needs:
+        print(line)
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from research_rl.errors import ConfigError
     from research_rl.pipeline.run import run_stage
     from research_rl.pipeline.stages import STAGES
 
+    if arguments.stage not in (*STAGES, "all"):
+        raise ConfigError(f"stage={arguments.stage!r} is not one of {[*STAGES, 'all']}")
     config, workspace = _resolve(arguments), _workspace(arguments)
+    _write_params(config, workspace)
     for name in STAGES if arguments.stage == "all" else (arguments.stage,):
         started = time.perf_counter()
         found, built = run_stage(name, config, workspace, force=arguments.force, progress=_Printer(name))
         what = f"built in {time.perf_counter() - started:.1f} s" if built else "current, skipped"
         counts = ", ".join(f"{key} {value:,}" for key, value in found.counts.items())
         print(f"{name}: {what}; {counts or 'no counts'}; {found.hash[:12]}", flush=True)
+
+
+def _write_params(config: Config, workspace: Workspace) -> None:
+    """Make params.yaml say what is about to be built and print what changed in it."""
+    from research_rl.config import update
+
+    workspace.root.mkdir(parents=True, exist_ok=True)
+    for line in update(config, workspace.root / "params.yaml"):
+        print(line, flush=True)
 
 
 class _Printer:
@@ -170,12 +186,14 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> None:
-    from research_rl import config
-
     if arguments.action == "describe":
-        print("\n".join(config.describe()))
-    else:
-        print(config.dump(_resolve(arguments)), end="")
+        from research_rl.config.document import describe
+
+        print("\n".join(describe()))
+        return
+    from research_rl.config import dump
+
+    print(dump(_resolve(arguments)), end="")
 
 
 def _serve_retriever(arguments: argparse.Namespace) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from prefect import get_run_logger
 
 from research_rl import config as configuration
 from research_rl.config import Config
-from research_rl.errors import ConfigError, ServiceError
+from research_rl.errors import ServiceError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import reap
@@ -69,13 +70,7 @@ def resolve(folder: Path, profile: str | None, overrides: Mapping[str, Any]) -> 
 
 def assignments(items: Sequence[str]) -> dict[str, Any]:
     """Turn `section.key=value` arguments into overrides. Raises ConfigError."""
-    pairs: dict[str, Any] = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"argument {item!r} is not of the form section.key=value; an example: train.steps=40")
-        pairs[name] = yaml.safe_load(value)
-    return pairs
+    return dict(configuration.assignment(item) for item in items)
 
 
 @contextmanager
@@ -89,7 +84,8 @@ def opened(
     space = Workspace(root)
     with locked(space, 0.0):
         reap_all(space)
-        configuration.save(config, root / "params.yaml")
+        for line in configuration.update(config, root / "params.yaml"):
+            get_run_logger().info(line)
         tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
         status = "KILLED"
         try:

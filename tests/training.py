@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -17,12 +18,18 @@ from research_rl.training.run.metrics_log import MetricsLog
 SMALL = (
     *(f"data.generated.{item}" for item in ("entities=60", "train_questions=512", "dev_questions=8", "test_questions=16")),
     *(f"episode.{item}" for item in ("max_response_tokens=96", "max_result_tokens=48")),
-    "train.micro_batch=8",
-    "train.step_deadline_s=60",
+    "trainer.micro_batch=8",
+    "trainer.step_deadline_s=60",
     # These policies earn next to no reward, which these rules would rightly stop.
     *(f"watch.{rule}.action=warn" for rule in ("reward_spread", "no_signal", "answered", "cut_off", "searches", "response_short")),
 )
 BEFORE_TRAINING = ("download", "validate", "prepare", "corpus", "embed", "index", "policy")
+
+
+def sections(**values: Any) -> dict[str, dict[str, Any]]:
+    """Return values of `train` and `trainer`, given by bare name, as those two sections."""
+    trainer = {name: value for name, value in values.items() if name in config.TrainerConfig.model_fields}
+    return {"train": {name: value for name, value in values.items() if name not in trainer}, "trainer": trainer}
 
 
 def workspace(root: Path, *overrides: str) -> Workspace:

@@ -1,6 +1,18 @@
 """The one configuration tree, its files and its command line. Frozen, no unknown keys, every field described; knows no stage."""
 
-from research_rl.config.files import apply_overrides, config_hash, describe, dump, load, load_profile, profiles, save
+from research_rl.config.files import (
+    apply_overrides,
+    assignment,
+    changes,
+    config_hash,
+    dump,
+    load,
+    load_profile,
+    parameters,
+    profiles,
+    save,
+    update,
+)
 from research_rl.config.sections import (
     Config,
     CorpusConfig,
@@ -19,6 +31,7 @@ from research_rl.config.sections import (
     Section,
     ServingConfig,
     StrictConfig,
+    TrainerConfig,
     TransferConfig,
     ValidationConfig,
     WatchConfig,
@@ -43,16 +56,20 @@ __all__ = [
     "Section",
     "ServingConfig",
     "StrictConfig",
+    "TrainerConfig",
     "TransferConfig",
     "ValidationConfig",
     "WatchConfig",
     "WatchRule",
     "apply_overrides",
+    "assignment",
+    "changes",
     "config_hash",
-    "describe",
     "dump",
     "load",
     "load_profile",
+    "parameters",
     "profiles",
     "save",
+    "update",
 ]

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,7 +19,33 @@ from research_rl.config.sections import Config
 from research_rl.errors import ConfigError
 from research_rl.paths import PROFILES
 
-__all__ = ["apply_overrides", "config_hash", "describe", "dump", "load", "load_profile", "profiles", "save"]
+__all__ = [
+    "apply_overrides",
+    "assignment",
+    "changes",
+    "config_hash",
+    "dump",
+    "load",
+    "load_profile",
+    "parameters",
+    "profiles",
+    "save",
+    "update",
+]
+
+_TO_TRAINER = (
+    *("nodes", "gpus_per_node", "tensor_parallel", "gpu_memory_utilization", "gradient_checkpointing", "offload", "micro_batch"),
+    *("max_tokens_per_gpu", "episodes_in_flight", "validate_every", "save_every", "keep_checkpoints", "upload", "upload_wait_s"),
+    *("step_deadline_s", "start_deadline_s", "max_attempts"),
+)
+FORMER_NAMES: dict[str, str | None] = {
+    "train.prompts": "train.prompts_per_step",
+    "train.group": "train.rollouts_per_prompt",
+    "reward.strict.on": "reward.strict.enabled",
+    "index.metric": None,
+    **{f"train.{name}": f"trainer.{name}" for name in _TO_TRAINER},
+}
+"""Parameters of earlier versions: what each is called now; None for one that is gone."""
 
 
 def profiles() -> list[str]:
@@ -70,51 +96,107 @@ def save(config: Config, path: Path) -> bool:
     return True
 
 
+def update(config: Config, path: Path) -> list[str]:
+    """Write the resolved tree to `path`; return one line a parameter whose value there changed, or that the file is new."""
+    before = _former(path)
+    if not save(config, path):
+        return []
+    if before is None:
+        return [f"{path.name} written (profile {config.profile})"]
+    return [f"{line}, written to {path.name}" for line in changes(before, config.model_dump(mode="json"))]
+
+
+def _former(path: Path) -> dict[str, Any] | None:
+    """Return what a file says now; None when it is missing or was written for another version of this tree."""
+    try:
+        return load(path).model_dump(mode="json")
+    except ConfigError:
+        return None
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return `name before -> after` for every parameter in which two resolved trees differ."""
+    lines: list[str] = []
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += changes(cast(Mapping[str, Any], old), cast(Mapping[str, Any], new), f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name} {_shown(old)} -> {_shown(new)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping | list | bool | None) else str(value)
+
+
 def dump(config: Config) -> str:
     """Return the resolved tree as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def describe() -> list[str]:
-    """Return one line a parameter: dotted name, type, default, meaning."""
-    return _describe(Config, "")
-
-
-def _describe(model: type[BaseModel], prefix: str) -> list[str]:
-    lines: list[str] = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines += ["", f"{prefix}{name}: {field.description}", *_describe(field.annotation, f"{prefix}{name}.")]
-        else:
-            default = field.get_default(call_default_factory=True)
-            lines.append(f"  {prefix}{name} = {json.dumps(default, default=str)}: {field.description}")
-    return lines
-
-
-def config_hash(config: Config, sections: Iterable[str]) -> str:
-    """Return the sha256 of the named top-level sections in canonical JSON."""
+def parameters(config: Config, sections: Iterable[str]) -> dict[str, Any]:
+    """Return the values of the named sections or single parameters (`serving.dtype`) as they take effect: no seed is empty."""
     tree = config.model_dump(mode="json")
-    part = {name: tree[name] for name in sorted(sections)}
-    return hashlib.sha256(json.dumps(part, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    tree["data"]["seed"], tree["train"]["seed"] = config.data_seed, config.train_seed
+    return {name: _at(tree, name) for name in sorted(sections)}
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return `tree` with `a.b=value` assignments applied; values are read as YAML. Raises ConfigError."""
-    for item in overrides:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"override {item!r} is not of the form section.key=value")
-        _assign(tree, name.split("."), yaml.safe_load(value))
+def _at(tree: Any, name: str) -> Any:
+    for part in name.split("."):
+        tree = tree[part]
     return tree
 
 
-def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        child = tree.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {'.'.join(keys)}: {key} is a value, not a section")
-        tree = child
-    tree[keys[-1]] = value
+def config_hash(config: Config, sections: Iterable[str]) -> str:
+    """Return the sha256 of the named sections or parameters in canonical JSON."""
+    text = json.dumps(parameters(config, sections), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return `tree` with `a.b=value` assignments applied; values are read as YAML. Raises ConfigError.
+
+    A mapping given to a section changes the parameters it names and leaves the others as they are.
+    """
+    for item in overrides:
+        name, value = assignment(item)
+        _assign(tree, name.split("."), value, Config)
+    return tree
+
+
+def assignment(item: str) -> tuple[str, Any]:
+    """Split `section.key=value`; the value is read as YAML. Raises ConfigError."""
+    name, equals, text = item.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override {item!r} is not of the form section.key=value; an example: train.steps=40")
+    try:
+        return name, yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that no calendar has
+        quoted = "'" + text.replace("'", "''") + "'"
+        raise ConfigError(f"override {name}={text}: the value is not YAML; for this text itself write {name}={quoted!r}") from None
+
+
+def _assign(tree: dict[str, Any], keys: list[str], value: Any, model: Any) -> None:
+    """Put a value at a dotted place of a raw tree; `model` is the section class that `tree` belongs to, None below a free mapping."""
+    key, *rest = keys
+    inner = _section(model, key)
+    if not rest and not (inner and isinstance(value, Mapping)):
+        tree[key] = value
+        return
+    child = tree.setdefault(key, {})
+    if not isinstance(child, dict):
+        raise ConfigError(f"override {'.'.join(keys)}: {key} is a value, not a section")
+    below = {".".join(rest): value} if rest else cast(Mapping[str, Any], value)
+    for name, item in below.items():
+        _assign(cast(dict[str, Any], child), str(name).split(".") if rest else [str(name)], item, inner)
+
+
+def _section(model: Any, key: str) -> Any:
+    field = getattr(model, "model_fields", {}).get(key)
+    return field.annotation if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -133,18 +215,31 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _build(tree: Mapping[str, Any], overrides: Iterable[str], origin: str) -> Config:
     try:
-        return Config.model_validate(apply_overrides(dict(tree), overrides))
+        return Config.model_validate(_text_keys(apply_overrides(dict(tree), overrides)))
     except ValidationError as error:
         raise ConfigError(f"{origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
 
 
+def _text_keys(tree: dict[Any, Any]) -> dict[str, Any]:
+    """Return the tree with every key as text: YAML reads a bare `on`, `yes` or `1` as another type."""
+    return {_key(name): _text_keys(value) if isinstance(value, dict) else value for name, value in tree.items()}
+
+
+def _key(name: Any) -> str:
+    return {True: "on", False: "off", None: "null"}.get(name, str(name)) if isinstance(name, bool | None) else str(name)
+
+
 def _explain(item: Mapping[str, Any]) -> str:
-    """Turn one pydantic error into `name=value: reason`, with the nearest known name for an unknown one."""
+    """Turn one pydantic error into `name=value: reason`, with the new or the nearest known name for an unknown one."""
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "value_error":
         return ": ".join(part for part in (name, str(item["ctx"]["error"])) if part)
+    if item["type"] == "tuple_type":
+        return f"{name}={item['input']!r}: Input should be a list; write {name}=[{item['input']}]"
     if item["type"] != "extra_forbidden":
         return f"{name}={item['input']!r}: {item['msg']}"
+    if name in FORMER_NAMES:
+        return f"{name} is now {FORMER_NAMES[name]}" if FORMER_NAMES[name] else f"{name} is no longer a parameter; remove it"
     return f"{name} is unknown{_nearest(item['loc'])}"
 
 
@@ -159,4 +254,11 @@ def _nearest(location: tuple[Any, ...]) -> str:
             model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
     known = list(getattr(model, "model_fields", {}))
     close = difflib.get_close_matches(str(location[-1]), known, 1, 0.4)
+    elsewhere = [f"{name}.{location[-1]}" for name in Config.model_fields if _has(name, location[-1])]
+    if elsewhere and not (close and close[0] == str(location[-1])):
+        return f"; did you mean {elsewhere[0]!r}?"
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _has(section: str, key: Any) -> bool:
+    return str(key) in getattr(_section(Config, section), "model_fields", {})

@@ -80,6 +80,9 @@ class EncyclopediaConfig(Section):
 class DataConfig(Section):
     """Where questions and passages come from."""
 
+    seed: int | None = Field(
+        default=None, ge=0, description="Seed of the generated encyclopedia and of the selection of rows; the top-level seed when empty."
+    )
     source: Literal["generated", "folder", "hub", "s3", "http"] = Field(
         default="generated",
         description="generated: the fictional encyclopedia; folder: local files; hub: a Hugging Face dataset repository; s3: a bucket; http: a web server.",
@@ -265,7 +268,6 @@ class IndexConfig(Section):
         default="Flat",
         description="faiss index_factory string (Flat is exact), or Exact: a bf16 scan with proven float32 rescoring, faster in batches.",
     )
-    metric: Literal["ip"] = Field(default="ip", description="Inner product over normalised vectors.")
     search: str = Field(default="", description="faiss search parameters kept with the index, such as nprobe=16.")
     train_rows: int = Field(
         default=100_000, ge=1, description="Most vectors a trained index (IVF, PQ) learns from, spread over the corpus."
@@ -359,7 +361,9 @@ class RewardTerm(Section):
 class StrictConfig(Section):
     """Hardening against answers made for the grader. Off, they are counted (episode/suspect) and paid."""
 
-    on: bool = Field(default=False, description="A suspect answer earns nothing; answers are compared in Unicode's compatibility form.")
+    enabled: bool = Field(
+        default=False, description="A suspect answer earns nothing; answers are compared in Unicode's compatibility form."
+    )
     max_answer_words: int = Field(default=32, ge=1, description="Longest answer in words, unless a gold answer is longer.")
     max_candidates: int = Field(default=3, ge=1, description="Most parts of an answer set apart by commas, unless a gold answer has more.")
     max_pasted_words: int = Field(default=12, ge=1, description="Most consecutive words an answer may share with a result.")
@@ -398,8 +402,8 @@ class RewardConfig(Section):
             raise ValueError(f"terms name {', '.join(repeated)} twice; sum up their weights")
         if kinds and not any(term.weight > 0 for term in self.terms):
             raise ValueError("no term has a weight above 0; nothing would be learned")
-        if "contains" in kinds and not self.strict.on:
-            raise ValueError("a term of kind contains pays for stuffed answers; set reward.strict.on=true")
+        if "contains" in kinds and not self.strict.enabled:
+            raise ValueError("a term of kind contains pays for stuffed answers; set reward.strict.enabled=true")
         if self.asks_judge and not self.judge.model:
             raise ValueError("a term of kind judge needs reward.judge.model")
         return self
@@ -416,15 +420,15 @@ class JudgeConfig(Section):
 
 
 class TrainConfig(Section):
-    """GRPO by verl."""
+    """GRPO by verl: what shapes the trained policy. Where and how patiently it runs is the section trainer."""
 
-    steps: int = Field(default=24, ge=1, description="Optimizer steps in all; raising it later continues the run.")
-    prompts: int = Field(default=16, ge=1, description="Questions per step.")
-    group: int = Field(default=8, ge=2, description="Rollouts per question (n of GRPO).")
-    mini_batch: int | None = Field(default=None, ge=1, description="Questions per optimizer update; all when empty.")
-    micro_batch: int = Field(
-        default=32, ge=1, description="Trajectories of full length per forward/backward pass on CPU; shorter ones pack closer."
+    seed: int | None = Field(
+        default=None, ge=0, description="Seed of the order of questions and of sampling in rollouts; the top-level seed when empty."
     )
+    steps: int = Field(default=24, ge=1, description="Optimizer steps in all; raising it later continues the run.")
+    prompts_per_step: int = Field(default=16, ge=1, description="Questions per step.")
+    rollouts_per_prompt: int = Field(default=8, ge=2, description="Rollouts per question (n of GRPO).")
+    mini_batch: int | None = Field(default=None, ge=1, description="Questions per optimizer update; all when empty.")
     lr: float = Field(default=1e-6, gt=0, description="Learning rate.")
     lr_warmup_steps: int = Field(default=0, ge=0, description="Steps over which the learning rate rises; constant after them.")
     weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of AdamW.")
@@ -434,6 +438,50 @@ class TrainConfig(Section):
     clip_ratio: float = Field(default=0.2, gt=0, description="PPO clip range.")
     entropy_coef: float = Field(default=0.0, description="Entropy bonus.")
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature of rollouts.")
+    lora_rank: int = Field(default=0, ge=0, description="Rank of a low-rank adapter trained in place of the weights; 0 trains the weights.")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter; its update is multiplied by lora_alpha / lora_rank.")
+    lora_targets: tuple[str, ...] = Field(
+        default=("all-linear",),
+        min_length=1,
+        description="Modules that get an adapter, by the end of their name; all-linear takes every linear layer.",
+    )
+    engine: Literal["vllm", "sglang"] = Field(default="vllm", description="Rollout engine; it decides which tokens are sampled.")
+    hardware: Literal["cpu", "gpu"] = Field(
+        default="cpu", description="Named block of verl overrides; it decides number formats and attention kernels."
+    )
+    cpu_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="CPU: number format of rollouts and of the update's forward pass."
+    )
+    extra: dict[str, Any] = Field(default_factory=dict, description="Further verl overrides by dotted name; applied last.")
+
+
+class TrainerConfig(Section):
+    """The trainer's processes: machines, memory, checkpoints, deadlines. Changes no artifact."""
+
+    nodes: int = Field(default=1, ge=1, description="Machines.")
+    gpus_per_node: int = Field(default=1, ge=1, description="Accelerators per machine (1 on CPU).")
+    tensor_parallel: int = Field(default=1, ge=1, description="Accelerators that share one copy of the rollout engine.")
+    gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1, description="Share of GPU memory for the rollout engine.")
+    kv_cache_gib: int = Field(default=1, ge=1, description="CPU: key-value cache of the rollout engine, GiB.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU: threads of the rollout engine's forward pass; when empty 1 for weights under 64 MiB, else all cores.",
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass; saves memory, costs time.")
+    offload: Literal["none", "idle", "always"] = Field(
+        default="none",
+        description="GPU: what lives in host memory. idle: parameters and optimizer state between uses; always: parameters, gradients and optimizer, updated by the processor.",
+    )
+    micro_batch: int = Field(
+        default=32, ge=1, description="CPU: trajectories of full length per forward/backward pass; shorter ones pack closer."
+    )
+    max_tokens_per_gpu: int | None = Field(
+        default=None, ge=64, description="GPU: tokens per forward/backward pass; twice the longest trajectory when empty."
+    )
+    episodes_in_flight: int = Field(
+        default=256, ge=1, description="Episodes one agent worker plays at once; others wait, their clock not yet running."
+    )
     validate_every: int | None = Field(
         default=None, ge=1, description="Steps between greedy validations on dev, the first before training; none when empty."
     )
@@ -444,39 +492,11 @@ class TrainConfig(Section):
         description="s3://bucket/prefix for whole checkpoints, copied in the background; an empty machine goes on from the newest there. Endpoint and keys come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY.",
     )
     upload_wait_s: float = Field(default=600.0, ge=0, description="Seconds the end of training waits for the last upload.")
-    engine: Literal["vllm", "sglang"] = Field(default="vllm", description="Rollout engine.")
-    hardware: Literal["cpu", "gpu"] = Field(default="cpu", description="Named block of verl overrides.")
-    nodes: int = Field(default=1, ge=1, description="Machines.")
-    gpus_per_node: int = Field(default=1, ge=1, description="Accelerators per machine (1 on CPU).")
-    tensor_parallel: int = Field(default=1, ge=1, description="Tensor parallel size of the rollout engine.")
-    gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1, description="Share of GPU memory for the rollout engine.")
-    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass; saves memory, costs time.")
-    offload: Literal["none", "idle", "always"] = Field(
-        default="none",
-        description="GPU: what lives in host memory. idle: parameters and optimizer state between uses; always: parameters, gradients and optimizer, updated by the processor.",
-    )
-    lora_rank: int = Field(default=0, ge=0, description="Rank of a low-rank adapter trained in place of the weights; 0 trains the weights.")
-    lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter; its update is multiplied by lora_alpha / lora_rank.")
-    lora_targets: tuple[str, ...] = Field(
-        default=("all-linear",),
-        min_length=1,
-        description="Modules that get an adapter, by the end of their name; all-linear takes every linear layer.",
-    )
-    max_tokens_per_gpu: int | None = Field(
-        default=None, ge=64, description="GPU: tokens per forward/backward pass; twice the longest trajectory when empty."
-    )
-    cpu_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="CPU: number format of rollouts and of the update's forward pass."
-    )
     step_deadline_s: float = Field(
-        default=600.0, gt=0, description="Longest silence between two steps; then the trainer is killed and retried."
+        default=600.0, gt=0, description="Longest silence between two steps, seconds; then the trainer is killed and started again."
     )
-    start_deadline_s: float = Field(default=900.0, gt=0, description="Longest time to the first step.")
+    start_deadline_s: float = Field(default=900.0, gt=0, description="Longest time to the first step, seconds.")
     max_attempts: int = Field(default=3, ge=1, description="Starts of the trainer, each resuming from the last complete checkpoint.")
-    episodes_in_flight: int = Field(
-        default=256, ge=1, description="Episodes one agent worker plays at once; others wait, their clock not yet running."
-    )
-    extra: dict[str, Any] = Field(default_factory=dict, description="Further verl overrides by dotted name; applied last.")
 
 
 class WatchRule(Section):
@@ -585,7 +605,7 @@ class RetrieverConfig(Section):
 
 
 class ServingConfig(Section):
-    """The model server. Changes no artifact."""
+    """The model server. Engine and number format decide greedy text and so belong to every evaluation; the rest changes no artifact."""
 
     engine: Literal["vllm", "sglang"] = Field(default="vllm", description="vLLM (CPU or GPU) or SGLang (GPU).")
     host: str = Field(default="127.0.0.1", description="Address to bind.")
@@ -676,7 +696,7 @@ class Config(Section):
     """Everything that decides a run."""
 
     profile: str = Field(default="laptop", description="Name of the profile this configuration came from.")
-    seed: int = Field(default=42, ge=0, description="Seed of every random choice.")
+    seed: int = Field(default=42, ge=0, description="Seed of every random choice; data.seed and train.seed replace it for their part.")
     data: DataConfig = Field(default_factory=DataConfig, description="Sources.")
     transfer: TransferConfig = Field(default_factory=TransferConfig, description="Fetching of source files.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Data-quality limits.")
@@ -691,6 +711,7 @@ class Config(Section):
     reward: RewardConfig = Field(default_factory=RewardConfig, description="Reward.")
     judge: JudgeConfig = Field(default_factory=JudgeConfig, description="Judge.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="GRPO.")
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="The trainer's processes.")
     watch: WatchConfig = Field(default_factory=WatchConfig, description="Collapse watch.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
     retriever: RetrieverConfig = Field(default_factory=RetrieverConfig, description="Retriever service.")
@@ -699,6 +720,28 @@ class Config(Section):
     plan: PlanConfig = Field(default_factory=PlanConfig, description="Rates and limits of `research plan`.")
     environments: EnvironmentsConfig = Field(default_factory=EnvironmentsConfig, description="Interpreters.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow and DVC.")
+
+    @property
+    def needs(self) -> list[str]:
+        """What must still be said before everything can be built, one sentence each."""
+        missing = {
+            "data.folder": self.data.source == "folder" and self.data.folder is None,
+            "data.url": self.data.source in ("s3", "http") and self.data.url is None,
+            "encoder.model": self.encoder.kind == "sentence" and self.encoder.model is None,
+            "policy.path": self.policy.source in ("folder", "hub") and self.policy.path is None,
+            "prompt.path": self.prompt.template == "file" and self.prompt.path is None,
+        }
+        return [f"{name} is still needed; set it as {name}=..." for name, needed in missing.items() if needed]
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the data: data.seed, else seed."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def train_seed(self) -> int:
+        """Seed of training: train.seed, else seed."""
+        return self.seed if self.train.seed is None else self.train.seed
 
     @model_validator(mode="after")
     def _judge_is_there(self) -> Config:

@@ -66,7 +66,7 @@ def _publish(context: Context) -> AbstractContextManager[Staging]:
 def _generated(context: Context, staging: Staging) -> None:
     from research_rl.data.encyclopedia import generate
 
-    generate(context.config.data.generated, context.config.seed, staging.path)
+    generate(context.config.data.generated, context.config.data_seed, staging.path)
     staging.facts["source"] = {"kind": "generated"}
     staging.counts.update(_count(staging.path, context))
 

@@ -25,7 +25,7 @@ def run(context: Context) -> None:
     with context.publish() as staging:
         for done, split in enumerate(SPLITS):
             questions = list(flashrag.read_questions(source / f"{split}.jsonl"))
-            kept = shuffled(questions, f"{context.config.seed}/{split}")[: getattr(limits, f"{split}_rows")]
+            kept = shuffled(questions, f"{context.config.data_seed}/{split}")[: getattr(limits, f"{split}_rows")]
             _write([to_row(question, split, index) for index, question in enumerate(kept)], staging.path / f"{split}.parquet")
             staging.counts |= {split: len(kept), f"{split}_available": len(questions)}
             context.progress(f"{split}: {len(kept):,} of {len(questions):,} questions", (done + 1) / len(SPLITS))

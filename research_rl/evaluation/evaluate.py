@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import Config
+from research_rl.config import Config, parameters
 from research_rl.episode.agent import Engine, Limits, Searcher, run_episode
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer
 from research_rl.episode.trajectory import StopReason, Trajectory
@@ -175,8 +175,7 @@ def _parameters(context: Context) -> dict[str, Any]:
         sections.update(stage.sections)
         waiting += [parent for parent in stage.parents if parent not in names]
         names.update(stage.parents)
-    tree = context.config.model_dump(mode="json")
-    return {name: tree[name] for name in sorted(sections)}
+    return parameters(context.config, sections)
 
 
 def _key(context: Context) -> str:

@@ -43,6 +43,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     stage: str
     config_hash: str
+    parameters: dict[str, Any] = {}
     parents: dict[str, str]
     code_version: str
     counts: dict[str, int]
@@ -75,6 +76,8 @@ class Staging:
     path: Path
     counts: dict[str, int] = field(default_factory=dict[str, int])
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    parameters: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The values behind the hash of the configuration, so that a change can be named."""
     measured: dict[str, Any] = field(default_factory=dict[str, Any])
     """What building it took; no part of the artifact."""
 
@@ -152,6 +155,7 @@ def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str
     manifest = Manifest(
         stage=stage,
         config_hash=config_hash,
+        parameters=staging.parameters,
         parents=parents,
         code_version=__version__,
         counts=dict(sorted(staging.counts.items())),

@@ -16,7 +16,7 @@ from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Progress, Workspace, silent
 
-__all__ = ["current", "run_stage"]
+__all__ = ["current", "run_stage", "standing"]
 
 
 def current(name: str, config: Config, workspace: Workspace, *, verify: bool = True) -> Manifest | None:
@@ -29,6 +29,15 @@ def current(name: str, config: Config, workspace: Workspace, *, verify: bool = T
         return None
     fits = found.stage == name and found.config_hash == config_hash(config, stage.sections) and found.parents == parents
     return found if fits else None
+
+
+def standing(name: str, config: Config, workspace: Workspace) -> Manifest | None:
+    """Return the artifact of `name` if it and all it was built from fit this configuration; sizes are compared, bytes are not.
+
+    What lies in a workspace may belong to another profile than the one that was named: a plan must not reckon with it.
+    """
+    above = all(standing(parent, config, workspace) for parent in STAGES[name].parents)
+    return current(name, config, workspace, verify=False) if above else None
 
 
 def run_stage(

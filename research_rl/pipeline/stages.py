@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import Config, config_hash
+from research_rl.config import Config, config_hash, parameters
 from research_rl.errors import ManifestError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest, Staging
@@ -30,7 +30,10 @@ def silent(text: str, share: float) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `function` is `module:name`, called with a Context; it publishes `folder`."""
+    """One stage: `function` is `module:name`, called with a Context; it publishes `folder`.
+
+    `sections` are what decides the artifact: sections of the configuration, or single parameters such as `serving.dtype`.
+    """
 
     name: str
     function: str
@@ -38,6 +41,12 @@ class Stage:
     sections: tuple[str, ...]
     folder: str
     summary: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of params.yaml that decide the artifact: `sections`, and `seed` where an empty data.seed or train.seed falls back to it."""
+        falls_back = {"data", "data.seed", "train"} & set(self.sections)
+        return ("seed", *self.sections) if falls_back else self.sections
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Context:
 
     @property
     def config_hash(self) -> str:
-        """Hash of the sections this stage depends on."""
+        """Hash of the parameters that decide this stage's artifact."""
         return config_hash(self.config, self.stage.sections)
 
     def parent(self, name: str) -> Path:
@@ -87,6 +96,7 @@ class Context:
         """Open the publication of this stage's artifact, see `manifest.publish`; what it took is kept beside it, see `measured`."""
         folder = self.workspace.folder(self.stage.name)
         with manifest.publish(folder, self.stage.name, self.config_hash, self.parents) as staging:
+            staging.parameters |= parameters(self.config, self.stage.sections)
             yield staging
         note = {"manifest": manifest.load(folder, verify=False).hash, **self.meter.read(), **staging.measured}
         path = _measured(self.workspace, self.stage.name)
@@ -112,16 +122,16 @@ def _table(*stages: Stage) -> dict[str, Stage]:
 
 
 STAGES = _table(
-    Stage("download", "research_rl.data.download:run", (), ("seed", "data"), "data", "raw questions and passages"),
+    Stage("download", "research_rl.data.download:run", (), ("data",), "data", "raw questions and passages"),
     Stage("validate", "research_rl.validation.stage:run_stage", ("download",), ("validation",), "artifacts/validated", "data-quality report"),
-    Stage("prepare", "research_rl.data.prepare:run", ("download", "validate"), ("seed", "prepare"), "artifacts/prepared", "questions as parquet"),
+    Stage("prepare", "research_rl.data.prepare:run", ("download", "validate"), ("data.seed", "prepare"), "artifacts/prepared", "questions as parquet"),
     Stage("corpus", "research_rl.corpus.build:run", ("download", "validate"), ("corpus",), "artifacts/corpus", "passage store"),
     Stage("embed", "research_rl.embedding.build:run", ("corpus",), ("encoder",), "artifacts/embeddings", "passage vectors"),
     Stage("index", "research_rl.index.build:run", ("corpus", "embed"), ("index",), "artifacts/index", "search index"),
     Stage("policy", "research_rl.training.policy:run", (), ("seed", "policy", "prompt"), "artifacts/policy", "initial policy"),
-    Stage("baseline", "research_rl.evaluation.evaluate:run_baseline", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "evaluation"), "artifacts/baseline", "evaluation before training"),
-    Stage("train", "research_rl.training.train:run", ("policy", "prepare", "corpus", "embed", "index"), ("seed", "prompt", "episode", "reward", "train"), "artifacts/train", "GRPO"),
+    Stage("baseline", "research_rl.evaluation.evaluate:run_baseline", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "evaluation", "serving.engine", "serving.dtype"), "artifacts/baseline", "evaluation before training"),
+    Stage("train", "research_rl.training.train:run", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "reward", "train"), "artifacts/train", "GRPO"),
     Stage("export", "research_rl.training.export:run", ("policy", "train"), (), "artifacts/model", "trained policy as a Hugging Face folder"),
-    Stage("evaluate", "research_rl.evaluation.evaluate:run_trained", ("export", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "evaluation"), "artifacts/evaluation", "evaluation after training"),
+    Stage("evaluate", "research_rl.evaluation.evaluate:run_trained", ("export", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "evaluation", "serving.engine", "serving.dtype"), "artifacts/evaluation", "evaluation after training"),
     Stage("report", "research_rl.report.build:run", ("train", "baseline", "evaluate"), (), "artifacts/report", "curves, paired difference, trajectories"),
 )  # fmt: skip

@@ -81,5 +81,5 @@ def compose(config: Config, cases: Mapping[str, Sequence[str]]) -> dict[str, dic
     env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HYDRA_FULL_ERROR": "1"}
     done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, cwd=CHECKOUT, env=env)
     if done.returncode:
-        raise TrainingError(f"verl refuses the configuration; its last words are:\n{done.stderr[-3000:]}")
+        raise TrainingError(f"verl refuses the configuration; its log ends with:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

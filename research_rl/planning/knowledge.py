@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from research_rl.config import Config
-from research_rl.errors import ConfigError, ManifestError
-from research_rl.pipeline import manifest
+from research_rl.errors import ConfigError
+from research_rl.pipeline.run import standing
 from research_rl.pipeline.stages import STAGES, Workspace
 
 __all__ = ["Estimate", "estimates", "refuse", "table"]
@@ -40,11 +40,11 @@ class Estimate:
 
 def passages(config: Config, workspace: Workspace) -> int | None:
     """Return how many passages the corpus has: by the raw snapshot, else by the table of known corpora."""
-    try:
-        counts = manifest.load(workspace.folder("download"), verify=False).counts
-        return counts.get("corpus")
-    except ManifestError:
-        return next((rows for name, rows in KNOWN.items() if name in config.data.corpus), None)
+    if snapshot := standing("download", config, workspace):
+        return snapshot.counts.get("corpus")
+    if config.data.source == "generated":
+        return None
+    return next((rows for name, rows in KNOWN.items() if name in config.data.corpus), None)
 
 
 def estimates(config: Config, workspace: Workspace, rows: int) -> list[Estimate]:
@@ -52,7 +52,7 @@ def estimates(config: Config, workspace: Workspace, rows: int) -> list[Estimate]
     from research_rl.index import budget
     from research_rl.planning import calibrate
 
-    text = _text_bytes(workspace, rows)
+    text = _text_bytes(config, workspace, rows)
     rates = _Rates(config, workspace)
     dim = 0 if config.encoder.kind == "none" else calibrate.width(config.encoder)
     encoded = rows if dim and config.encoder.vectors else 0
@@ -77,7 +77,7 @@ def refuse(found: list[Estimate], config: Config, workspace: Workspace) -> None:
     """Raise ConfigError when what is still to be built does not fit on the disk, in memory or in index.memory_gib."""
     import psutil
 
-    new = [item for item in found if not (workspace.folder(item.stage) / manifest.MANIFEST).is_file()]
+    new = [item for item in found if not standing(item.stage, config, workspace)]
     need, free = sum(item.disk for item in new), shutil.disk_usage(_existing(workspace.root)).free
     if need > free:
         raise ConfigError(
@@ -93,16 +93,13 @@ def refuse(found: list[Estimate], config: Config, workspace: Workspace) -> None:
             )
 
 
-def _text_bytes(workspace: Workspace, rows: int) -> float:
-    try:
-        found = manifest.load(workspace.folder("corpus"), verify=False)
-    except ManifestError:
-        try:
-            raw = manifest.load(workspace.folder("download"), verify=False)
-        except ManifestError:
-            return _CHARS
-        return sum(entry.size for entry in raw.files if "corpus" in entry.path) / max(rows, 1)
-    return sum(entry.size for entry in found.files) / max(rows, 1)
+def _text_bytes(config: Config, workspace: Workspace, rows: int) -> float:
+    """Return the bytes that a passage takes on disk: of the corpus built, else of the raw file, else of a passage of 100 words."""
+    if corpus := standing("corpus", config, workspace):
+        return sum(entry.size for entry in corpus.files) / max(rows, 1)
+    if snapshot := standing("download", config, workspace):
+        return sum(entry.size for entry in snapshot.files if "corpus" in entry.path) / max(rows, 1)
+    return _CHARS
 
 
 def _existing(path: Path) -> Path:

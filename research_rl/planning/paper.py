@@ -80,7 +80,7 @@ _DATA = (
     ),
     Parameter("truncation", verl="data.truncation", script="error"),
     Parameter("shuffle", verl="data.shuffle", script=True),
-    Parameter("seed of the order", verl="data.seed", script=1, why="one seed (`seed`) for every random choice"),
+    Parameter("seed of the order", verl="data.seed", script=1, why="any seed will do; `train.seed` asks whether a gain is its noise"),
     Parameter(
         "searches an episode",
         ours="episode.max_searches",

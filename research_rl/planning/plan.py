@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from research_rl.config import Config, config_hash
+from research_rl.config import Config, changes, config_hash, parameters
 from research_rl.errors import ManifestError
 from research_rl.pipeline import manifest
+from research_rl.pipeline.manifest import Manifest
+from research_rl.pipeline.run import standing
 from research_rl.pipeline.stages import STAGES, Workspace
 from research_rl.planning import knowledge, training
 
 __all__ = ["Row", "State", "check", "describe", "state"]
 
 State = Literal["current", "stale", "missing", "torn"]
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,19 @@ def _row(name: str, config: Config, workspace: Workspace, current: set[str]) -> 
         return Row(name, "torn", "", str(error))
     short = found.hash[:12]
     if found.config_hash != config_hash(config, stage.sections):
-        return Row(name, "stale", short, f"parameters changed in {', '.join(stage.sections)}")
+        return Row(name, "stale", short, _changed(found, config))
     changed = [p for p in stage.parents if p not in current or _hash(workspace, p) != found.parents.get(p)]
     if changed:
         return Row(name, "stale", short, f"rebuilt or stale parent: {', '.join(changed)}")
     return Row(name, "current", short, ", ".join(f"{key} {value:,}" for key, value in found.counts.items()))
+
+
+def _changed(found: Manifest, config: Config) -> str:
+    """Name the parameters in which an artifact differs from the configuration."""
+    lines = changes(found.parameters, parameters(config, STAGES[found.stage].sections)) if found.parameters else []
+    if not lines:
+        return f"parameters changed in {', '.join(STAGES[found.stage].sections)}"
+    return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
 
 
 def _hash(workspace: Workspace, stage: str) -> str:
@@ -64,7 +75,15 @@ def describe(config: Config, workspace: Workspace) -> str:
     rows = state(config, workspace)
     lines = [f"profile {config.profile}, workspace {workspace.root}", ""]
     lines += [f"{row.stage:<10} {'skip' if row.state == 'current' else 'build':<6} {row.state}: {row.detail}" for row in rows]
-    return "\n".join([*lines, "", *_knowledge(config, workspace), "", *training.lines(config, workspace.folder("policy"))])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *_knowledge(config, workspace),
+            "",
+            *training.lines(config, workspace.folder("policy") if standing("policy", config, workspace) else None),
+        ]
+    )
 
 
 def check(config: Config, workspace: Workspace) -> None:

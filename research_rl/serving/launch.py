@@ -40,9 +40,9 @@ def render(
     return _vllm(config, model, served_name, interpreter, port, token, context)
 
 
-def threads(config: ServingConfig, weight_bytes: int) -> int:
-    """Return the CPU threads of one forward pass: one for a small model, whose matrices are not worth splitting."""
-    return config.threads or (1 if weight_bytes < SMALL_BYTES else len(os.sched_getaffinity(0)))
+def threads(chosen: int | None, weight_bytes: int) -> int:
+    """Return the CPU threads of one forward pass: those chosen, else one for a small model, whose matrices are not worth splitting."""
+    return chosen or (1 if weight_bytes < SMALL_BYTES else len(os.sched_getaffinity(0)))
 
 
 def _vllm(config: ServingConfig, model: ModelFolder, served_name: str, interpreter: str, port: int, token: str, context: int) -> Launch:
@@ -73,7 +73,7 @@ def _vllm_cpu(config: ServingConfig, model: ModelFolder) -> dict[str, str]:
     env = {
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "TORCH_COMPILE_DISABLE": "1",
-        "OMP_NUM_THREADS": str(threads(config, model.weight_bytes)),
+        "OMP_NUM_THREADS": str(threads(config.threads, model.weight_bytes)),
     }
     return env | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.tensor_parallel == 1 else {})
 

@@ -101,7 +101,7 @@ def agent_settings(config: Config, paths: Paths, retriever_url: str) -> dict[str
             "share": config.retriever.pause_share,
             "longest_s": config.retriever.pause_max_s,
         },
-        "in_flight": config.train.episodes_in_flight,
+        "in_flight": config.trainer.episodes_in_flight,
         "reward": config.reward.model_dump(mode="json"),
         "judge": config.judge.model_dump(mode="json"),
         "engine": config.train.engine,
@@ -142,29 +142,29 @@ def _data(config: Config, paths: Paths) -> dict[str, Any]:
         "data.train_files": [str(paths.train)],
         "data.val_files": [str(paths.dev)],
         "data.prompt_key": "prompt",
-        "data.train_batch_size": config.train.prompts,
+        "data.train_batch_size": config.train.prompts_per_step,
         "data.max_prompt_length": config.prompt.max_tokens,
         "data.max_response_length": config.episode.max_response_tokens,
         # The agent renders its own prompt from our template; verl would measure the chat template's instead.
         "data.filter_overlong_prompts": False,
-        "data.seed": config.seed,
+        "data.seed": config.train_seed,
     }
 
 
 def _policy(config: Config, paths: Paths) -> dict[str, Any]:
-    train = config.train
+    train, trainer = config.train, config.trainer
     return {
         "algorithm.adv_estimator": "grpo",
         "algorithm.use_kl_in_reward": False,
         "algorithm.norm_adv_by_std_in_grpo": True,
         f"{_MODEL}.path": str(paths.model),
-        f"{_MODEL}.enable_gradient_checkpointing": train.gradient_checkpointing,
+        f"{_MODEL}.enable_gradient_checkpointing": trainer.gradient_checkpointing,
         f"{_ACTOR}.strategy": "fsdp2",
         f"{_ACTOR}.fsdp_config.strategy": "fsdp2",
         f"{_ACTOR}.optim.lr": train.lr,
         f"{_ACTOR}.optim.weight_decay": train.weight_decay,
         f"{_ACTOR}.optim.lr_warmup_steps": train.lr_warmup_steps,
-        f"{_ACTOR}.ppo_mini_batch_size": train.mini_batch or train.prompts,
+        f"{_ACTOR}.ppo_mini_batch_size": train.mini_batch or train.prompts_per_step,
         f"{_ACTOR}.clip_ratio": train.clip_ratio,
         f"{_ACTOR}.clip_ratio_low": train.clip_ratio,
         f"{_ACTOR}.clip_ratio_high": train.clip_ratio,
@@ -195,16 +195,16 @@ def _adapter(config: Config) -> dict[str, Any]:
 
 
 def _rollout(config: Config, paths: Paths) -> dict[str, Any]:
-    train = config.train
+    train, trainer = config.train, config.trainer
     return {
         f"{_ROLLOUT}.name": train.engine,
         f"{_ROLLOUT}.mode": "async",
-        f"{_ROLLOUT}.n": train.group,
+        f"{_ROLLOUT}.n": train.rollouts_per_prompt,
         f"{_ROLLOUT}.temperature": train.temperature,
-        f"{_ROLLOUT}.tensor_model_parallel_size": train.tensor_parallel,
+        f"{_ROLLOUT}.tensor_model_parallel_size": trainer.tensor_parallel,
         f"{_ROLLOUT}.max_model_len": config.prompt.max_tokens + config.episode.max_response_tokens,
         f"{_ROLLOUT}.calculate_log_probs": True,
-        f"{_ROLLOUT}.seed": config.seed,
+        f"{_ROLLOUT}.seed": config.train_seed,
         f"{_ROLLOUT}.agent.default_agent_loop": "search_agent",
         f"{_ROLLOUT}.agent.agent_loop_config_path": str(paths.agent),
         f"+{_ROLLOUT}.agent.agent_loop_manager_class": _MANAGER,
@@ -220,7 +220,7 @@ def _whole_turns(config: Config) -> dict[str, Any]:
 
 
 def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
-    train = config.train
+    train, trainer = config.train, config.trainer
     return {
         "trainer.use_v1": True,
         "trainer.v1.trainer_mode": "sync",
@@ -229,16 +229,16 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
         "trainer.logger": ["console", "file"],
         "trainer.project_name": "research-rl",
         "trainer.experiment_name": config.profile,
-        "trainer.nnodes": train.nodes,
-        "trainer.n_gpus_per_node": train.gpus_per_node,
+        "trainer.nnodes": trainer.nodes,
+        "trainer.n_gpus_per_node": trainer.gpus_per_node,
         "trainer.default_local_dir": str(paths.checkpoints),
-        "trainer.save_freq": train.save_every,
+        "trainer.save_freq": trainer.save_every,
         # The supervisor alone removes checkpoints: two that remove the same folder at once trip over each other.
         "trainer.max_actor_ckpt_to_keep": None,
         "trainer.resume_mode": "resume_path" if paths.resume else "disable",
         "trainer.resume_from_path": str(paths.resume) if paths.resume else None,
-        "trainer.test_freq": train.validate_every or -1,
-        "trainer.val_before_train": train.validate_every is not None,
+        "trainer.test_freq": trainer.validate_every or -1,
+        "trainer.val_before_train": trainer.validate_every is not None,
         "trainer.total_epochs": train.steps + 1,
         "trainer.total_training_steps": train.steps,
     }
@@ -246,8 +246,8 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
 
 def _gpu(config: Config) -> dict[str, Any]:
     """FSDP2 on accelerators: packed sequences by flash attention, dynamic batches, optional offload."""
-    train = config.train
-    tokens = train.max_tokens_per_gpu or 2 * (config.prompt.max_tokens + config.episode.max_response_tokens)
+    train, trainer = config.train, config.trainer
+    tokens = trainer.max_tokens_per_gpu or 2 * (config.prompt.max_tokens + config.episode.max_response_tokens)
     return {
         f"{_MODEL}.use_remove_padding": True,
         f"+{_MODEL}.override_config.attn_implementation": "flash_attention_2",
@@ -257,21 +257,21 @@ def _gpu(config: Config) -> dict[str, Any]:
         f"{_ROLLOUT}.log_prob_max_token_len_per_gpu": 2 * tokens,
         f"{_REF}.log_prob_use_dynamic_bsz": True,
         f"{_REF}.log_prob_max_token_len_per_gpu": 2 * tokens,
-        f"{_ACTOR}.fsdp_config.param_offload": train.offload == "idle",
-        f"{_ACTOR}.fsdp_config.optimizer_offload": train.offload == "idle",
-        f"{_ACTOR}.fsdp_config.offload_policy": train.offload == "always",
+        f"{_ACTOR}.fsdp_config.param_offload": trainer.offload == "idle",
+        f"{_ACTOR}.fsdp_config.optimizer_offload": trainer.offload == "idle",
+        f"{_ACTOR}.fsdp_config.offload_policy": trainer.offload == "always",
         f"{_REF}.fsdp_config.param_offload": True,
-        f"{_ROLLOUT}.gpu_memory_utilization": train.gpu_memory_utilization,
+        f"{_ROLLOUT}.gpu_memory_utilization": trainer.gpu_memory_utilization,
         f"{_ROLLOUT}.max_num_seqs": 1024,
         f"{_ROLLOUT}.max_num_batched_tokens": max(8192, config.prompt.max_tokens + config.episode.max_response_tokens),
-        f"{_ROLLOUT}.agent.num_workers": max(1, min(8 * train.nodes, train.prompts)),
+        f"{_ROLLOUT}.agent.num_workers": max(1, min(8 * trainer.nodes, train.prompts_per_step)),
         "trainer.device": "cuda",
     }
 
 
 def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
     """One CPU worker and one vLLM CPU engine, as few processes as verl allows."""
-    train = config.train
+    train, trainer = config.train, config.trainer
     length = config.prompt.max_tokens + config.episode.max_response_tokens
     precision = {"param_dtype": _SHORT[train.cpu_dtype], "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     return {
@@ -288,18 +288,18 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_REF}.fsdp_config.dtype": train.cpu_dtype,
         f"+{_REF}.fsdp_config.mixed_precision": precision,
         f"{_ACTOR}.use_dynamic_bsz": True,
-        f"{_ACTOR}.ppo_max_token_len_per_gpu": train.micro_batch * length,
+        f"{_ACTOR}.ppo_max_token_len_per_gpu": trainer.micro_batch * length,
         # The engine's log-probabilities of one step's trajectories are the old policy's: equal to 1e-6 in float32.
         "algorithm.rollout_correction.bypass_mode": train.cpu_dtype == "float32",
         f"{_ROLLOUT}.dtype": train.cpu_dtype,
         f"{_ROLLOUT}.enforce_eager": True,
         f"{_ROLLOUT}.free_cache_engine": False,
         f"+{_ROLLOUT}.enable_sleep_mode": False,
-        f"{_ROLLOUT}.max_num_seqs": min(256, train.prompts * train.group),
+        f"{_ROLLOUT}.max_num_seqs": min(256, train.prompts_per_step * train.rollouts_per_prompt),
         f"{_ROLLOUT}.max_num_batched_tokens": max(4096, length),
         f"{_ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": 256,
         f"+{_ROLLOUT}.engine_kwargs.vllm.worker_extension_cls": f"{_CPU}.vllm_worker.CpuWorkerExtension",
-        **({f"+{_ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni"} if train.tensor_parallel == 1 else {}),
+        **({f"+{_ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni"} if trainer.tensor_parallel == 1 else {}),
         f"{_ROLLOUT}.agent.num_workers": 1,
         "data.dataloader_num_workers": 0,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
@@ -330,11 +330,11 @@ def _cpu_environment(config: Config, paths: Paths, token: str) -> dict[str, str]
         "VERL_USE_EXTERNAL_MODULES": f"{_CPU}.platform",
         TOKEN_VARIABLE: token[:12],
         "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": str(config.serving.kv_cache_gib),
+        "VLLM_CPU_KVCACHE_SPACE": str(config.trainer.kv_cache_gib),
         "OMP_NUM_THREADS": cores,
-        ENGINE_THREADS_VARIABLE: str(threads(config.serving, weight_bytes)),
+        ENGINE_THREADS_VARIABLE: str(threads(config.trainer.threads, weight_bytes)),
         # Unset, vLLM would put its only worker into a process of its own, and both would spin while they wait for each other.
-        **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.train.tensor_parallel == 1 else {}),
+        **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.trainer.tensor_parallel == 1 else {}),
         # The sampler and the loss would be compiled at the first step, for longer than a small policy's steps gain by it.
         "TORCH_COMPILE_DISABLE": "1",
         # Trainer, engine and agents take turns on the same cores; spinning threads would take them from each other.

@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import Config
+from research_rl.config import Config, config_hash
 from research_rl.episode.prompts import load_tokenizer, render
 from research_rl.errors import ConfigError
 from research_rl.pipeline.manifest import Manifest
-from research_rl.pipeline.stages import Context
+from research_rl.pipeline.stages import STAGES, Context
 from research_rl.retriever.serve import running
 from research_rl.training import overrides
 from research_rl.training.run.checkpoints import link
@@ -25,19 +25,6 @@ from research_rl.training.run.run import Outcome, Run, TrainHooks, ray_folder
 from research_rl.training.run.supervise import supervise
 
 __all__ = ["TrainHooks", "run", "run_with", "work_key"]
-
-_NOT_IN_KEY = (
-    "steps",
-    "save_every",
-    "keep_checkpoints",
-    "validate_every",
-    "step_deadline_s",
-    "start_deadline_s",
-    "max_attempts",
-    "upload",
-    "upload_wait_s",
-    "episodes_in_flight",
-)
 
 
 def run(context: Context) -> None:
@@ -55,18 +42,16 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
     _require_rows(config, train)
     paths = overrides.Paths(model, train, dev, work, ray_folder(work))
     with running(config, context.workspace) as endpoint:
-        store = Store.parse(config.train.upload, work.name) if config.train.upload else None
+        store = Store.parse(config.trainer.upload, work.name) if config.trainer.upload else None
         training = Run(config, paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
         outcome = supervise(training, hooks, context.progress)
     _publish(context, training, outcome, dropped)
 
 
 def work_key(config: Config, parents: dict[str, Manifest]) -> str:
-    """Return the name of a run: its parameters without those that only say how long and how patiently it runs."""
-    tree = config.model_dump(mode="json")
-    train = {name: value for name, value in tree["train"].items() if name not in _NOT_IN_KEY}
-    shape = {**{name: tree[name] for name in ("seed", "prompt", "episode", "reward")}, "train": train}
-    shape["parents"] = {name: parent.hash for name, parent in sorted(parents.items())}
+    """Return the name of a run: a hash of all that shapes it but its length, so that a longer run continues a shorter one."""
+    unlimited = config.model_copy(update={"train": config.train.model_copy(update={"steps": 0})})
+    shape = {"config": config_hash(unlimited, STAGES["train"].sections), "parents": {name: parents[name].hash for name in sorted(parents)}}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -93,8 +78,9 @@ def _require_rows(config: Config, path: Path) -> None:
     import pyarrow.parquet as parquet
 
     rows = parquet.read_metadata(path).num_rows
-    if rows < config.train.prompts:
-        raise ConfigError(f"train.prompts={config.train.prompts} exceeds the {rows} questions of {path}; lower it or prepare more rows")
+    if rows < config.train.prompts_per_step:
+        asked = f"train.prompts_per_step={config.train.prompts_per_step}"
+        raise ConfigError(f"{asked} exceeds the {rows} questions of {path}; lower it or prepare more rows")
 
 
 def _publish(context: Context, training: Run, outcome: Outcome, dropped: int) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from research_rl.config import Config
+from research_rl.config import Config, parameters
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
@@ -180,8 +180,7 @@ class Tracker:
     @contextmanager
     def stage(self, name: str, config: Config, sections: Sequence[str]) -> Generator[StageRun]:
         """Enclose one stage; an exception ends its run as FAILED with the reason as a tag."""
-        tree = config.model_dump(mode="json")
-        run = StageRun(self, name, flat({section: tree[section] for section in sections}))
+        run = StageRun(self, name, flat(parameters(config, sections)))
         try:
             yield run
         except BaseException as error:

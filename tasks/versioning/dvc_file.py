@@ -34,8 +34,8 @@ def _stage(stage: Stage) -> dict[str, Any]:
     found: dict[str, Any] = {"desc": stage.summary, "cmd": _COMMAND.format(name=stage.name)}
     if stage.parents:
         found["deps"] = [STAGES[parent].folder for parent in stage.parents]
-    if stage.sections:
-        found["params"] = list(stage.sections)
+    if stage.keys:
+        found["params"] = list(stage.keys)
     found["outs"] = [{stage.folder: {"persist": True}} if stage.name in _KEPT else stage.folder]
     return found
 

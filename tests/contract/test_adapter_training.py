@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 SIZE = (
     *(f"policy.{item}" for item in ("hidden=64", "layers=2", "warmup_steps=60")),
     # The bonus for entropy moves the weights whatever these few episodes earn.
-    *(f"train.{item}" for item in ("steps=2", "prompts=2", "group=4", "save_every=1", "lr=1e-2", "entropy_coef=0.1")),
+    *(f"train.{item}" for item in ("steps=2", "prompts_per_step=2", "rollouts_per_prompt=4", "lr=1e-2", "entropy_coef=0.1")),
+    "trainer.save_every=1",
     "train.lora_rank=4",
     "train.lora_alpha=8",
 )

@@ -46,9 +46,9 @@ def test_the_pods_of_the_rayjob_are_valid(tmp_path: Path) -> None:
 def test_the_rayjob_fits_the_profile_and_the_locks() -> None:
     spec = yaml.safe_load(RAYJOB.read_text())["spec"]
     (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-    train = config.load_profile("paper-7b").train
-    assert workers["replicas"] == train.nodes
-    assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == train.gpus_per_node
+    trainer = config.load_profile("paper-7b").trainer
+    assert workers["replicas"] == trainer.nodes
+    assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == trainer.gpus_per_node
     overrides = [word for word in spec["entrypoint"].split() if "=" in word]
     assert config.load_profile("paper-7b", overrides).cluster.launcher == "ray-job"
     assert spec["rayClusterSpec"]["rayVersion"] in (CHECKOUT / "requirements/gpu-train-vllm.txt").read_text()

@@ -19,9 +19,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
     **{f"{name}/{engine}": (name, [f"train.engine={engine}"]) for name in GPU_PROFILES for engine in ("vllm", "sglang")},
     **{name: (name, []) for name in profiles() if name not in GPU_PROFILES},
     "smollm/gpu": ("smollm", ["train.hardware=gpu"]),
-    "idle": ("paper-7b-node", ["train.offload=idle"]),
+    "idle": ("paper-7b-node", ["trainer.offload=idle"]),
     "adapter": ("paper-7b-node", ["train.lora_rank=16", "train.lora_alpha=64", "train.lora_targets=[q_proj, v_proj]"]),
-    "cluster": ("laptop", ["cluster.launcher=ray-job", "train.validate_every=5"]),
+    "cluster": ("laptop", ["cluster.launcher=ray-job", "trainer.validate_every=5"]),
 }
 
 
@@ -42,12 +42,12 @@ def understood() -> dict[str, Any]:
 def test_every_profile_composes_in_struct_mode_and_validates(understood: dict[str, Any]) -> None:
     assert len(GPU_PROFILES) == 8
     for name, found in understood.items():
-        train, policy = config(name).train, found["actor_rollout_ref"]
+        train, trainer, policy = config(name).train, config(name).trainer, found["actor_rollout_ref"]
         assert policy["actor"]["fsdp_config"]["strategy"] == policy["ref"]["fsdp_config"]["strategy"] == "fsdp2", name
         assert policy["model"]["path"] == "/models/it's here"
         assert policy["rollout"]["name"] == train.engine
         assert found["trainer"]["device"] == {"cpu": "cpu", "gpu": "cuda"}[train.hardware]
-        assert (found["trainer"]["nnodes"], found["trainer"]["n_gpus_per_node"]) == (train.nodes, train.gpus_per_node)
+        assert (found["trainer"]["nnodes"], found["trainer"]["n_gpus_per_node"]) == (trainer.nodes, trainer.gpus_per_node)
         assert policy["actor"]["use_kl_loss"] is (train.kl_coef > 0)
 
 

@@ -29,7 +29,8 @@ KILLS = int(os.environ.get("RESEARCH_TRAIN_KILLS", "30")) // RUNS
 STEPS = 5 * KILLS
 SIZE = (
     *(f"policy.{item}" for item in ("hidden=64", "layers=2", "warmup_steps=60")),
-    *(f"train.{item}" for item in (f"steps={STEPS}", "prompts=2", "group=4", "save_every=1", f"max_attempts={10 * KILLS}")),
+    *(f"train.{item}" for item in (f"steps={STEPS}", "prompts_per_step=2", "rollouts_per_prompt=4")),
+    *("trainer.save_every=1", f"trainer.max_attempts={10 * KILLS}"),
 )
 VICTIMS = {
     "driver": "",

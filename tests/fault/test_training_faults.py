@@ -22,8 +22,9 @@ BURST, BURSTS, OUTAGES, AWAY_S = 5, 2, 3, 8
 SEARCH_S, STEP_S = 4, 60
 SIZE = (
     *(f"policy.{item}" for item in ("warmup_drills=40", "warmup_steps=200")),
-    *(f"train.{item}" for item in (f"steps={STEPS}", f"prompts={PROMPTS}", f"group={GROUP}", f"save_every={STEPS}")),
-    "train.episodes_in_flight=8",
+    *(f"train.{item}" for item in (f"steps={STEPS}", f"prompts_per_step={PROMPTS}", f"rollouts_per_prompt={GROUP}")),
+    f"trainer.save_every={STEPS}",
+    "trainer.episodes_in_flight=8",
     f"episode.search_timeout_s={SEARCH_S}",
 )
 COUNTED = {**dict.fromkeys(GARBAGE, "garbage"), "busy": "busy", "server_error": "server_error"}

@@ -39,6 +39,6 @@ def test_a_dry_run_shows_everything_and_builds_nothing(tmp_path: Path) -> None:
 
 
 def test_what_cannot_fit_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    done = run(tmp_path, "-p", "paper-32b", "train.nodes=1", "train.gpus_per_node=1", "train.tensor_parallel=1")
+    done = run(tmp_path, "-p", "paper-32b", "trainer.nodes=1", "trainer.gpus_per_node=1", "trainer.tensor_parallel=1")
     assert done.returncode == 1 and re.search(r"32\.8 B parameters on 1 x 1 GPUs needs \d+ GiB", done.stderr)
     assert list((tmp_path / "workspace").iterdir()) == []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,12 +20,14 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_help_comes_in_under_300_ms() -> None:
+def test_help_takes_less_than_300_ms_of_processor_time() -> None:
+    """Processor time, so that other work on the machine does not count; the least of three, so that a cold disk does not."""
     times: list[float] = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "research_rl", "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.3
 
 
@@ -66,22 +68,54 @@ def test_download_is_skipped_when_nothing_changed_and_redone_when_a_parameter_di
     for expected in ("download: built", "download: current, skipped"):
         assert main(["run", "download", "-w", str(workspace), *small]) == 0
         assert expected in capsys.readouterr().out
-    assert main(["run", "download", "-w", str(workspace), *small, "seed=7"]) == 0
+    assert main(["run", "download", "-w", str(workspace), "seed=7"]) == 0
     assert "download: built" in capsys.readouterr().out
-    assert main(["status", "-w", str(workspace), *small]) == 0
-    assert "download   stale    " in capsys.readouterr().out
+    assert main(["status", "-w", str(workspace), "seed=8"]) == 0
+    assert "data.seed 7 -> 8" in capsys.readouterr().out
 
 
-def test_describe_lists_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_builds_writes_its_parameters_first_and_names_each_change(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["run", "prepare", "-w", str(workspace), "train.steps=40", "train={lr: 0.5}"]) == 1  # nothing is downloaded yet
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["train.steps 24 -> 40, written to params.yaml", "train.lr 0.0001 -> 0.5, written to params.yaml"]
+    assert config.load(workspace / "params.yaml").train.steps == 40
+
+
+@pytest.mark.parametrize("verb", [["plan"], ["status"], ["config", "show"]])
+def test_what_only_looks_writes_nothing(workspace: Path, verb: list[str]) -> None:
+    before = (workspace / "params.yaml").read_bytes()
+    assert main([*verb, "-w", str(workspace), "train.steps=40"]) == 0
+    assert (workspace / "params.yaml").read_bytes() == before
+
+
+def test_a_plan_reckons_with_the_profile_that_is_named_not_with_what_lies_there(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "download", "-w", str(workspace)]) == 0
+    capsys.readouterr()
+    main(["plan", "-w", str(workspace), "-p", "paper-7b"])
+    assert "21,015,324 passages" in capsys.readouterr().out
+
+
+def test_init_says_what_a_profile_still_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "-w", str(tmp_path), "-p", "smollm"]) == 0
+    assert "data.folder is still needed" in capsys.readouterr().out
+
+
+def test_describe_lists_every_parameter_with_type_default_and_unit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "describe"]) == 0
-    assert "  train.steps = " in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  train.steps = 24 (int, >= 1): ") for line in lines)
+    assert any(line.startswith("  episode.wall_s = 120.0 (float, > 0, seconds): ") for line in lines)
+    assert any(line.startswith("  reward.terms[].weight (float): ") for line in lines)
 
 
 def test_stage_table_is_a_chain_without_cycles_over_known_sections(tmp_path: Path) -> None:
     seen: set[str] = set()
     for stage in STAGES.values():
         assert set(stage.parents) <= seen
-        assert set(stage.sections) <= set(config.Config.model_fields)
+        assert set(config.parameters(config.load_profile("laptop"), stage.sections)) == set(stage.sections)
         seen.add(stage.name)
     folders = [Workspace(tmp_path).folder(name) for name in STAGES]
     assert len(set(folders)) == len(folders)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from research_rl import config
-from research_rl.config import Config, Section
+from research_rl.config import Config, Section, document
 from research_rl.errors import ConfigError
 from research_rl.paths import CHECKOUT
+from research_rl.pipeline.stages import STAGES
 
 
 @pytest.mark.parametrize("name", config.profiles())
@@ -91,3 +93,82 @@ def test_a_warm_up_needs_a_prompt_it_can_write() -> None:
     with pytest.raises(ConfigError, match=r"policy\.warm_up=true .* set prompt\.template to base or file"):
         config.load_profile("laptop", ["policy.warm_up=true", "prompt.template=instruct"])
     assert config.load_profile("smollm-world").policy.warm_up
+
+
+def test_the_page_of_all_parameters_is_current() -> None:
+    """Written by `python -m research_rl.config.document > docs/configuration.md`."""
+    assert (CHECKOUT / "docs/configuration.md").read_text(encoding="utf-8") == document.page()
+
+
+def test_every_parameter_is_read_somewhere() -> None:
+    """A parameter that no code reads promises what nothing keeps."""
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for name in ("research_rl", "tasks") for path in sorted((CHECKOUT / name).rglob("*.py"))
+    )
+    code = code.replace((CHECKOUT / "research_rl/config/sections.py").read_text(encoding="utf-8"), "")
+    whole = ("data.generated.", "policy.warmup_world.", "validation.drift.", "watch.", "plan.", "judge.", "reward.judge.", "prompt.")
+    names = [item.name for item in document.parameters() if item.type and "[]" not in item.name and not item.name.startswith(whole)]
+    assert [name for name in names if not re.search(rf"\b{name.rpartition('.')[2]}\b", code)] == []
+
+
+def test_a_mapping_given_to_a_section_leaves_its_other_parameters_alone() -> None:
+    tree = config.load_profile("laptop", ["train={steps: 2}", "reward.strict={enabled: true}"])
+    assert (tree.train.steps, tree.train.lr, tree.reward.strict.enabled, tree.reward.strict.max_answer_words) == (2, 1e-4, True, 32)
+
+
+def test_a_free_mapping_is_replaced_as_a_whole() -> None:
+    tree = config.load_profile("laptop", ["train.extra={a.b: 1}", "train.extra={c.d: 2}"])
+    assert tree.train.extra == {"c.d": 2}
+
+
+def test_old_names_are_refused_with_the_new_ones(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("train: {prompts: 4, group: 2, nodes: 2}\nreward: {strict: {on: true}}\nindex: {metric: ip}\n")
+    with pytest.raises(ConfigError) as refusal:
+        config.load(path)
+    for line in (
+        "train.prompts is now train.prompts_per_step",
+        "train.group is now train.rollouts_per_prompt",
+        "train.nodes is now trainer.nodes",
+        "reward.strict.on is now reward.strict.enabled",
+        "index.metric is no longer a parameter",
+    ):
+        assert line in str(refusal.value)
+
+
+def test_a_changed_deadline_or_machine_makes_nothing_stale() -> None:
+    one, other = config.load_profile("laptop"), config.load_profile("laptop", ["trainer.step_deadline_s=9", "trainer.nodes=2"])
+    for stage in STAGES.values():
+        assert config.config_hash(one, stage.sections) == config.config_hash(other, stage.sections)
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"), [("serving.dtype=bfloat16", True), ("serving.engine=sglang", True), ("serving.port=1", False)]
+)
+def test_what_of_the_server_changes_greedy_text_belongs_to_evaluations(override: str, changed: bool) -> None:
+    one, other = config.load_profile("laptop"), config.load_profile("laptop", [override])
+    differ = {
+        name for name, stage in STAGES.items() if config.config_hash(one, stage.sections) != config.config_hash(other, stage.sections)
+    }
+    assert differ == ({"baseline", "evaluate"} if changed else set())
+
+
+def test_a_seed_of_its_own_moves_training_alone_and_an_empty_one_follows_the_top_level_seed() -> None:
+    one = config.load_profile("laptop")
+
+    def differing(*overrides: str) -> set[str]:
+        other = config.load_profile("laptop", list(overrides))
+        return {
+            name for name, stage in STAGES.items() if config.config_hash(one, stage.sections) != config.config_hash(other, stage.sections)
+        }
+
+    assert differing("train.seed=7") == {"train"}
+    assert differing("data.seed=7") == {"download", "prepare"}
+    assert differing("seed=7") == {"download", "prepare", "policy", "train"}
+    assert differing("seed=7", "data.seed=42", "train.seed=42") == {"policy"}
+
+
+@pytest.mark.parametrize("value", ["[a,b", "@x", "%x", "&a *a", "2026-13-45", "{a: b", "\x00"])
+def test_a_value_that_is_no_yaml_is_one_message_with_the_remedy(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.folder=.*is not YAML; for this text itself write data\.folder="):
+        config.load_profile("laptop", [f"data.folder={value}"])

@@ -29,7 +29,7 @@ def test_parameters_of_published_models(name: str, parameters: int) -> None:
 
 def test_a_published_shard_of_the_training_state() -> None:
     """ZeRO (arXiv 1910.02054, figure 1): 7.5 B parameters take 120 GB with mixed-precision Adam, 1.9 GB when sharded over 64."""
-    one, many = (load_profile("paper-7b", [f"train.nodes={nodes}", f"train.gpus_per_node={gpus}"]) for nodes, gpus in ((1, 1), (8, 8)))
+    one, many = (load_profile("paper-7b", [f"trainer.nodes={nodes}", f"trainer.gpus_per_node={gpus}"]) for nodes, gpus in ((1, 1), (8, 8)))
     scale = 7.5e9 / QWEN_7B.parameters
     assert memory(one, QWEN_7B).state * scale == pytest.approx(120e9)
     assert memory(many, QWEN_7B).state * scale == pytest.approx(1.9e9, rel=0.02)
@@ -38,7 +38,7 @@ def test_a_published_shard_of_the_training_state() -> None:
 def test_a_published_size_of_recomputed_activations() -> None:
     """arXiv 2205.05198, table 2: full recomputation keeps 2sbhL bytes; for GPT-3 (h 12288, L 96, s 2048, b 1) 4.8 GB."""
     shape = Shape(12_288, 96, 96, 96, 49_152, 51_200, tied=True, bias=False)
-    config = load_profile("paper-7b", ["train.max_tokens_per_gpu=2048"])
+    config = load_profile("paper-7b", ["trainer.max_tokens_per_gpu=2048"])
     inner = 2 * (6 * shape.hidden + 2 * shape.kv_width + 3 * shape.intermediate)
     assert memory(config, shape).activations - 2048 * 2 * inner == pytest.approx(2 * 2048 * 12_288 * 96)
 
@@ -59,16 +59,16 @@ def test_every_paper_profile_fits_its_machines(name: str, tmp_path: Path) -> Non
     ("overrides", "message"),
     [
         (
-            ["train.nodes=1", "train.gpus_per_node=1", "train.tensor_parallel=1"],
+            ["trainer.nodes=1", "trainer.gpus_per_node=1", "trainer.tensor_parallel=1"],
             r"32\.8 B parameters on 1 x 1 GPUs needs \d+ GiB.*limit is 74 GiB.*add GPUs",
         ),
-        (["train.nodes=1", "train.gpus_per_node=2"], r"train\.tensor_parallel=4 exceeds train\.gpus_per_node=2; lower it or add GPUs"),
+        (["trainer.nodes=1", "trainer.gpus_per_node=2"], r"train\.tensor_parallel=4 exceeds train\.gpus_per_node=2; lower it or add GPUs"),
         (
-            ["train.gpu_memory_utilization=0.15"],
+            ["trainer.gpu_memory_utilization=0.15"],
             r"engine's weights.*limit is 12 GiB: the engine's share .*=0\.15.*raise train\.tensor_parallel",
         ),
-        (["train.gpu_memory_utilization=0.9"], r"rollouts on 8 x 8 GPUs needs.*lower train\.gpu_memory_utilization"),
-        (["train.nodes=1", "train.offload=always", "plan.host_memory_gib=256"], r"host memory needs 610 GiB.*256; add machines"),
+        (["trainer.gpu_memory_utilization=0.9"], r"rollouts on 8 x 8 GPUs needs.*lower train\.gpu_memory_utilization"),
+        (["trainer.nodes=1", "trainer.offload=always", "plan.host_memory_gib=256"], r"host memory needs 610 GiB.*256; add machines"),
     ],
 )
 def test_what_cannot_fit_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_what_cannot_fit_is_refused(overrides: list[str], message: str, tmp_path
 
 def test_an_adapter_makes_room() -> None:
     """32 B weights alone take 131 GB in float32: an adapter fits four GPUs where full training does not fit eight."""
-    four = ["train.nodes=1", "train.gpus_per_node=4", "train.lora_rank=16", "train.gpu_memory_utilization=0.5"]
+    four = ["trainer.nodes=1", "trainer.gpus_per_node=4", "train.lora_rank=16", "trainer.gpu_memory_utilization=0.5"]
     assert require_fit(load_profile("paper-32b", four), QWEN_32B).state / GIB < 36
 
 

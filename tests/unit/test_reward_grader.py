@@ -36,7 +36,7 @@ def graded(reward: dict[str, Any], trajectory: Trajectory, case: Case = CASE, ju
 
 
 def term(kind: str, **more: Any) -> dict[str, Any]:
-    return {"rule": "composed", "terms": [{"kind": kind, "weight": 2.0, **more}], "strict": {"on": kind == "contains"}}
+    return {"rule": "composed", "terms": [{"kind": kind, "weight": 2.0, **more}], "strict": {"enabled": kind == "contains"}}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_published_rules_stay_as_published_and_fall_into_parts(rule: Any, answer
 
 @pytest.mark.parametrize("rule", ["paper", "repository"])
 def test_strict_pays_nothing_for_a_suspect_answer_and_reads_equal_looks_as_equal(rule: str) -> None:
-    strict = {"rule": rule, "strict": {"on": True}}
+    strict = {"rule": rule, "strict": {"enabled": True}}
     assert graded(strict, play("Paris or Rome")).score == 0.0
     assert graded(strict, play("Paris or Rome")).reason == "suspect: several candidates"
     assert graded(strict, play("\uff30\uff41\uff52\uff49\uff53")).score == 1.0
@@ -98,7 +98,7 @@ def test_strict_leaves_costs_in_force() -> None:
     reward = {
         "rule": "composed",
         "terms": [{"kind": "f1", "weight": 1}, {"kind": "length", "weight": -0.5, "target": 20}],
-        "strict": {"on": True},
+        "strict": {"enabled": True},
     }
     assert graded(reward, play("Paris or Rome")).parts == {"f1": 0.0, "length": -0.5}
 
@@ -225,4 +225,4 @@ def test_nobody_there_is_a_failure_like_another() -> None:
 
 
 def test_the_default_configuration_composes_nothing() -> None:
-    assert Config().reward.terms == () and not Config().reward.strict.on
+    assert Config().reward.terms == () and not Config().reward.strict.enabled

@@ -14,16 +14,17 @@ from research_rl.retriever import TOKEN
 from research_rl.training import overrides
 from research_rl.training.overrides import Paths
 from research_rl.training.train import work_key
+from tests.training import sections
 
 PATHS = Paths(Path("/m"), Path("/d/train.parquet"), Path("/d/dev.parquet"), Path("/w"), Path("/r"))
 
 
-def config(**train: Any) -> Config:
-    return Config.model_validate({"train": train})
+def config(**values: Any) -> Config:
+    return Config.model_validate(sections(**values))
 
 
 def test_values_reach_verl_under_its_names() -> None:
-    found = overrides.resolved(config(prompts=12, group=5, lr=2e-5, clip_ratio=0.3, temperature=0.7), PATHS)
+    found = overrides.resolved(config(prompts_per_step=12, rollouts_per_prompt=5, lr=2e-5, clip_ratio=0.3, temperature=0.7), PATHS)
     assert found["data.train_batch_size"] == found["actor_rollout_ref.actor.ppo_mini_batch_size"] == 12
     assert found["actor_rollout_ref.rollout.n"] == 5
     assert found["actor_rollout_ref.actor.optim.lr"] == 2e-5

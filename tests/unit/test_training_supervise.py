@@ -23,6 +23,7 @@ from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.run import Run, TrainHooks
 from research_rl.training.run.supervise import supervise
 from research_rl.training.run.watch import Finding
+from tests.training import sections
 
 TRAINER = r"""
 import json, os, pickle, re, subprocess, sys, time, zipfile, struct
@@ -125,7 +126,7 @@ class Listener(TrainHooks):
         self.checkpoints.append(step)
 
 
-def make_run(folder: Path, plan: list[dict[str, Any]], **train: Any) -> Run:
+def make_run(folder: Path, plan: list[dict[str, Any]], **values: Any) -> Run:
     work = folder / "work"
     work.mkdir(parents=True)
     (work / "plan.json").write_text(json.dumps(plan))
@@ -134,8 +135,9 @@ def make_run(folder: Path, plan: list[dict[str, Any]], **train: Any) -> Run:
     interpreter = folder / "python"
     interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} {trainer} "$@"\n')
     interpreter.chmod(0o755)
-    limits = {"steps": 4, "prompts": 2, "group": 2, "start_deadline_s": 20.0, "step_deadline_s": 1.5, "max_attempts": 3}
-    config = Config.model_validate({"train": {**limits, **train}, "environments": {"policy": str(interpreter)}})
+    sizes = {"steps": 4, "prompts_per_step": 2, "rollouts_per_prompt": 2}
+    limits = {"start_deadline_s": 20.0, "step_deadline_s": 1.5, "max_attempts": 3}
+    config = Config.model_validate({**sections(**{**sizes, **limits, **values}), "environments": {"policy": str(interpreter)}})
     paths = Paths(folder, folder / "train.parquet", folder / "dev.parquet", work, folder / "ray")
     return Run(config, paths, folder / "services", "http://127.0.0.1:9")
 
@@ -163,7 +165,7 @@ def test_every_step_is_told_once_and_kept(tmp_path: Path) -> None:
     assert rows[2]["metrics"]["loss"] == 0.3 and rows[2]["metrics"]["episode/reward"] == 0.5
     assert "bad" not in rows[2]["metrics"]
     assert len(gzip.decompress((run.rollouts / "000003.jsonl.gz").read_bytes()).splitlines()) == 4
-    assert len(list(run.paths.checkpoints.glob("global_step_*"))) == run.config.train.keep_checkpoints
+    assert len(list(run.paths.checkpoints.glob("global_step_*"))) == run.config.trainer.keep_checkpoints
 
 
 def test_a_silent_trainer_is_ended_with_all_it_started_and_resumed(tmp_path: Path) -> None:
@@ -287,8 +289,9 @@ def test_a_breach_that_passes_leaves_nothing_kept(tmp_path: Path) -> None:
     assert listener.findings == [("nan", 2, False)] and not (run.paths.work / "good").exists()
 
 
-def altered(run: Run, **train: Any) -> Run:
-    return Run(run.config.model_copy(update={"train": run.config.train.model_copy(update=train)}), run.paths, run.services, "u")
+def altered(run: Run, **values: Any) -> Run:
+    parts = {name: getattr(run.config, name).model_copy(update=part) for name, part in sections(**values).items()}
+    return Run(run.config.model_copy(update=parts), run.paths, run.services, "u")
 
 
 def test_a_failing_listener_stops_the_trainer(tmp_path: Path) -> None:

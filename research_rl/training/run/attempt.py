@@ -141,7 +141,7 @@ class Attempt:
         if self.announced < step <= self.state.log.last and checkpoints.fault(path) is None:
             self.announced = step
             checkpoints.seal(path)
-            checkpoints.prune(folder, self.state.run.config.train.keep_checkpoints)
+            checkpoints.prune(folder, self.state.run.config.trainer.keep_checkpoints)
             if self.state.uploader:
                 self.state.uploader.offer(Checkpoint(step, path))
             self.state.hooks.on_checkpoint(step, path)
@@ -150,10 +150,15 @@ class Attempt:
         return self.announced >= self.state.run.config.train.steps and self.state.log.last >= self.state.run.config.train.steps
 
     def _silent(self) -> str | None:
-        train = self.state.run.config.train
-        name, limit = ("train.step_deadline_s", train.step_deadline_s) if self.steps else ("train.start_deadline_s", train.start_deadline_s)
+        trainer = self.state.run.config.trainer
+        name = "step_deadline_s" if self.steps else "start_deadline_s"
+        limit: float = getattr(trainer, name)
         silence = time.monotonic() - self.last - self._paused()
-        return f"made no step for {silence:.0f} s ({name}={limit:g}; raise it if steps really take longer)" if silence > limit else None
+        return (
+            f"made no step for {silence:.0f} s (trainer.{name}={limit:g}; raise it if steps really take longer)"
+            if silence > limit
+            else None
+        )
 
 
 def _tracked(path: Path) -> int:

@@ -88,7 +88,7 @@ class Records:
         _write_rollouts(self.run.rollouts / f"{step:06d}.jsonl.gz", rows)
         validated = self.validated(step)
         episodes.discard(self.run.paths.episodes, step)
-        losses = episodes.losses(rows, self.run.config.train.prompts, self.run.config.train.group)
+        losses = episodes.losses(rows, self.run.config.train.prompts_per_step, self.run.config.train.rollouts_per_prompt)
         self.log.put(step, {**metrics, **episodes.summarise(rows), **losses, **validated})
         findings = watch.verdicts(self.run.config.watch, self.log.rows, step)
         self.log.put(step, {**self.log.rows[step], **watch.levels(self.run.config.watch, findings)})
@@ -145,7 +145,7 @@ class Records:
 
     def _require_whole(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         train = self.run.config.train
-        expected = train.prompts * train.group
+        expected = train.prompts_per_step * train.rollouts_per_prompt
         missing, self.padding = expected - len(rows) - self.padding, 0
         if missing > 0:
             self._lose(missing, expected, f"step {step} left no record of them; the agent loop raised, see the log")

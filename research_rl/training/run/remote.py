@@ -45,7 +45,7 @@ class Store:
         scheme, _, rest = address.partition("://")
         bucket, _, prefix = rest.partition("/")
         if scheme != "s3" or not bucket:
-            raise ConfigError(f"train.upload={address!r} is not of the form s3://bucket/prefix; correct it or leave it empty")
+            raise ConfigError(f"trainer.upload={address!r} is not of the form s3://bucket/prefix; correct it or leave it empty")
         return cls(bucket, "/".join(filter(None, (prefix.strip("/"), run))))
 
     def key(self, folder: str, name: str) -> str:

@@ -36,7 +36,7 @@ def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> Outcome:
     state.replay()
     with _uploading(run, progress) as state.uploader:
         checkpoint = _train(state)
-    checkpoints.prune(run.paths.checkpoints, run.config.train.keep_checkpoints)
+    checkpoints.prune(run.paths.checkpoints, run.config.trainer.keep_checkpoints)
     return Outcome(checkpoint, state.attempts(), state.lost)
 
 
@@ -45,7 +45,7 @@ def _train(state: Records) -> Checkpoint:
     run = state.run
     failures: list[Failure] = []
     while (checkpoint := state.rewind()) is None or checkpoint.step < run.config.train.steps:
-        if len(failures) >= run.config.train.max_attempts or [f.progressed for f in failures[-2:]] == [False, False]:
+        if len(failures) >= run.config.trainer.max_attempts or [f.progressed for f in failures[-2:]] == [False, False]:
             raise TrainingError(_explain(run, failures))
         failure = Attempt(state, checkpoint).run()
         failures += [failure] if failure else []
@@ -65,13 +65,13 @@ def _uploading(run: Run, progress: Progress) -> Generator[Uploader | None]:
     if run.store is None:
         yield None
         return
-    uploader = Uploader(run.store, run.paths.work, run.config.train.keep_checkpoints, _to(progress))
+    uploader = Uploader(run.store, run.paths.work, run.config.trainer.keep_checkpoints, _to(progress))
     finished = False
     try:
         yield uploader
         finished = True
     finally:
-        if not uploader.close(run.config.train.upload_wait_s if finished else 0.0):
+        if not uploader.close(run.config.trainer.upload_wait_s if finished else 0.0):
             progress("checkpoints are left to be copied to S3; the next run of this stage goes on with them", 1.0)
 
 
@@ -85,7 +85,8 @@ def _explain(run: Run, failures: Sequence[Failure]) -> str:
     log = run.logs / f"attempt_{last.attempt}.log"
     first = _ERROR.search(log.read_text(errors="replace"))
     return (
-        f"the trainer did not finish: {history} (train.max_attempts={run.config.train.max_attempts}, two in a row without a step end it). "
+        f"the trainer did not finish: {history} "
+        f"(trainer.max_attempts={run.config.trainer.max_attempts}, two in a row without a step end it). "
         f"{f'The first error was {first[1]!r}. ' if first else ''}The log {log} ends with:\n{last.tail}"
     )
 

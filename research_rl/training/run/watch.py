@@ -100,7 +100,7 @@ def collapse(finding: Finding, kept: Checkpoint | None) -> CollapseError:
     """Return the error that ends a run: rule, value, limit, step, last good checkpoint and remedy."""
     advice = f"{finding.remedy}. If this is no collapse: watch.{finding.rule}.action=warn, and the run goes on where it stands"
     if kept is None:
-        rescue = "no checkpoint from before stands (lower train.save_every to have one)"
+        rescue = "no checkpoint from before stands (lower trainer.save_every to have one)"
     else:
         rescue = f"the last good checkpoint is of step {kept.step} ({kept.path}); train.steps={kept.step} publishes it"
     return CollapseError(f"step {finding.step}: {finding.text}, since step {finding.since}; {rescue}. To train on: {advice}")

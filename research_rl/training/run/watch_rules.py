@@ -156,7 +156,7 @@ RULES: dict[str, Rule] = {
         _level("episode/flat_groups"),
         "above",
         "share of groups whose rollouts all earn the same without being right",
-        f"raise train.group or train.temperature, mix in easier questions, {_PAY}",
+        f"raise train.rollouts_per_prompt or train.temperature, mix in easier questions, {_PAY}",
     ),
     "entropy_low": Rule(
         _of_start(_ENTROPY),
@@ -240,6 +240,6 @@ RULES: dict[str, Rule] = {
         _level("episode/suspect"),
         "above",
         "share of answers that look made for the grader",
-        "set reward.strict.on=true, so that they earn nothing",
+        "set reward.strict.enabled=true, so that they earn nothing",
     ),
 }
