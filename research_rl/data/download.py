@@ -60,7 +60,7 @@ def run(context: Context) -> None:
 
 def _publish(context: Context) -> AbstractContextManager[Staging]:
     """Open the publication without what a build took: data/ is versioned byte for byte."""
-    return manifest.publish(context.workspace.folder("download"), "download", context.config_hash, {})
+    return manifest.publish(context.workspace.folder("download"), "download", context.config_hash, {}, context.parameters)
 
 
 def _generated(context: Context, staging: Staging) -> None:

@@ -43,7 +43,7 @@ def run(context: Context) -> None:
     work = Work(context)
     facts: dict[str, Any] = {"kind": config.kind}
     if config.kind != "bm25":
-        facts |= {"factory": config.factory, "metric": config.metric, "exact": config.factory in ("Flat", EXACT)}
+        facts |= {"factory": config.factory, "exact": config.factory in ("Flat", EXACT)}
         facts |= _vectors(context, work, vectors, ranges)
     if config.kind != "dense":
         from research_rl.index import bm25

@@ -76,8 +76,6 @@ class Staging:
     path: Path
     counts: dict[str, int] = field(default_factory=dict[str, int])
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
-    parameters: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The values behind the hash of the configuration, so that a change can be named."""
     measured: dict[str, Any] = field(default_factory=dict[str, Any])
     """What building it took; no part of the artifact."""
 
@@ -92,8 +90,12 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def publish(target: Path, stage: str, config_hash: str, parents: Mapping[str, Manifest]) -> Generator[Staging]:
+def publish(
+    target: Path, stage: str, config_hash: str, parents: Mapping[str, Manifest], parameters: Mapping[str, Any] | None = None
+) -> Generator[Staging]:
     """Fill a temporary folder beside `target`, then make it `target` in one rename.
+
+    `parameters` are the values behind `config_hash`: with them a later change can be named.
 
     An exception inside the block removes the temporary folder and leaves an older `target` as it was.
     """
@@ -103,7 +105,7 @@ def publish(target: Path, stage: str, config_hash: str, parents: Mapping[str, Ma
     staging.path.mkdir()
     try:
         yield staging
-        _seal(staging, stage, config_hash, {name: parent.hash for name, parent in sorted(parents.items())})
+        _seal(staging, stage, config_hash, {name: parent.hash for name, parent in sorted(parents.items())}, dict(parameters or {}))
         _swap(staging.path, target)
     except BaseException:
         shutil.rmtree(staging.path, ignore_errors=True)
@@ -145,7 +147,7 @@ def sweep(target: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str]) -> None:
+def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str], parameters: dict[str, Any]) -> None:
     paths = sorted(path for path in staging.path.rglob("*") if path.is_file())
     files: list[FileEntry] = []
     for path in paths:
@@ -155,7 +157,7 @@ def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str
     manifest = Manifest(
         stage=stage,
         config_hash=config_hash,
-        parameters=staging.parameters,
+        parameters=parameters,
         parents=parents,
         code_version=__version__,
         counts=dict(sorted(staging.counts.items())),

@@ -85,6 +85,11 @@ class Context:
         """Hash of the parameters that decide this stage's artifact."""
         return config_hash(self.config, self.stage.sections)
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The values behind that hash."""
+        return parameters(self.config, self.stage.sections)
+
     def parent(self, name: str) -> Path:
         """Return the folder of a parent artifact."""
         if name not in self.parents:
@@ -95,8 +100,7 @@ class Context:
     def publish(self) -> Generator[Staging]:
         """Open the publication of this stage's artifact, see `manifest.publish`; what it took is kept beside it, see `measured`."""
         folder = self.workspace.folder(self.stage.name)
-        with manifest.publish(folder, self.stage.name, self.config_hash, self.parents) as staging:
-            staging.parameters |= parameters(self.config, self.stage.sections)
+        with manifest.publish(folder, self.stage.name, self.config_hash, self.parents, self.parameters) as staging:
             yield staging
         note = {"manifest": manifest.load(folder, verify=False).hash, **self.meter.read(), **staging.measured}
         path = _measured(self.workspace, self.stage.name)

@@ -97,7 +97,7 @@ def test_an_unreachable_server_costs_messages_and_the_next_run_sends_the_rest(
 
 
 def test_an_address_of_another_form_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.upload='bucket/x' is not of the form s3://"):
+    with pytest.raises(ConfigError, match=r"trainer\.upload='bucket/x' is not of the form s3://"):
         Store.parse("bucket/x", "run")
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import yaml
 
-from research_rl.config import Config
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import STAGES
 from tasks.versioning import dvc_file
@@ -23,7 +22,7 @@ def test_every_stage_but_the_snapshot_stands_with_its_parents_and_parameters() -
         stage = STAGES[name]
         assert found.get("deps", []) == [STAGES[parent].folder for parent in stage.parents]
         assert found["outs"] == ([{stage.folder: {"persist": True}}] if name == "validate" else [stage.folder])
-        assert set(found.get("params", [])) == set(stage.sections) <= set(Config.model_fields)
+        assert set(found.get("params", [])) == set(stage.keys)
         assert found["cmd"].endswith(f"research_rl run {name}")
 
 

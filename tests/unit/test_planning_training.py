@@ -62,12 +62,15 @@ def test_every_paper_profile_fits_its_machines(name: str, tmp_path: Path) -> Non
             ["trainer.nodes=1", "trainer.gpus_per_node=1", "trainer.tensor_parallel=1"],
             r"32\.8 B parameters on 1 x 1 GPUs needs \d+ GiB.*limit is 74 GiB.*add GPUs",
         ),
-        (["trainer.nodes=1", "trainer.gpus_per_node=2"], r"train\.tensor_parallel=4 exceeds train\.gpus_per_node=2; lower it or add GPUs"),
+        (
+            ["trainer.nodes=1", "trainer.gpus_per_node=2"],
+            r"trainer\.tensor_parallel=4 exceeds trainer\.gpus_per_node=2; lower it or add GPUs",
+        ),
         (
             ["trainer.gpu_memory_utilization=0.15"],
-            r"engine's weights.*limit is 12 GiB: the engine's share .*=0\.15.*raise train\.tensor_parallel",
+            r"engine's weights.*limit is 12 GiB: the engine's share .*=0\.15.*raise trainer\.tensor_parallel",
         ),
-        (["trainer.gpu_memory_utilization=0.9"], r"rollouts on 8 x 8 GPUs needs.*lower train\.gpu_memory_utilization"),
+        (["trainer.gpu_memory_utilization=0.9"], r"rollouts on 8 x 8 GPUs needs.*lower trainer\.gpu_memory_utilization"),
         (["trainer.nodes=1", "trainer.offload=always", "plan.host_memory_gib=256"], r"host memory needs 610 GiB.*256; add machines"),
     ],
 )
