@@ -21,8 +21,8 @@ from research_rl.data import flashrag, transfer
 from research_rl.data.catalogue import expand
 from research_rl.data.compressed import SUFFIXES, open_plain
 from research_rl.data.flashrag import Question
+from research_rl.data.pieces import Fetched, Located
 from research_rl.data.sources import ChangedError, Sources
-from research_rl.data.transfer import Fetched, Located
 from research_rl.errors import ConfigError, DataError
 from research_rl.manifest import Staging
 from research_rl.stages import Context
