@@ -33,6 +33,11 @@ class Located:
     remote: Remote
     sha256: str | None
 
+    @property
+    def digest(self) -> str:
+        """The same for every spelling of one file: bare, or as a whole address of the same place."""
+        return hashlib.sha256(f"{self.source.key.rstrip('/')}/{self.remote.name}".encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Fetched:
@@ -48,12 +53,11 @@ class PartialFile:
 
     def __init__(self, item: Located, folder: Path, piece_bytes: int) -> None:
         self.item, self.remote = item, item.remote
-        digest = hashlib.sha256(f"{item.source.key}\n{item.remote.name}".encode()).hexdigest()[:16]
-        self.path = item.remote.path or folder / f"{digest}-{Path(item.remote.name.partition('?')[0]).name}"
+        self._digest = item.digest
+        self.path = item.remote.path or folder / f"{self._digest}-{Path(item.remote.name.partition('?')[0]).name}"
         self._parts = folder / ".parts"
-        self._digest = digest
-        self._record = self._parts / f"{digest}.json"
-        self._joined = self._parts / f"{digest}.joined"
+        self._record = self._parts / f"{self._digest}.json"
+        self._joined = self._parts / f"{self._digest}.joined"
         self.sha256 = ""
         self.fetches = 0
         self.ranges = self.remote.ranges and bool(self.remote.version or self.remote.checksum or item.sha256)
@@ -80,9 +84,9 @@ class PartialFile:
             bounds = [(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
         joined = self._joined.stat().st_size if self._joined.exists() else 0
         self.pieces = [Piece(self, n, start, stop, self._part(n)) for n, (start, stop) in enumerate(bounds)]
-        wanted = [piece for piece in self.pieces if not piece.complete(joined)]
-        self.left = len(wanted)
-        return wanted
+        incomplete = [piece for piece in self.pieces if not piece.complete(joined)]
+        self.left = len(incomplete)
+        return incomplete
 
     def standing(self) -> bool:
         """Return whether the file stands, its content as recorded; one that was altered is removed."""
@@ -144,20 +148,20 @@ class PartialFile:
             while block := stream.read(_CHUNK):
                 for digest in digests.values():
                     digest.update(block)
-        found = {"size": str(size), **{name: digest.hexdigest() for name, digest in digests.items()}}
-        self.sha256 = found["sha256"]
-        return found
+        measured = {"size": str(size), **{name: digest.hexdigest() for name, digest in digests.items()}}
+        self.sha256 = measured["sha256"]
+        return measured
 
-    def _problem(self, found: Mapping[str, str]) -> str:
+    def _problem(self, measured: Mapping[str, str]) -> str:
         size = self.remote.size
-        if size is not None and found["size"] != str(size):
-            return f"has {found['size']} bytes, its source says {size}"
+        if size is not None and measured["size"] != str(size):
+            return f"has {measured['size']} bytes, its source says {size}"
         for origin, (algorithm, value) in (
             ("its source says", self.remote.checksum or ("", "")),
             ("data.sha256 says", ("sha256", self.item.sha256 or "")),
         ):
-            if value and found[algorithm] != value:
-                return f"has {algorithm} {found[algorithm]}, {origin} {value}"
+            if value and measured[algorithm] != value:
+                return f"has {algorithm} {measured[algorithm]}, {origin} {value}"
         return ""
 
     def _same_version(self) -> bool:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import fcntl
 import re
 import shutil
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from research_rl.config import TransferConfig
 from research_rl.data.pieces import Fetched, Located, PartialFile
-from research_rl.data.sources import Remote, Sources, TransientError
-from research_rl.data.workers import Tell, Transfer, pause
+from research_rl.data.sources import Remote, Source, Sources, TransientError
+from research_rl.data.workers import Tell, Transfer, retrying
 from research_rl.errors import ConfigError, DataError
 
 __all__ = ["check_room", "fetch", "locate", "locked"]
@@ -26,18 +26,18 @@ __all__ = ["check_room", "fetch", "locate", "locked"]
 
 def locate(names: Sequence[str], sources: Sources, sha256: Mapping[str, str], limits: TransferConfig, tell: Tell) -> list[Located]:
     """Ask the sources what every name stands for. Raises DataError for a missing file or a checksum that cannot fit."""
-    found: list[Located] = []
+    located: list[Located] = []
     for number, name in enumerate(names):
         tell(f"locating {name}", 0.02 * number / len(names))
         source, inner = sources.of(name)
-        remote = _patiently(lambda source=source, inner=inner: source.locate(inner), limits)
-        found.append(Located(name, source, remote, _expected(name, sha256.get(name), remote)))
-    return found
+        remote = _locate(source, inner, limits)
+        located.append(Located(name, source, remote, _expected(name, sha256.get(name), remote)))
+    return located
 
 
 def check_room(files: Sequence[Located], folder: Path, target: Path, output: int) -> None:
     """Raise DataError unless the disks hold what is still to fetch into `folder` and `output` bytes in `target`."""
-    missing = sum(PartialFile(item, folder, 1).missing() for item in files if item.remote.path is None)
+    missing = sum(PartialFile(item, folder, 1).missing() for item in _distinct(files) if item.remote.path is None)
     for place, need in _per_disk({folder: missing, target: output}).items():
         free = shutil.disk_usage(place).free
         if need > free:
@@ -62,36 +62,45 @@ def locked(folder: Path) -> Generator[None]:
 def fetch(files: Sequence[Located], folder: Path, limits: TransferConfig, tell: Tell) -> dict[str, Fetched]:
     """Bring the files into `folder` and return them by name; files of a local folder stay where they are.
 
-    Raises DataError naming file and reason when tries are used up; what was fetched stays for the next call.
+    A file that goes by several names is fetched once. Raises DataError naming file and reason when tries are used up; what was
+    fetched stays for the next call. Any other error of a thread is raised as it is.
     """
-    smallest_first = sorted(files, key=lambda item: item.remote.size or 0)
-    jobs = [PartialFile(item, folder, limits.piece_mb * 1_000_000) for item in smallest_first]
-    Transfer(jobs, limits, tell).run()
-    found = {job.item.name: Fetched(job.path, job.sha256, _facts(job)) for job in jobs}
-    return {item.name: found[item.name] for item in files}
+    smallest_first = sorted(_distinct(files), key=lambda item: item.remote.size or 0)
+    jobs = {item.digest: PartialFile(item, folder, limits.piece_mb * 1_000_000) for item in smallest_first}
+    Transfer(list(jobs.values()), limits, tell).run()
+    return {item.name: Fetched(jobs[item.digest].path, jobs[item.digest].sha256, _facts(jobs[item.digest])) for item in files}
 
 
-def _patiently(call: Callable[[], Remote], limits: TransferConfig) -> Remote:
-    for fails in range(1, limits.attempts):
-        try:
-            return call()
-        except TransientError as error:
-            time.sleep(pause(fails, error.wait_s))
+def _distinct(files: Sequence[Located]) -> list[Located]:
+    """Return each file of a source once, with the sha256 that any of its names expects. Raises ConfigError when two are expected."""
+    by_digest: dict[str, Located] = {}
+    for item in files:
+        first = by_digest.setdefault(item.digest, item)
+        if first.sha256 and item.sha256 and first.sha256 != item.sha256:
+            raise ConfigError(
+                f"data.sha256 expects {first.sha256} of {first.name} and {item.sha256} of {item.name}, which are one file; correct one"
+            )
+        if item.sha256:
+            by_digest[item.digest] = replace(first, sha256=item.sha256)
+    return list(by_digest.values())
+
+
+def _locate(source: Source, name: str, limits: TransferConfig) -> Remote:
     try:
-        return call()
+        return retrying(limits.attempts)(source.locate, name)
     except TransientError as error:
         raise DataError(f"{error}; gave up after {limits.attempts} tries; check the address and the network") from error
 
 
-def _expected(name: str, wanted: str | None, remote: Remote) -> str | None:
-    if wanted is None:
+def _expected(name: str, sha256: str | None, remote: Remote) -> str | None:
+    if sha256 is None:
         return None
-    wanted = wanted.lower()
-    if not re.fullmatch("[0-9a-f]{64}", wanted):
-        raise ConfigError(f"data.sha256: {wanted!r} for {name} is no sha256; write its 64 hexadecimal digits")
-    if remote.checksum and remote.checksum[0] == "sha256" and remote.checksum[1] != wanted:
-        raise DataError(f"{remote.address} has sha256 {remote.checksum[1]}, data.sha256 says {wanted} for {name}; correct one of them")
-    return wanted
+    sha256 = sha256.lower()
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ConfigError(f"data.sha256: {sha256!r} for {name} is no sha256; write its 64 hexadecimal digits")
+    if remote.checksum and remote.checksum[0] == "sha256" and remote.checksum[1] != sha256:
+        raise DataError(f"{remote.address} has sha256 {remote.checksum[1]}, data.sha256 says {sha256} for {name}; correct one of them")
+    return sha256
 
 
 def _facts(file: PartialFile) -> dict[str, Any]:

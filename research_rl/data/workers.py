@@ -1,40 +1,57 @@
-"""Threads that fetch the pieces of files side by side, try again after failures and report. Knows pieces; `transfer` is its caller."""
+"""Threads that fetch the pieces of files side by side, try again after failures and report. Knows pieces; `transfer` is its caller.
+
+Invariant: every wait and every number of tries is bounded, and an error of any kind in a thread ends the transfer.
+"""
 
 from __future__ import annotations
 
 import errno
-import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, wait_random_exponential
+from tenacity.stop import stop_when_event_set
 
 from research_rl.config import TransferConfig
 from research_rl.data.pieces import PartialFile, Piece
 from research_rl.data.sources import TransientError
 from research_rl.errors import DataError
 
-__all__ = ["Tell", "Transfer", "pause"]
+__all__ = ["Tell", "Transfer", "pause", "retrying"]
 
 Tell = Callable[[str, float], None]
+Step = Callable[[], "list[Step]"]
+"""One piece of work for a thread; it returns the steps that it makes possible."""
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 30.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _POLL_S = 0.1
 _NOTICE_S = 15.0
 _LEAVE_S = 2.0
+_DOUBLING = wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S)
+
+
+def retrying(attempts: int) -> Retrying:
+    """Return the policy of every request: up to `attempts` tries while the failure is a TransientError, the last of which is raised."""
+    return Retrying(retry=retry_if_exception_type(TransientError), stop=stop_after_attempt(attempts), wait=pause, reraise=True)
+
+
+def pause(state: RetryCallState) -> float:
+    """Return the seconds before the next try: drawn at random below a limit that doubles, at least what the server asked for."""
+    error = state.outcome.exception() if state.outcome else None
+    return max(_DOUBLING(state), error.wait_s if isinstance(error, TransientError) else 0.0)
 
 
 class Transfer:
-    """Worker threads over pieces; the calling thread watches, reports and can be interrupted at any time."""
+    """A pool of threads over pieces; the calling thread watches, reports and can be interrupted at any time."""
 
     def __init__(self, files: Sequence[PartialFile], limits: TransferConfig, tell: Tell) -> None:
         self._files, self._limits, self._tell = files, limits, tell
-        self._todo: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._errors: list[Exception] = []
         self._notice = ("", 0.0)
-        self._open = len(files)
+        self._done = 0
         remote = [file for file in files if file.remote.path is None]
         self._total = sum(file.remote.size or 0 for file in remote)
         self._missing = sum(file.missing() for file in remote)
@@ -42,88 +59,80 @@ class Transfer:
         self._started = time.monotonic()
 
     def run(self) -> None:
-        """Fetch everything or raise the first error."""
-        self._todo.extend([lambda file=file: self._begin(file) for file in self._files])
-        workers = [threading.Thread(target=self._work, name=f"transfer-{n}", daemon=True) for n in range(self._limits.parallel)]
-        for worker in workers:
-            worker.start()
+        """Fetch everything or raise the first error, of whatever kind; what a full or read-only disk refuses is a DataError."""
+        pool = ThreadPoolExecutor(self._limits.parallel, "transfer")
+        running = {pool.submit(self._step, lambda file=file: self._begin(file)) for file in self._files}
         try:
-            while any(worker.is_alive() for worker in workers):
-                workers[-1].join(_POLL_S)
+            while running:
+                finished, running = wait(running, _POLL_S, FIRST_COMPLETED)
+                running |= {pool.submit(self._step, step) for future in finished for step in future.result()}
                 self._report()
+        except OSError as error:
+            raise _explained(error) from error
         finally:
+            self._leave(pool, running)
+
+    def _leave(self, pool: ThreadPoolExecutor, running: set[Future[list[Step]]]) -> None:
+        """End the threads; one that waits for a silent server is not waited for, its connection's timeout ends it."""
+        self._stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(running, _LEAVE_S)
+
+    def _step(self, step: Step) -> list[Step]:
+        """Do one step; when it fails, the other threads stop at once and not only when the calling thread has seen the error."""
+        if self._stop.is_set():
+            return []
+        try:
+            return step()
+        except BaseException:
             self._stop.set()
-            deadline = time.monotonic() + _LEAVE_S
-            for worker in workers:
-                worker.join(max(0.0, deadline - time.monotonic()))
-        if self._errors:
-            raise self._errors[0]
-        if self._open:
-            raise RuntimeError(f"{self._open} files are unfinished though no transfer failed")
+            raise
 
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            with self._lock:
-                step = self._todo.popleft() if self._todo else None
-                if step is None and not self._open:
-                    return
-            if step is None:
-                self._stop.wait(_POLL_S)
-                continue
-            try:
-                step()
-            except (DataError, OSError) as error:
-                self._errors.append(_told(error))
-                self._stop.set()
-
-    def _begin(self, file: PartialFile) -> None:
+    def _begin(self, file: PartialFile) -> list[Step]:
         if file.remote.path is not None:
             if problem := file.used_in_place():
                 raise DataError(f"{file.path} {problem}; correct the file or data.sha256")
-            self._close()
-        elif file.standing():
-            self._close()
-        else:
-            pieces = file.begin()
-            if not pieces:
-                self._finish(file)
-            with self._lock:
-                self._todo.extend([lambda piece=piece: self._piece(piece) for piece in pieces])
+            return self._complete()
+        if file.standing():
+            return self._complete()
+        pieces = file.begin()
+        return [lambda piece=piece: self._piece(piece) for piece in pieces] if pieces else self._finish(file)
 
-    def _close(self) -> None:
+    def _complete(self) -> list[Step]:
         with self._lock:
-            self._open -= 1
+            self._done += 1
+        return []
 
-    def _piece(self, piece: Piece) -> None:
+    def _piece(self, piece: Piece) -> list[Step]:
         """Fetch what is missing of a piece; the last one of a file finishes it."""
         self._fill(piece)
         if self._stop.is_set():
-            return
+            return []
         with self._lock:
             piece.file.left -= 1
             last = not piece.file.left
-        if last:
-            self._finish(piece.file)
+        return self._finish(piece.file) if last else []
 
     def _fill(self, piece: Piece) -> None:
-        fails = 0
-        while not self._stop.is_set():
-            before = piece.held()
-            try:
-                self._receive(piece)
+        policy = retrying(self._limits.attempts).copy(
+            stop=stop_after_attempt(self._limits.attempts) | stop_when_event_set(self._stop),
+            sleep=sleep_using_event(self._stop),
+            after=_forgiving(piece),
+            before_sleep=lambda state: self._say_retry(piece, state),
+        )
+        try:
+            policy(self._receive, piece)
+        except TransientError as error:
+            if self._stop.is_set():  # another thread's error is the one to tell
                 return
-            except TransientError as error:
-                fails = 1 if piece.file.ranges and piece.held() > before else fails + 1
-                if fails >= self._limits.attempts:
-                    raise DataError(
-                        f"{error}; gave up after {fails} tries without progress; check the network and rerun to go on"
-                    ) from error
-                self._wait(piece, error, fails)
+            raise DataError(
+                f"{error}; gave up after {self._limits.attempts} tries without progress; check the network and rerun to go on"
+            ) from error
 
-    def _wait(self, piece: Piece, error: TransientError, fails: int) -> None:
-        seconds = pause(fails, error.wait_s)
-        self._say(f"{piece.file.item.name}: {error}; try {fails + 1} of {self._limits.attempts} in {seconds:.1f} s")
-        self._stop.wait(seconds)
+    def _say_retry(self, piece: Piece, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        tries = f"try {state.attempt_number + 1} of {self._limits.attempts} in {state.upcoming_sleep:.1f} s"
+        self._say(f"{piece.file.item.name}: {error}; {tries}")
 
     def _receive(self, piece: Piece) -> None:
         """Append bytes until the piece is whole; a transfer that cannot be continued begins anew."""
@@ -148,11 +157,10 @@ class Transfer:
         if piece.stop is not None and piece.start + held < piece.stop:
             raise TransientError(f"{remote.address} ended after {piece.start + held:,} of {piece.stop:,} bytes")
 
-    def _finish(self, file: PartialFile) -> None:
+    def _finish(self, file: PartialFile) -> list[Step]:
         problem = file.finish()
         if not problem:
-            self._close()
-            return
+            return self._complete()
         file.fetches += 1
         if file.fetches >= self._limits.attempts:
             remedy = "correct data.sha256 or the file at its source"
@@ -160,7 +168,7 @@ class Transfer:
         self._say(f"{file.item.name} {problem}; fetching it again ({file.fetches + 1} of {self._limits.attempts})")
         with self._lock:
             self._missing += file.remote.size or 0
-            self._todo.append(lambda: self._begin(file))
+        return [lambda: self._begin(file)]
 
     def _say(self, text: str) -> None:
         self._notice = (text, time.monotonic())
@@ -168,8 +176,7 @@ class Transfer:
     def _report(self) -> None:
         total, missing = self._total, max(0, self._missing - self._received)
         rate = self._received / max(time.monotonic() - self._started, 1e-9)
-        done = len(self._files) - self._open
-        text = f"{done} of {len(self._files)} files, {_bytes(total - missing)} of {_bytes(total)}, {_bytes(rate)}/s"
+        text = f"{self._done} of {len(self._files)} files, {_bytes(total - missing)} of {_bytes(total)}, {_bytes(rate)}/s"
         if rate and missing:
             text += f", {_clock(missing / rate)} left"
         notice, said = self._notice
@@ -178,17 +185,24 @@ class Transfer:
         self._tell(text, 0.02 + 0.48 * (total - missing) / max(total, 1))
 
 
-def pause(fails: int, asked_s: float = 0.0) -> float:
-    """Return seconds to wait after `fails` failures in a row: doubling, drawn at random, at least what the server asked for."""
-    return max(asked_s, random.uniform(0.5, 1.0) * min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (fails - 1)))
+def _forgiving(piece: Piece) -> Callable[[RetryCallState], None]:
+    """Return a hook that counts tries from one again whenever a try brought bytes that the next one need not fetch."""
+    before = piece.held()
+
+    def after(state: RetryCallState) -> None:
+        nonlocal before
+        held = piece.held()
+        if piece.file.ranges and held > before:
+            state.attempt_number = 1
+        before = held
+
+    return after
 
 
-def _told(error: Exception) -> Exception:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _explained(error: OSError) -> DataError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DataError(f"the disk is full ({error}); free some room and rerun to go on where it stopped")
-    return (
-        DataError(f"cannot keep what is fetched: {error}; make the workspace writable and rerun") if isinstance(error, OSError) else error
-    )
+    return DataError(f"cannot keep what is fetched: {error}; make the workspace writable and rerun")
 
 
 def _bytes(number: float) -> str:

@@ -163,6 +163,33 @@ def test_a_full_disk_is_foreseen(site: Site, tmp_path: Path, monkeypatch: pytest
     assert site.sent == {}
 
 
+def test_an_unforeseen_error_in_a_thread_ends_the_download(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is neither of the source nor of the disk is raised as it is; no thread waits for the one that met it."""
+
+    def defective(*_: object) -> str:
+        raise LookupError("a defect")
+
+    monkeypatch.setattr("research_rl.data.pieces.PartialFile.finish", defective)
+    with pytest.raises(LookupError, match="a defect"):
+        download.run(context(tmp_path, site))
+    assert not (tmp_path / "data").exists()
+
+
+def test_two_spellings_of_a_file_are_one_fetch(site: Site, tmp_path: Path) -> None:
+    names = {"a": ["corpus.jsonl"], "b": [f"{site.url}/corpus.jsonl"], "c": [f"{site.url}/musique/dev.jsonl"]}
+    for attempt in range(3):
+        site.sent.clear()
+        download.run(context(tmp_path / str(attempt), site, files=names, transfer={"parallel": 8}))
+        assert site.sent == {"corpus.jsonl": len(CORPUS), "musique/dev.jsonl": len(QUESTION)}
+        assert (tmp_path / f"{attempt}/data/files/b").read_bytes() == CORPUS
+
+
+def test_two_spellings_of_a_file_cannot_have_two_hashes(site: Site, tmp_path: Path) -> None:
+    hashes = {"corpus.jsonl": "0" * 64, f"{site.url}/corpus.jsonl": "1" * 64}
+    with pytest.raises(ConfigError, match="which are one file"):
+        download.run(context(tmp_path, site, files={"again": [f"{site.url}/corpus.jsonl"]}, sha256=hashes))
+
+
 def test_two_downloads_into_one_workspace_do_not_meet(site: Site, tmp_path: Path) -> None:
     from research_rl.data import transfer
 
