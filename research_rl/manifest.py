@@ -92,8 +92,10 @@ def file_sha256(path: Path) -> str:
 def publish(target: Path, stage: str, config_hash: str, parents: Mapping[str, Manifest]) -> Generator[Staging]:
     """Fill a temporary folder beside `target`, then make it `target` in one rename.
 
+    A `target` that is a symbolic link stays one: the folder that it leads to is replaced.
     An exception inside the block removes the temporary folder and leaves an older `target` as it was.
     """
+    target = _real(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
     staging = Staging(target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -133,6 +135,7 @@ def _read(folder: Path) -> Manifest:
 
 def sweep(target: Path) -> None:
     """Remove what a killed publication of `target` left behind; finish a swap that was cut in the middle."""
+    target = _real(target)
     for old in target.parent.glob(f".{target.name}.*.old"):
         if target.exists():
             shutil.rmtree(old)
@@ -140,6 +143,10 @@ def sweep(target: Path) -> None:
             old.rename(target)
     for temporary in target.parent.glob(f".{target.name}.*.tmp"):
         shutil.rmtree(temporary)
+
+
+def _real(target: Path) -> Path:
+    return target.resolve() if target.is_symlink() else target
 
 
 def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str]) -> None:

@@ -43,6 +43,8 @@ class Stage:
     sections: tuple[str, ...]
     folder: str
     summary: str
+    fresh: str = ""
+    """`module:name` of a function (config, workspace, manifest) that says whether what lies outside the workspace is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _table(*stages: Stage) -> dict[str, Stage]:
 
 
 STAGES = _table(
-    Stage("download", "research_rl.data.download:run", (), ("seed", "data"), "data", "raw questions and passages"),
+    Stage("download", "research_rl.data.download:run", (), ("seed", "data"), "data", "raw questions and passages", "research_rl.data.download:fresh"),
     Stage("validate", "tasks.validate:run_stage", ("download",), ("validation",), "artifacts/validated", "data-quality report"),
     Stage("prepare", "research_rl.data.prepare:run", ("download", "validate"), ("seed", "prepare"), "artifacts/prepared", "questions as parquet"),
     Stage("corpus", "research_rl.corpus.build:run", ("download", "validate"), ("corpus",), "artifacts/corpus", "passage store"),
@@ -141,7 +143,7 @@ def current(name: str, config: Config, workspace: Workspace, *, verify: bool = T
     except ManifestError:
         return None
     fits = found.stage == name and found.config_hash == config_hash(config, stage.sections) and found.parents == parents
-    return found if fits else None
+    return found if fits and (not stage.fresh or _function(stage.fresh)(config, workspace, found)) else None
 
 
 def run_stage(
@@ -217,6 +219,6 @@ def _parent(stage: str, parent: str, config: Config, workspace: Workspace) -> Ma
     return found
 
 
-def _function(path: str) -> Callable[[Context], None]:
+def _function(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

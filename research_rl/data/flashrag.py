@@ -24,6 +24,7 @@ from research_rl.trajectory import Passage
 __all__ = ["Question", "read_passages", "read_questions", "supporting_ids", "to_line"]
 
 _SHOWN = 80
+_BATCH = 1024
 _SUPPORT = "supporting_passage_ids"
 _CORPUS_FORM = 'a passage is {"id": "...", "contents": "..."} or {"id": "...", "title": "...", "text": "..."}'
 _TABLE_FORM = "a passage is id, text and title between tabs, below a line that names these columns"
@@ -57,7 +58,10 @@ def read_passages(path: Path) -> Iterator[Passage]:
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """Yield the questions of a file, in order. Raises DataError as `read_passages`, and for a question without answers."""
+    """Yield the questions of a file, in order: JSON lines, or parquet when its name ends so.
+
+    Raises DataError as `read_passages`, and for a question without answers.
+    """
     ids = _Ids()
     for where, row in _rows(path, _QUESTION_FORM):
         question = Question(where.identifier(row), where.text(row, "question"), where.answers(row), where.metadata(row))
@@ -183,8 +187,55 @@ def _corpus_rows(path: Path) -> Iterator[tuple[_Where, dict[str, Any]]]:
 
 
 def _rows(path: Path, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:
-    with open_plain(path) as (_, stream):
-        yield from _json_lines(path, stream, form)
+    with open_plain(path) as (name, stream):
+        yield from _columns(path, stream, form) if name.endswith(".parquet") else _json_lines(path, stream, form)
+
+
+def _columns(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:
+    """Yield places (rows from 1) and rows of a parquet file in FlashRAG's columns, or verl's as Search-R1's scripts write them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number, first = 0, 1
+    try:
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=_BATCH):
+            for number, row in enumerate(batch.to_pylist(), first):
+                yield _Where(path, number, form), _question_row(row)
+            first = number + 1
+    except (pa.ArrowException, pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no whole parquet file ({' '.join(str(error).split())}); fetch or write it again") from None
+    if not number:
+        raise DataError(f"{path} holds no row; at least one is needed; {form}")
+
+
+def _question_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row under FlashRAG's names; what it has under them is taken first, verl's columns fill the gaps."""
+    extra, source = row.get("extra_info") or {}, row.get("data_source") or "row"
+    truth = (row.get("reward_model") or {}).get("ground_truth")
+    target: Any = truth.get("target") if isinstance(truth, dict) else truth
+    given = {name: row[name] for name in ("id", "question", "golden_answers") if row.get(name) is not None}
+    filled: dict[str, Any] = {"id": extra.get("id") or f"{source}_{extra['index']}"} if "index" in extra else {}
+    if target is not None:
+        filled["golden_answers"] = [target] if isinstance(target, str) else target
+    if question := extra.get("question") or _asked(row.get("prompt")):
+        filled["question"] = question
+    metadata = {name: value for name, value in (row.get("metadata") or {}).items() if value is not None} if _is_object(row) else {}
+    if _SUPPORT not in metadata and extra.get(_SUPPORT):
+        metadata[_SUPPORT] = extra[_SUPPORT]
+    return {**filled, **given, "metadata": metadata}
+
+
+def _is_object(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("metadata"), dict)
+
+
+def _asked(prompt: Any) -> str | None:
+    """Return the question of a chat prompt: what follows the last "Question:" of its last message, the end of Search-R1's template."""
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    message: Any = cast(list[Any], prompt)[-1]
+    content = message.get("content") if isinstance(message, dict) else None
+    return str(content).rpartition("Question:")[2].strip() if content else None
 
 
 def _json_lines(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:

@@ -46,6 +46,8 @@ class Fetched:
     path: Path
     sha256: str
     facts: dict[str, Any]
+    encoded: bool = False
+    """Whether the source compressed the bytes on top of what the name says; the path then ends in that compression's suffix."""
 
 
 class PartialFile:
@@ -54,7 +56,7 @@ class PartialFile:
     def __init__(self, item: Located, folder: Path, piece_bytes: int) -> None:
         self.item, self.remote = item, item.remote
         self._digest = item.digest
-        self.path = item.remote.path or folder / f"{self._digest}-{Path(item.remote.name.partition('?')[0]).name}"
+        self.path = item.remote.path or folder / f"{self._digest}-{_file_name(item.remote)}"
         self._parts = folder / ".parts"
         self._record = self._parts / f"{self._digest}.json"
         self._joined = self._parts / f"{self._digest}.joined"
@@ -210,6 +212,12 @@ class Piece:
         if self.stop is None:
             return joined > 0
         return joined >= self.stop > 0 or (self.path.exists() and self.held() == self.stop - self.start)
+
+
+def _file_name(remote: Remote) -> str:
+    """Return the end of the file's name, with the suffixes that say how to read it, short enough for a file system (255 bytes)."""
+    name = Path(remote.name.partition("?")[0]).name.encode()[-200:].decode(errors="ignore")
+    return name + remote.encoding
 
 
 def _flush(stream: Any) -> None:

@@ -68,7 +68,7 @@ def fetch(files: Sequence[Located], folder: Path, limits: TransferConfig, tell: 
     smallest_first = sorted(_distinct(files), key=lambda item: item.remote.size or 0)
     jobs = {item.digest: PartialFile(item, folder, limits.piece_mb * 1_000_000) for item in smallest_first}
     Transfer(list(jobs.values()), limits, tell).run()
-    return {item.name: Fetched(jobs[item.digest].path, jobs[item.digest].sha256, _facts(jobs[item.digest])) for item in files}
+    return {item.name: _fetched(jobs[item.digest]) for item in files}
 
 
 def _distinct(files: Sequence[Located]) -> list[Located]:
@@ -103,9 +103,11 @@ def _expected(name: str, sha256: str | None, remote: Remote) -> str | None:
     return sha256
 
 
-def _facts(file: PartialFile) -> dict[str, Any]:
+def _fetched(file: PartialFile) -> Fetched:
     facts: dict[str, Any] = {"sha256": file.sha256}
-    return {**facts, "version": file.remote.version} if file.remote.version else facts
+    if file.remote.version:
+        facts["version"] = file.remote.version
+    return Fetched(file.path, file.sha256, facts, encoded=bool(file.remote.encoding))
 
 
 def _per_disk(needs: Mapping[Path, int]) -> dict[Path, int]:

@@ -12,6 +12,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -286,3 +288,22 @@ def test_colliding_hashes_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(flashrag, "hash", lambda _: 1, raising=False)
     path = write(tmp_path / "c.jsonl", {"id": "0", "contents": "x"}, {"id": "1", "contents": "y"})
     assert len(list(flashrag.read_passages(path))) == 2
+
+
+def test_question_files_of_parquet_are_read_in_both_shapes(tmp_path: Path) -> None:
+    """FlashRAG's columns, and verl's alone as Search-R1's script writes them."""
+    prompt = [{"role": "user", "content": "Answer the given question. ... Question: Who is it?\n"}]
+    truth = {"style": "rule", "ground_truth": {"target": ["Ada", "A."]}}
+    verl = {"data_source": "nq", "prompt": prompt, "reward_model": truth, "extra_info": {"split": "train", "index": 3}}
+    for name, row, ids in (("f", GOOD, "q1"), ("v", verl, "nq_3"), ("b", {**verl, **GOOD}, "q1")):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
+        (question,) = flashrag.read_questions(tmp_path / f"{name}.parquet")
+        assert (question.id, question.question) == (ids, "Who is it?" if name == "v" else "Who?")
+        assert question.golden_answers == (("Ada", "A.") if name == "v" else ("Ada",))
+    for content, says in ((b"PAR1", "no whole parquet file"), (b"", "no whole parquet file")):
+        (tmp_path / "bad.parquet").write_bytes(content)
+        with pytest.raises(DataError, match=says):
+            list(flashrag.read_questions(tmp_path / "bad.parquet"))
+    pq.write_table(pa.Table.from_pylist([{"text": "x"}]), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"other.parquet:1: the row has no 'id'"):
+        list(flashrag.read_questions(tmp_path / "other.parquet"))
