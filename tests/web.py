@@ -28,6 +28,8 @@ class Site:
 
     files: dict[str, bytes]
     faults: dict[str, deque[tuple[str, Any]]] = field(default_factory=dict)
+    headers: dict[str, dict[str, str]] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
     ranges: bool = True
     etags: bool = True
     sent: dict[str, int] = field(default_factory=dict)
@@ -89,6 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.split("?")[0].lstrip("/")
+        if name in self.site.redirects:
+            self._reply(302, {"Content-Length": "0", "Location": self.site.redirects[name]}, b"")
+            return
         if name not in self.site.files:
             self._reply(404, {"Content-Length": "0"}, b"")
             return
@@ -100,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.site.files[name] = fault[1]
         content = self.site.files[name]
         etag = f'"{hashlib.md5(content).hexdigest()}"'
-        headers = {"ETag": etag} if self.site.etags else {}
+        headers = {**({"ETag": etag} if self.site.etags else {}), **self.site.headers.get(name, {})}
         start, stop, status = 0, len(content), 200
         condition = self.headers.get("If-Range")
         if wanted and self.site.ranges and condition in (None, etag):

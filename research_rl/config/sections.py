@@ -5,10 +5,12 @@ A section is frozen and refuses unknown keys. The description of a field is its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from research_rl.config import addresses
 
 __all__ = [
     "ClusterConfig",
@@ -77,6 +79,18 @@ class EncyclopediaConfig(Section):
     )
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all strings of a field's value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in cast(Mapping[str, Any], value).items():
+            yield from _texts(pair)
+    elif isinstance(value, tuple):
+        for item in cast(tuple[Any, ...], value):
+            yield from _texts(item)
+
+
 class DataConfig(Section):
     """Where questions and passages come from."""
 
@@ -112,6 +126,13 @@ class DataConfig(Section):
     hub_revision: str = Field(default="main", description="Revision (branch, tag or commit) of the dataset repository.")
     hub_endpoint: str = Field(default="https://huggingface.co", description="Hub address; a mirror or a local server works too.")
 
+    @field_validator("url", "corpus", "train", "dev", "test", "files", "sha256", "s3_endpoint", "hub_endpoint")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        for address in _texts(value):
+            addresses.check(address)
+        return value
+
 
 class TransferConfig(Section):
     """How files are fetched. Changes no artifact."""
@@ -120,6 +141,16 @@ class TransferConfig(Section):
     attempts: int = Field(default=5, ge=1, description="Tries without a byte of progress, and fetches of one file, before giving up.")
     timeout_s: float = Field(default=30.0, gt=0, description="Seconds a connection may take or stay silent.")
     piece_mb: int = Field(default=256, ge=1, description="Largest piece of a file fetched by one connection, in MB.")
+    proxy: str | None = Field(
+        default=None,
+        description="Proxy for all sources, such as http://host:port; HTTP_PROXY and its like are not used, as they would be sent tokens.",
+    )
+
+    @field_validator("proxy")
+    @classmethod
+    def _no_secret(cls, value: str | None) -> str | None:
+        addresses.check(value or "")
+        return value
 
 
 class DriftConfig(Section):

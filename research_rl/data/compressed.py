@@ -1,4 +1,8 @@
-"""Open files by the ending of their name, decompressed while they are read. Knows archives and streams; knows no row."""
+"""Open files by the ending of their name, decompressed while they are read. Knows archives and streams; knows no row.
+
+Invariant: memory is bounded by constants of this module, whatever a file holds: packed bytes are decompressed in small
+portions, and an archive that asks for a larger window is refused before the window is allocated.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +12,32 @@ import io
 import lzma
 import zipfile
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from research_rl.errors import DataError
 
-__all__ = ["SUFFIXES", "open_plain"]
+__all__ = ["LONGEST_LINE", "SUFFIXES", "lines", "open_plain"]
 
 SUFFIXES = (".gz", ".zip", ".zst", ".bz2", ".xz")
+LONGEST_LINE = 1 << 24
+"""Bytes of the longest line that is read."""
 _BUFFER = 1 << 20
-_PACKED = 1 << 17
+# A Zstandard block of 128 KiB takes at least 4 bytes, so what this many packed bytes hold cannot exceed 32 MiB.
+_PACKED = 1 << 10
+_LARGEST_WINDOW = 1 << 27
+_ZIP_ENCRYPTED = 0x41
+_ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
 @contextmanager
 def open_plain(path: Path) -> Generator[tuple[str, BinaryIO]]:
     """Open the content of a file: the name it has without compression, and its bytes.
 
-    Raises DataError for a missing or damaged file, also while it is read inside the block, and for a .zip without exactly
-    one file of data.
+    Raises DataError for a missing or damaged file, also while it is read inside the block, for a .zip without exactly
+    one file of data, and for an archive packed in a way that cannot be read or that needs too much memory.
     """
     try:
         with _opened(path) as (name, stream):
@@ -36,8 +46,36 @@ def open_plain(path: Path) -> Generator[tuple[str, BinaryIO]]:
         raise DataError(f"{path} does not exist; correct data.folder or the file's name in data.*") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder; name a file") from None
-    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path} is cut off or damaged ({error}); fetch it again") from None
+    except (EOFError, zipfile.BadZipFile, lzma.LZMAError, zlib.error) as error:
+        raise _damaged(path, error) from None
+    except NotImplementedError as error:
+        raise DataError(f"{path} cannot be unpacked ({error}); pack it again with `zip`, or as .gz, .zst, .bz2 or .xz") from None
+    except OSError as error:
+        if error.errno is not None:  # gzip and bz2 raise an OSError without a number for damaged content
+            raise
+        raise _damaged(path, error) from None
+
+
+def lines(path: Path, stream: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a stream with their ends. Raises DataError for a line above LONGEST_LINE bytes, which is not read to its end."""
+    number = 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path}:{number}: the line exceeds {LONGEST_LINE:,} bytes, the longest that is read; end each row with a line break "
+                "or split it"
+            )
+        yield line
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    if "memory" in str(error).lower():  # both libraries name their limit in words only
+        return DataError(
+            f"{path} needs more than {_LARGEST_WINDOW >> 20} MiB of memory to decompress ({error}); compress it again with "
+            "`zstd --long=27` or `xz -9`, or less"
+        )
+    return DataError(f"{path} is cut off or damaged ({error}); fetch it again")
 
 
 @contextmanager
@@ -46,12 +84,12 @@ def _opened(path: Path) -> Generator[tuple[str, BinaryIO]]:
         with zipfile.ZipFile(path) as archive:
             member = _only_member(path, archive)
             with archive.open(member) as stream:
-                yield PurePosixPath(member).name, io.BufferedReader(cast(Any, stream), _BUFFER)
-    elif path.suffix == ".zst":
-        with _zstandard(path) as stream:
+                yield PurePosixPath(member.filename).name, io.BufferedReader(cast(Any, stream), _BUFFER)
+    elif path.suffix in (".zst", ".xz"):
+        with _framed(path) as stream:
             yield path.stem, stream
-    elif path.suffix in (".gz", ".bz2", ".xz"):
-        openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    elif path.suffix in (".gz", ".bz2"):
+        openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open}
         with openers[path.suffix](path, "rb") as stream:
             yield path.stem, cast(BinaryIO, io.BufferedReader(stream, _BUFFER))
     else:
@@ -60,21 +98,30 @@ def _opened(path: Path) -> Generator[tuple[str, BinaryIO]]:
 
 
 @contextmanager
-def _zstandard(path: Path) -> Generator[BinaryIO]:
+def _framed(path: Path) -> Generator[BinaryIO]:
     import zstandard
 
+    openers: dict[str, Callable[[], Any]] = {
+        ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj(),
+        ".xz": lambda: lzma.LZMADecompressor(memlimit=_LARGEST_WINDOW + _BUFFER),
+    }
     try:
-        with path.open("rb") as packed:
-            yield cast(BinaryIO, io.BufferedReader(_Frames(packed), _BUFFER))
+        with path.open("rb", buffering=_BUFFER) as packed:
+            yield cast(BinaryIO, io.BufferedReader(_Frames(packed, openers[path.suffix]), _BUFFER))
     except zstandard.ZstdError as error:
-        raise DataError(f"{path} is cut off or damaged ({error}); fetch it again") from None
+        raise _damaged(path, error) from None
 
 
 class _Frames(io.RawIOBase):
-    """The content of Zstandard frames. The library's own reader takes a cut-off frame for a whole one, so frame ends are checked here."""
+    """The content of frames that follow each other, decompressed in small portions.
 
-    def __init__(self, packed: BinaryIO) -> None:
-        self._packed, self._plain, self._frame = packed, b"", None
+    The Zstandard library's own reader takes a cut-off frame for a whole one, so frame ends are checked here; the standard
+    library's reader of .xz files has no limit on memory.
+    """
+
+    def __init__(self, packed: BinaryIO, begin: Callable[[], Any]) -> None:
+        self._packed, self._begin = packed, begin
+        self._plain, self._rest, self._frame = b"", b"", None
 
     def readable(self) -> bool:
         return True
@@ -87,21 +134,28 @@ class _Frames(io.RawIOBase):
         return count
 
     def _more(self) -> bool:
-        from zstandard import ZstdDecompressor
-
-        rest: bytes = self._frame.unused_data if self._frame and self._frame.eof else b""
-        block = rest or self._packed.read(_PACKED)
+        packed, self._rest = self._rest or self._packed.read(_PACKED), b""
+        block = packed.lstrip(b"\0") if self._frame and self._frame.eof else packed  # .xz files may be padded with zeros
         if self._frame is None or (self._frame.eof and block):
-            self._frame = ZstdDecompressor().decompressobj()
-        if not block and not self._frame.eof:
+            self._frame = self._begin()
+        if not packed and not self._frame.eof:
             raise EOFError("the last frame has no end")
         self._plain = self._frame.decompress(block) if block else b""
-        return bool(block)
+        self._rest = self._frame.unused_data if self._frame.eof and block else b""
+        return bool(packed)
 
 
-def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
-    names = [item.filename for item in archive.infolist() if not item.is_dir() and not item.filename.startswith("__MACOSX")]
-    names = [name for name in names if name.endswith((".jsonl", ".tsv"))] or names
-    if len(names) != 1:
-        raise DataError(f"{path} holds {len(names)} files of data; exactly one is needed")
-    return names[0]
+def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    members = [item for item in archive.infolist() if not item.is_dir() and not item.filename.startswith("__MACOSX")]
+    members = [item for item in members if item.filename.endswith((".jsonl", ".tsv"))] or members
+    if len(members) != 1:
+        raise DataError(f"{path} holds {len(members)} files of data; exactly one is needed")
+    member = members[0]
+    if member.flag_bits & _ZIP_ENCRYPTED:
+        raise DataError(f"{path}: {member.filename} is encrypted; unpack it and pack it again without a password")
+    if member.compress_type not in _ZIP_METHODS:
+        raise DataError(
+            f"{path}: {member.filename} is packed by method {member.compress_type}, only 8 (deflate) is read; "
+            "pack it again with `zip`, or as .gz, .zst, .bz2 or .xz"
+        )
+    return member

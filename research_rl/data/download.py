@@ -7,27 +7,28 @@ configuration and the same source files: it holds no time and no path of this ma
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from research_rl.config import DataConfig
+from research_rl.config import Config, DataConfig
 from research_rl.data import flashrag, transfer
 from research_rl.data.catalogue import expand
 from research_rl.data.compressed import SUFFIXES, open_plain
 from research_rl.data.flashrag import Question
+from research_rl.data.pieces import Fetched, Located
 from research_rl.data.sources import ChangedError, Sources
-from research_rl.data.transfer import Fetched, Located
 from research_rl.errors import ConfigError, DataError
 from research_rl.pipeline import manifest
-from research_rl.pipeline.manifest import Staging
-from research_rl.pipeline.stages import Context
+from research_rl.pipeline.manifest import Manifest, Staging
+from research_rl.pipeline.stages import Context, Workspace
 
-__all__ = ["CORPUS", "FILES", "SPLITS", "run"]
+__all__ = ["CORPUS", "FILES", "SPLITS", "fresh", "run"]
 
 CORPUS = "corpus.jsonl"
 SPLITS = ("train", "dev", "test")
@@ -35,6 +36,7 @@ FILES = "files"
 GENERATED = "encyclopedia"
 
 _REPORT_EVERY = 20_000
+_LONGEST_NAME = 255
 _EXPANSION = 3
 """Typical size of text against its compressed form, for the check of the disk."""
 
@@ -58,6 +60,39 @@ def run(context: Context) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
+def fresh(config: Config, workspace: Workspace, published: Manifest) -> bool:
+    """Return whether the files of data.folder still have the hashes that `published` recorded; those that are not here count as unchanged.
+
+    A file is hashed again only when its size or time of change differs from that of the last look, which is kept in artifacts/.work.
+    """
+    if config.data.source != "folder" or not config.data.folder:
+        return True
+    root = workspace.root / Path(config.data.folder).expanduser()
+    recorded = {name: str(facts["sha256"]) for name, facts in published.facts.get("source", {}).get("files", {}).items()}
+    paths = {name: root / name for name in recorded if "://" not in name and (root / name).is_file()}
+    note = workspace.work("download-looks.json")
+    looks = _looks(note)
+    seen = {name: _look(path, looks.get(name)) for name, path in paths.items()}
+    if seen != looks:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(seen))
+    return all(seen[name][2] == recorded[name] for name in paths)
+
+
+def _look(path: Path, last: list[Any] | None) -> list[Any]:
+    """Return size, time of change in nanoseconds and sha256 of a file."""
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns]
+    return last if last and last[:2] == stamp else [*stamp, manifest.file_sha256(path)]
+
+
+def _looks(note: Path) -> dict[str, list[Any]]:
+    try:
+        return json.loads(note.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def _publish(context: Context) -> AbstractContextManager[Staging]:
     """Open the publication without what a build took: data/ is versioned byte for byte."""
     return manifest.publish(context.workspace.folder("download"), "download", context.config_hash, {}, context.parameters)
@@ -78,7 +113,7 @@ def _fetched(context: Context, staging: Staging, work: Path) -> None:
         files = _bring(context, data, sources, work, stack)
         staging.facts["source"] = {**sources.facts, "files": {name: file.facts for name, file in files.items()}}
         for target, names in data.files.items():
-            _place([files[name].path for name in names], staging.path / FILES / target, work)
+            _place([files[name] for name in names], staging.path / FILES / target, work)
         staging.counts["corpus"] = _write_corpus(files[data.corpus].path, staging.path / CORPUS, context)
         for split in SPLITS:
             names: tuple[str, ...] = getattr(data, split)
@@ -93,7 +128,7 @@ def _bring(context: Context, data: DataConfig, sources: Sources, work: Path, sta
         located = transfer.locate(names, sources, data.sha256, limits, context.progress)
         if attempt == 1 and any(item.remote.path is None for item in located):
             stack.enter_context(transfer.locked(work))
-        transfer.check_room(located, work, context.workspace.folder("download"), _output(located, data))
+        transfer.check_room(located, work, context.workspace.folder("download").resolve(), _output(located, data))
         try:
             return transfer.fetch(located, work, limits, context.progress)
         except ChangedError:
@@ -109,24 +144,36 @@ def _output(located: list[Located], data: DataConfig) -> int:
     return sum(size * (_EXPANSION if PurePosixPath(name).suffix in SUFFIXES else 1) for name, size in sizes.items())
 
 
-def _place(paths: list[Path], target: Path, work: Path) -> None:
+def _place(parts: list[Fetched], target: Path, work: Path) -> None:
     """Put a further file under its name: linked when it was fetched as it is, else decompressed, joined or copied."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if len(paths) == 1 and not _unpacked(paths[0].name, target.name) and paths[0].is_relative_to(work):
-        os.link(paths[0], target)
+    unpack = [part.encoded or (len(parts) == 1 and _unpacked(part.path.name, target.name)) for part in parts]
+    if len(parts) == 1 and not unpack[0] and parts[0].path.is_relative_to(work) and _linked(parts[0].path, target):
         return
     with target.open("wb") as sink:
-        for path in paths:
-            if len(paths) == 1 and _unpacked(path.name, target.name):
-                with open_plain(path) as (_, stream):
-                    shutil.copyfileobj(stream, sink, 1 << 20)
-            else:
-                with path.open("rb") as stream:
-                    _copy(stream, sink)
+        for part, packed in zip(parts, unpack, strict=True):
+            with _opened(part.path, packed) as stream:
+                shutil.copyfileobj(stream, sink, 1 << 20)
 
 
-def _copy(stream: BinaryIO, sink: BinaryIO) -> None:
-    shutil.copyfileobj(stream, sink, 1 << 20)
+def _linked(path: Path, target: Path) -> bool:
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # data/ may be a symbolic link to another disk
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def _opened(path: Path, packed: bool) -> Generator[BinaryIO]:
+    if packed:
+        with open_plain(path) as (_, stream):
+            yield stream
+    else:
+        with path.open("rb") as stream:
+            yield stream
 
 
 def _unpacked(name: str, target: str) -> bool:
@@ -197,6 +244,8 @@ def _names(data: DataConfig) -> tuple[str, ...]:
     for target, parts in data.files.items():
         if not parts or not target or target.startswith("/") or ".." in PurePosixPath(target).parts:
             raise ConfigError(f"data.files: {target!r}={list(parts)}; use a name below data/files/ and at least one file of the source")
+        if any(len(part.encode()) > _LONGEST_NAME for part in PurePosixPath(target).parts):
+            raise ConfigError(f"data.files: {target[:40]!r}... has a part above {_LONGEST_NAME} bytes, a file system's limit; shorten it")
     if strange := set(data.sha256) - set(names):
         raise ConfigError(
             f"data.sha256 names {sorted(strange)}, which are not among the files; use the names of data.corpus, train, dev, test or files"

@@ -1,7 +1,8 @@
-"""Read FlashRAG's JSON lines and DPR's TSV one row at a time, write JSON lines. Knows rows and lines; knows no source, no stage.
+"""Read FlashRAG's JSON lines and DPR's table (TSV) one row at a time, write JSON lines. Knows rows and lines; knows no source, no stage.
 
 Invariants: (1) every row handed out is complete and of the right types; (2) the first bad line ends the reading with one
-DataError that names file, line, value and remedy; (3) memory stays flat: eight bytes a row for the duplicate check.
+DataError that names file, line, value and remedy; (3) memory stays flat: one line, and eight bytes a row for the duplicate check;
+(4) one line is one row, in tables too.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from research_rl.data.compressed import open_plain
+from research_rl.data.compressed import LONGEST_LINE, lines, open_plain
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError
 
 __all__ = ["Question", "read_passages", "read_questions", "supporting_ids", "to_line"]
 
 _SHOWN = 80
-_LONGEST_FIELD = 1 << 24
+_BATCH = 1024
+_SUPPORT = "supporting_passage_ids"
 _CORPUS_FORM = 'a passage is {"id": "...", "contents": "..."} or {"id": "...", "title": "...", "text": "..."}'
 _TABLE_FORM = "a passage is id, text and title between tabs, below a line that names these columns"
 _QUESTION_FORM = 'a question is {"id": "...", "question": "...", "golden_answers": ["..."], "metadata": {}}'
@@ -42,7 +44,8 @@ class Question:
 def read_passages(path: Path) -> Iterator[Passage]:
     """Yield the passages of a corpus file, in order: JSON lines, or DPR's table when its name ends in .tsv, maybe compressed.
 
-    A title and a text become one contents the way FlashRAG writes it: the title in quotes, a line break, the text.
+    A title and a text become one contents the way FlashRAG writes it: the title in quotes, a line break, the text. A passage
+    with an empty title is its text alone, which the validate stage counts as untitled.
     Raises DataError for a line that is not JSON or not UTF-8, a missing or blank field, and, at the end, repeated ids.
     """
     ids = _Ids()
@@ -55,7 +58,10 @@ def read_passages(path: Path) -> Iterator[Passage]:
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """Yield the questions of a file, in order. Raises DataError as `read_passages`, and for a question without answers."""
+    """Yield the questions of a file, in order: JSON lines, or parquet when its name ends so.
+
+    Raises DataError as `read_passages`, and for a question without answers.
+    """
     ids = _Ids()
     for where, row in _rows(path, _QUESTION_FORM):
         question = Question(where.identifier(row), where.text(row, "question"), where.answers(row), where.metadata(row))
@@ -76,7 +82,14 @@ def to_line(row: Passage | Question) -> bytes:
 
 def supporting_ids(question: Question) -> list[str]:
     """Return the ids of the passages that support the answer; empty where the set does not say."""
-    return [str(item) for item in question.metadata.get("supporting_passage_ids") or ()]
+    return list(_identifiers(question.metadata.get(_SUPPORT)) or ())
+
+
+def _identifiers(value: Any) -> list[str] | None:
+    """Return the ids that a list of strings and integers, or a single one, stands for; None for any other value."""
+    values = cast(list[Any], value) if isinstance(value, list) else [] if value is None else [value]
+    usable = all(isinstance(item, (str, int)) and not isinstance(item, bool) and str(item).strip() for item in values)
+    return [str(item) for item in values] if usable else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,23 @@ class _Where:
             bad = line[error.start : error.start + 4].hex(" ")
             raise self.error(f"byte {error.start} of the line ({bad}) is not UTF-8", "write the file anew as UTF-8") from None
 
+    def fields(self, line: bytes) -> list[str]:
+        """Return the fields of a table's line; none for a blank one."""
+        text = self.decoded(line).rstrip("\r\n")
+        try:
+            return next(csv.reader((text,), delimiter="\t", strict=True), [])
+        except csv.Error as error:
+            if "new-line character" in str(error):
+                problem, remedy = "a carriage return stands inside the row", "remove it or put its field in quotes"
+            elif "unexpected end" in str(error):
+                problem, remedy = (
+                    f"a quoted field is not closed in {_show(text)}",
+                    "close it in the same line, or double a quote that is text",
+                )
+            else:
+                problem, remedy = f"text follows a closing quote in {_show(text)} ({error})", "quote the whole field and double its quotes"
+            raise self.error(problem, remedy) from None
+
     def field(self, row: dict[str, Any], key: str) -> Any:
         if key not in row:
             raise self.error(f"the row has no {key!r}, only {sorted(row)}", f"add {key!r} or remove the line")
@@ -114,7 +144,8 @@ class _Where:
     def contents(self, row: dict[str, Any]) -> str:
         if "contents" in row or "text" not in row:
             return self.text(row, "contents")
-        return f'"{self.text(row, "title")}"\n{self.text(row, "text")}'
+        title, text = self.field(row, "title"), self.text(row, "text")
+        return text if title is None or not str(title).strip() else f'"{self.text(row, "title")}"\n{text}'
 
     def answers(self, row: dict[str, Any]) -> tuple[str, ...]:
         value = self.field(row, "golden_answers")
@@ -128,7 +159,11 @@ class _Where:
         value = row.get("metadata")
         if value is not None and not isinstance(value, dict):
             raise self.error(f"metadata={_show(value)} is a {type(value).__name__}", "write an object or leave it out")
-        return cast(dict[str, Any], value or {})
+        metadata = cast(dict[str, Any], value or {})
+        support = metadata.get(_SUPPORT)
+        if _identifiers(support) is None:
+            raise self.error(f"{_SUPPORT}={_show(support)} holds what is no id", "write a list of passage ids, strings or integers")
+        return metadata
 
     def _filled(self, value: Any, key: str) -> str:
         if not isinstance(value, str):
@@ -152,14 +187,61 @@ def _corpus_rows(path: Path) -> Iterator[tuple[_Where, dict[str, Any]]]:
 
 
 def _rows(path: Path, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:
-    with open_plain(path) as (_, stream):
-        yield from _json_lines(path, stream, form)
+    with open_plain(path) as (name, stream):
+        yield from _columns(path, stream, form) if name.endswith(".parquet") else _json_lines(path, stream, form)
+
+
+def _columns(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:
+    """Yield places (rows from 1) and rows of a parquet file in FlashRAG's columns, or verl's as Search-R1's scripts write them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number, first = 0, 1
+    try:
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=_BATCH):
+            for number, row in enumerate(batch.to_pylist(), first):
+                yield _Where(path, number, form), _question_row(row)
+            first = number + 1
+    except (pa.ArrowException, pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no whole parquet file ({' '.join(str(error).split())}); fetch or write it again") from None
+    if not number:
+        raise DataError(f"{path} holds no row; at least one is needed; {form}")
+
+
+def _question_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row under FlashRAG's names; what it has under them is taken first, verl's columns fill the gaps."""
+    extra, source = row.get("extra_info") or {}, row.get("data_source") or "row"
+    truth = (row.get("reward_model") or {}).get("ground_truth")
+    target: Any = truth.get("target") if isinstance(truth, dict) else truth
+    given = {name: row[name] for name in ("id", "question", "golden_answers") if row.get(name) is not None}
+    filled: dict[str, Any] = {"id": extra.get("id") or f"{source}_{extra['index']}"} if "index" in extra else {}
+    if target is not None:
+        filled["golden_answers"] = [target] if isinstance(target, str) else target
+    if question := extra.get("question") or _asked(row.get("prompt")):
+        filled["question"] = question
+    metadata = {name: value for name, value in (row.get("metadata") or {}).items() if value is not None} if _is_object(row) else {}
+    if _SUPPORT not in metadata and extra.get(_SUPPORT):
+        metadata[_SUPPORT] = extra[_SUPPORT]
+    return {**filled, **given, "metadata": metadata}
+
+
+def _is_object(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("metadata"), dict)
+
+
+def _asked(prompt: Any) -> str | None:
+    """Return the question of a chat prompt: what follows the last "Question:" of its last message, the end of Search-R1's template."""
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    message: Any = cast(list[Any], prompt)[-1]
+    content = message.get("content") if isinstance(message, dict) else None
+    return str(content).rpartition("Question:")[2].strip() if content else None
 
 
 def _json_lines(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:
     """Yield places (lines from 1) and rows; blank lines are skipped."""
     empty = True
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(lines(path, stream), 1):
         if line.isspace():
             continue
         empty = False
@@ -170,34 +252,27 @@ def _json_lines(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Wher
 
 
 def _table(path: Path, stream: BinaryIO) -> Iterator[tuple[_Where, dict[str, Any]]]:
-    """Yield places and rows of DPR's table; a quoted field may hold tabs, line breaks and doubled quotes."""
-    csv.field_size_limit(_LONGEST_FIELD)
-    table = csv.reader(_decoded(path, stream), delimiter="\t", strict=True)
+    """Yield places and rows of DPR's table, one row a line; a field in quotes may hold tabs and doubled quotes.
+
+    A field cannot go on in the next line: an opening quote that is never closed would take up all rows to the next quote.
+    """
+    csv.field_size_limit(LONGEST_LINE)
     columns: list[str] | None = None
-    for fields in _checked(path, table):
-        where = _Where(path, table.line_num, _TABLE_FORM)
-        if columns is None:
+    rows = 0
+    for number, line in enumerate(lines(path, stream), 1):
+        where = _Where(path, number, _TABLE_FORM)
+        fields = where.fields(line)
+        if columns is None and fields:
             columns = fields
             if sorted(columns) != ["id", "text", "title"]:
                 raise where.error(f"the columns are {_show(columns)}", "name them id, text and title")
-        elif len(fields) != len(columns):
-            raise where.error(f"the row has {len(fields)} fields", "write three, quote those with tabs or quotes")
-        else:
+        elif columns and fields:
+            if len(fields) != len(columns):
+                raise where.error(f"the row has {len(fields)} fields", "write three, quote those with tabs or quotes")
+            rows += 1
             yield where, dict(zip(columns, fields, strict=True))
-    if table.line_num < 2:
+    if not rows:
         raise DataError(f"{path} holds no row; at least one is needed; {_TABLE_FORM}")
-
-
-def _checked(path: Path, table: Any) -> Iterator[list[str]]:
-    try:
-        yield from (fields for fields in table if fields)
-    except csv.Error as error:
-        raise _Where(path, table.line_num, _TABLE_FORM).error(str(error), "close every quoted field") from None
-
-
-def _decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
-        yield _Where(path, number, _TABLE_FORM).decoded(line)
 
 
 def _parse(where: _Where, line: bytes) -> dict[str, Any]:

@@ -25,10 +25,10 @@ def run(context: Context) -> None:
     with context.publish() as staging:
         for done, split in enumerate(SPLITS):
             questions = list(flashrag.read_questions(source / f"{split}.jsonl"))
-            kept = shuffled(questions, f"{context.config.data_seed}/{split}")[: getattr(limits, f"{split}_rows")]
-            _write([to_row(question, split, index) for index, question in enumerate(kept)], staging.path / f"{split}.parquet")
-            staging.counts |= {split: len(kept), f"{split}_available": len(questions)}
-            context.progress(f"{split}: {len(kept):,} of {len(questions):,} questions", (done + 1) / len(SPLITS))
+            chosen = shuffled(questions, f"{context.config.data_seed}/{split}")[: getattr(limits, f"{split}_rows")]
+            _write([to_row(question, split, index) for index, question in enumerate(chosen)], staging.path / f"{split}.parquet")
+            staging.counts |= {split: len(chosen), f"{split}_available": len(questions)}
+            context.progress(f"{split}: {len(chosen):,} of {len(questions):,} questions", (done + 1) / len(SPLITS))
 
 
 def shuffled(questions: Sequence[Question], seed: str) -> list[Question]:
@@ -37,7 +37,10 @@ def shuffled(questions: Sequence[Question], seed: str) -> list[Question]:
 
 
 def to_row(question: Question, split: str, index: int) -> dict[str, Any]:
-    """Return one row in verl's columns; `prompt` holds the bare question, the template is applied by the agent."""
+    """Return one row in verl's columns, and in FlashRAG's beside them.
+
+    `prompt` holds the bare question, the template is applied by the agent.
+    """
     return {
         "data_source": str(question.metadata.get("data_source", GENERATED)),
         "prompt": [{"role": "user", "content": question.question}],
@@ -52,6 +55,8 @@ def to_row(question: Question, split: str, index: int) -> dict[str, Any]:
             "supporting_passage_ids": flashrag.supporting_ids(question),
         },
         "question": question.question,
+        "id": question.id,
+        "golden_answers": list(question.golden_answers),
     }
 
 
@@ -78,6 +83,8 @@ def _write(rows: list[dict[str, Any]], path: Path) -> None:
                 }
             ),
             "question": text,
+            "id": text,
+            "golden_answers": texts,
         }
     )
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")

@@ -96,9 +96,10 @@ def publish(
     """Fill a temporary folder beside `target`, then make it `target` in one rename.
 
     `parameters` are the values behind `config_hash`: with them a later change can be named.
-
+    A `target` that is a symbolic link stays one: the folder that it leads to is replaced.
     An exception inside the block removes the temporary folder and leaves an older `target` as it was.
     """
+    target = _real(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
     staging = Staging(target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -138,6 +139,7 @@ def _read(folder: Path) -> Manifest:
 
 def sweep(target: Path) -> None:
     """Remove what a killed publication of `target` left behind; finish a swap that was cut in the middle."""
+    target = _real(target)
     for old in target.parent.glob(f".{target.name}.*.old"):
         if target.exists():
             shutil.rmtree(old)
@@ -145,6 +147,10 @@ def sweep(target: Path) -> None:
             old.rename(target)
     for temporary in target.parent.glob(f".{target.name}.*.tmp"):
         shutil.rmtree(temporary)
+
+
+def _real(target: Path) -> Path:
+    return target.resolve() if target.is_symlink() else target
 
 
 def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str], parameters: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 from research_rl.config import Config, config_hash
 from research_rl.errors import ConfigError, ManifestError, StorageError
@@ -28,7 +29,7 @@ def current(name: str, config: Config, workspace: Workspace, *, verify: bool = T
     except ManifestError:
         return None
     fits = found.stage == name and found.config_hash == config_hash(config, stage.sections) and found.parents == parents
-    return found if fits else None
+    return found if fits and (not stage.fresh or _function(stage.fresh)(config, workspace, found)) else None
 
 
 def standing(name: str, config: Config, workspace: Workspace) -> Manifest | None:
@@ -114,6 +115,6 @@ def _parent(stage: str, parent: str, config: Config, workspace: Workspace) -> Ma
     return found
 
 
-def _function(path: str) -> Callable[[Context], None]:
+def _function(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -41,6 +41,8 @@ class Stage:
     sections: tuple[str, ...]
     folder: str
     summary: str
+    fresh: str = ""
+    """`module:name` of a function (config, workspace, manifest) that says whether what lies outside the workspace is unchanged."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -126,7 +128,7 @@ def _table(*stages: Stage) -> dict[str, Stage]:
 
 
 STAGES = _table(
-    Stage("download", "research_rl.data.download:run", (), ("data",), "data", "raw questions and passages"),
+    Stage("download", "research_rl.data.download:run", (), ("data",), "data", "raw questions and passages", "research_rl.data.download:fresh"),
     Stage("validate", "research_rl.validation.stage:run_stage", ("download",), ("validation",), "artifacts/validated", "data-quality report"),
     Stage("prepare", "research_rl.data.prepare:run", ("download", "validate"), ("data.seed", "prepare"), "artifacts/prepared", "questions as parquet"),
     Stage("corpus", "research_rl.corpus.build:run", ("download", "validate"), ("corpus",), "artifacts/corpus", "passage store"),

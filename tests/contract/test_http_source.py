@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+import socket
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from research_rl.config import Config
-from research_rl.data import download, flashrag
+from research_rl.config import Config, addresses, download, flashrag
 from research_rl.errors import ConfigError, DataError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
@@ -163,8 +163,80 @@ def test_a_full_disk_is_foreseen(site: Site, tmp_path: Path, monkeypatch: pytest
     assert site.sent == {}
 
 
+def test_an_unforeseen_error_in_a_thread_ends_the_download(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is neither of the source nor of the disk is raised as it is; no thread waits for the one that met it."""
+
+    def defective(*_: object) -> str:
+        raise LookupError("a defect")
+
+    monkeypatch.setattr("research_rl.data.pieces.PartialFile.finish", defective)
+    with pytest.raises(LookupError, match="a defect"):
+        download.run(context(tmp_path, site))
+    assert not (tmp_path / "data").exists()
+
+
+def test_two_spellings_of_a_file_are_one_fetch(site: Site, tmp_path: Path) -> None:
+    names = {"a": ["corpus.jsonl"], "b": [f"{site.url}/corpus.jsonl"], "c": [f"{site.url}/musique/dev.jsonl"]}
+    for attempt in range(3):
+        site.sent.clear()
+        download.run(context(tmp_path / str(attempt), site, files=names, transfer={"parallel": 8}))
+        assert site.sent == {"corpus.jsonl": len(CORPUS), "musique/dev.jsonl": len(QUESTION)}
+        assert (tmp_path / f"{attempt}/data/files/b").read_bytes() == CORPUS
+
+
+def test_two_spellings_of_a_file_cannot_have_two_hashes(site: Site, tmp_path: Path) -> None:
+    hashes = {"corpus.jsonl": "0" * 64, f"{site.url}/corpus.jsonl": "1" * 64}
+    with pytest.raises(ConfigError, match="which are one file"):
+        download.run(context(tmp_path, site, files={"again": [f"{site.url}/corpus.jsonl"]}, sha256=hashes))
+
+
 def test_two_downloads_into_one_workspace_do_not_meet(site: Site, tmp_path: Path) -> None:
     from research_rl.data import transfer
 
     with transfer.locked(tmp_path / "artifacts/.work/download"), pytest.raises(DataError, match="another process downloads"):
         download.run(context(tmp_path, site))
+
+
+def test_content_that_the_server_compressed_is_read(site: Site, tmp_path: Path) -> None:
+    """Content-Encoding is a compression on top of the name; a .gz file whose own compression is named there is left as it is."""
+    site.files |= {"corpus.jsonl": gzip.compress(CORPUS), "notes": gzip.compress(b"notes"), "raw.gz": gzip.compress(b"raw")}
+    site.headers = {name: {"Content-Encoding": "gzip"} for name in ("corpus.jsonl", "notes", "raw.gz")}
+    download.run(context(tmp_path, site, files={"notes": ["notes"], "both": ["notes", "raw.gz"], "raw.gz": ["raw.gz"]}))
+    whole(tmp_path)
+    assert (tmp_path / "data/files/notes").read_bytes() == b"notes"
+    assert (tmp_path / "data/files/both").read_bytes() == b"notes" + site.files["raw.gz"]
+    assert gzip.decompress((tmp_path / "data/files/raw.gz").read_bytes()) == b"raw"
+    site.headers = {"corpus.jsonl": {"Content-Encoding": "br"}}
+    with pytest.raises(DataError, match="Content-Encoding br; store it plain"):
+        download.run(context(tmp_path / "br", site))
+
+
+def test_a_redirect_to_an_internal_address_is_refused(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resolver answers that localhost is a public host, so that its redirect to 127.0.0.1 leads from outside to inside."""
+    answer = socket.getaddrinfo
+
+    def resolver(host: str, *rest: Any, **named: Any) -> Any:
+        public = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("93.184.216.34", 0))]
+        return public if host == "localhost" and not (rest and rest[0]) else answer(host, *rest, **named)
+
+    site.redirects = {"moved.jsonl": f"{site.url}/corpus.jsonl"}
+    download.run(context(tmp_path / "inside", site, corpus="moved.jsonl"))
+    whole(tmp_path / "inside")
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", resolver)
+    with pytest.raises(DataError, match=r"redirects to the internal address 127\.0\.0\.1"):
+        download.run(context(tmp_path, site, url=site.url.replace("127.0.0.1", "localhost"), corpus="moved.jsonl"))
+
+
+def test_only_a_configured_proxy_is_used(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    download.run(context(tmp_path, site))
+    with pytest.raises(DataError, match="gave up after 1 tries"):
+        download.run(context(tmp_path / "again", site, transfer={"proxy": "http://127.0.0.1:9", "attempts": 1}))
+
+
+def test_a_very_long_name_is_fetched(site: Site, tmp_path: Path) -> None:
+    site.files["x" * 250 + ".jsonl.gz"] = gzip.compress(CORPUS)
+    download.run(context(tmp_path, site, corpus="x" * 250 + ".jsonl.gz"))
+    whole(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import random
 import socket
@@ -124,6 +125,21 @@ def test_a_whole_address_needs_no_default_source(endpoint: str, tmp_path: Path) 
     bucket = f"s3://{BUCKET}/flashrag/corpus.jsonl"
     download.run(context(tmp_path, endpoint, source="folder", folder="local", corpus=bucket, **named))
     assert len(ids(tmp_path)) == ROWS
+
+
+def test_an_object_stored_compressed_is_read(endpoint: str, tmp_path: Path) -> None:
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.put_object(Bucket=BUCKET, Key="flashrag/packed.jsonl", Body=gzip.compress(CORPUS), ContentEncoding="gzip")
+    download.run(context(tmp_path, endpoint, corpus="packed.jsonl"))
+    assert len(ids(tmp_path)) == ROWS
+
+
+def test_a_service_that_is_down_for_a_while_is_tried_again(endpoint: str, tmp_path: Path) -> None:
+    reserved = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{reserved.getsockname()[1]}"
+    reserved.close()
+    with pytest.raises(DataError, match=r"gave up after 2 tries; check the address"):
+        download.run(context(tmp_path, url, transfer={"attempts": 2}))
 
 
 @pytest.mark.parametrize(

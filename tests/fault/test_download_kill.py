@@ -111,7 +111,7 @@ def held(root: Path, url: str) -> int:
     found = 0
     for name, content in FILES.items():
         size = sum(path.stat().st_size for path in folder.glob(f"*-{name}"))
-        digest = hashlib.sha256(f"{url}\n{name}".encode()).hexdigest()[:16]
+        digest = hashlib.sha256(f"{url}/{name}".encode()).hexdigest()[:16]
         size += sum(p.stat().st_size for p in folder.glob(f".parts/{digest}.*") if p.suffix[1:].isdigit() or p.suffix == ".joined")
         found += min(size, len(content))
     return found

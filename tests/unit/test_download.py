@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from research_rl.config import Config
 from research_rl.data import download, flashrag
 from research_rl.errors import ConfigError, DataError
 from research_rl.pipeline import manifest
+from research_rl.pipeline.run import current, run_stage
 from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
 
 FILES = {
@@ -45,8 +47,8 @@ def context(root: Path, **data: Any) -> Context:
 def test_folder_files_are_joined_and_keep_their_set(tmp_path: Path, source: Path) -> None:
     made = context(tmp_path / "w", source="folder", folder=str(source), **FILES)
     download.run(made)
-    found = manifest.load(tmp_path / "w/data")
-    assert found.counts == {"corpus": 5, "train": 6, "dev": 3, "test": 3}
+    snapshot = manifest.load(tmp_path / "w/data")
+    assert snapshot.counts == {"corpus": 5, "train": 6, "dev": 3, "test": 3}
     questions = list(flashrag.read_questions(tmp_path / "w/data/train.jsonl"))
     assert [q.id for q in questions[:1] + questions[3:4]] == ["musique/train_0", "hotpotqa/train_0"]
     assert questions[3].metadata == {"supporting_passage_ids": ["1"], "data_source": "hotpotqa"}
@@ -108,3 +110,53 @@ def test_an_unreachable_hub_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"http://127.0.0.1:9.* at main"):
         download.run(context(tmp_path, source="hub", hub_endpoint="http://127.0.0.1:9"))
     assert not (tmp_path / "data").exists()
+
+
+def test_a_symbolic_link_to_another_disk_stays_one(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "w/data").symlink_to(tmp_path / "disk/data")
+    for _ in range(2):
+        download.run(context(tmp_path / "w", source="folder", folder=str(source), **FILES))
+        assert (tmp_path / "w/data").is_symlink()
+        assert manifest.load(tmp_path / "disk/data").counts["corpus"] == 5
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["data"]
+
+
+def test_a_changed_folder_makes_the_stage_stale(tmp_path: Path, source: Path) -> None:
+    made = context(tmp_path / "w", source="folder", folder=str(source), **FILES)
+    _, built = run_stage("download", made.config, made.workspace)
+    assert built and current("download", made.config, made.workspace)
+    os.utime(source / "wiki/corpus.jsonl")
+    assert current("download", made.config, made.workspace), "the same content under a new date is no change"
+    with (source / "wiki/corpus.jsonl").open("a") as stream:
+        stream.write('{"id": "more", "contents": "one more"}\n')
+    assert current("download", made.config, made.workspace) is None
+    renewed, built = run_stage("download", made.config, made.workspace)
+    assert built and renewed.counts["corpus"] == 6
+    source.rename(tmp_path / "moved")
+    assert current("download", made.config, made.workspace), "a folder that is not here says nothing"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"url": "http://user:hunter2@host/x"}, "the address at host carries a user or password.*netrc"),
+        ({"corpus": "https://host/c.jsonl?X-Amz-Signature=hunter2"}, "carries X-Amz-Signature in its query.*AWS_"),
+        ({"train": ["https://host/c.jsonl?a=1&access_token=hunter2"]}, "carries access_token"),
+        ({"files": {"x": ["http://hunter2@host/x"]}}, "carries a user or password"),
+        ({"hub_endpoint": "https://u:hunter2@hub"}, "HF_TOKEN"),
+        ({"s3_endpoint": "https://u:hunter2@s3"}, "AWS_"),
+        ({"url": "http://[::1"}, r"http://... is malformed .*brackets"),
+    ],
+)
+def test_an_address_with_a_secret_is_refused_before_anything_is_written(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        Config.model_validate({"data": data})
+    assert "hunter2" not in str(caught.value).split("[type=")[0]
+
+
+def test_a_name_that_no_file_system_takes_is_named(tmp_path: Path, source: Path) -> None:
+    for change in ({"corpus": "x" * 300 + ".jsonl"}, {"files": {"x" * 300: ["musique/dev.jsonl"]}}):
+        with pytest.raises((DataError, ConfigError), match="255 bytes"):
+            download.run(context(tmp_path / "w", source="folder", folder=str(source), **{**FILES, **change}))

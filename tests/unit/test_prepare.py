@@ -49,7 +49,7 @@ def test_rows_have_the_trainers_columns(tmp_path: Path) -> None:
             "index": row["extra_info"]["index"], "split": "dev", "id": f"dev_{n}", "question": f"Who is {n}?",
             "golden_answers": ["Ada", f"A{n}"], "supporting_passage_ids": ["4", "9"],
         },
-        "question": f"Who is {n}?",
+        "question": f"Who is {n}?", "id": f"dev_{n}", "golden_answers": ["Ada", f"A{n}"],
     }  # fmt: skip
     assert {row["data_source"] for row in rows} <= {"musique", "encyclopedia"}
 

@@ -19,6 +19,9 @@ from research_rl.errors import ConfigError, DataError
 __all__ = ["ChangedError", "Remote", "Source", "Sources", "TransientError"]
 
 
+_SUFFIX_OF = {"gzip": ".gz", "x-gzip": ".gz", "zstd": ".zst"}
+
+
 class TransientError(DataError):
     """A transfer failed in a way that may pass; `wait_s` is what the server asked for, 0 when it did not."""
 
@@ -36,7 +39,8 @@ class Remote:
     """What a name stands for at a source.
 
     `version` is an ETag, a commit or a date, empty when the source has none; `checksum` is (algorithm, hex digest) with
-    algorithm sha256 or git-blob; `path` is set for a file that already lies on this machine and is used in place.
+    algorithm sha256 or git-blob; `path` is set for a file that already lies on this machine and is used in place;
+    `encoding` is the suffix of a compression that the source applied to the bytes on top of what the name says (Content-Encoding).
     """
 
     name: str
@@ -46,6 +50,7 @@ class Remote:
     ranges: bool
     checksum: tuple[str, str] | None = None
     path: Path | None = None
+    encoding: str = ""
 
 
 class Source(Protocol):
@@ -146,6 +151,19 @@ class Sources:
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+
+def encoding_suffix(content_encoding: str, name: str, address: str) -> str:
+    """Return the suffix of the compression that a Content-Encoding names, empty for none. Raises DataError for one that is not read.
+
+    Many servers send a file that is called .gz as it is and name its own compression there; it is not compressed twice.
+    """
+    codings = [part.strip().lower() for part in content_encoding.split(",")]
+    codings = [coding for coding in codings if coding not in ("", "identity", "aws-chunked")]
+    suffix = _SUFFIX_OF.get(codings[0], "") if len(codings) == 1 else ""
+    if codings and not suffix:
+        raise DataError(f"{address} is sent with Content-Encoding {content_encoding}; store it plain, or compressed by gzip or zstd")
+    return "" if name.partition("?")[0].endswith(suffix) else suffix
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -15,6 +15,7 @@ __all__ = ["FolderSource"]
 
 _CHUNK = 1 << 20
 _LISTED = 10_000
+_LONGEST_NAME = 255
 
 
 class FolderSource:
@@ -45,12 +46,14 @@ class FolderSource:
 
     def names(self) -> list[str]:
         """Return the files below the folder, at most 10,000."""
-        found = (path for path in self._root.rglob("*") if path.is_file())
-        return sorted(path.relative_to(self._root).as_posix() for path, _ in zip(found, range(_LISTED), strict=False))
+        files = (path for path in self._root.rglob("*") if path.is_file())
+        return sorted(path.relative_to(self._root).as_posix() for path, _ in zip(files, range(_LISTED), strict=False))
 
     def locate(self, name: str) -> Remote:
         """Return the file of that name. Raises DataError when there is none."""
         path = self._root / name
+        if any(len(part.encode()) > _LONGEST_NAME for part in path.parts):
+            raise DataError(f"{name[:40]!r}... has a part above {_LONGEST_NAME} bytes, a file system's limit; correct the name in data.*")
         if not path.is_file():
             near = nearest(name, self.names())
             raise DataError(

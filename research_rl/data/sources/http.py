@@ -5,16 +5,19 @@ Invariant: a range is taken only from the version that was located (If-Range, an
 
 from __future__ import annotations
 
+import netrc
+import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import httpx
 
-from research_rl.config import TransferConfig
-from research_rl.data.sources import ChangedError, Remote, TransientError
+from research_rl.config import TransferConfig, addresses
+from research_rl.data.sources import ChangedError, Remote, TransientError, encoding_suffix
 from research_rl.errors import DataError
 
 __all__ = ["HttpSource", "Web"]
@@ -25,11 +28,11 @@ _PLAIN = {"Accept-Encoding": "identity"}
 
 
 class HttpSource:
-    """Files below one address; a query in the address goes with every request and is never recorded."""
+    """Files below one address; a query in the address goes with every request. Credentials come from ~/.netrc or the file NETRC names."""
 
     def __init__(self, root: str, transfer: TransferConfig) -> None:
         self._parts = urlsplit(root)
-        self._web = Web(transfer)
+        self._web = Web(transfer, auth=_netrc())
 
     @property
     def key(self) -> str:
@@ -65,8 +68,12 @@ class HttpSource:
 class Web:
     """HTTP requests whose failures are sorted into passing and lasting ones; safe to share between threads."""
 
-    def __init__(self, transfer: TransferConfig, headers: Callable[[], Mapping[str, str]] = dict) -> None:
-        self._client = httpx.Client(timeout=transfer.timeout_s, follow_redirects=True)
+    def __init__(self, transfer: TransferConfig, headers: Callable[[], Mapping[str, str]] = dict, auth: httpx.Auth | None = None) -> None:
+        # The environment's proxies are not used: they would be sent the headers, tokens included, of plain http requests.
+        self._client = httpx.Client(
+            timeout=transfer.timeout_s, follow_redirects=True, trust_env=False, proxy=transfer.proxy, auth=auth,
+            event_hooks={"response": [_outside]},
+        )  # fmt: skip
         self._headers = headers
 
     @contextmanager
@@ -78,7 +85,7 @@ class Web:
                 if reply.status_code != 416 and not reply.is_success:
                     _refuse(reply, where, name)
                 yield reply
-        except httpx.UnsupportedProtocol as error:
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise DataError(f"cannot fetch {where}: {error}; correct the address") from None
         except httpx.TooManyRedirects as error:
             raise DataError(f"cannot fetch {where}: {error}; name the address it leads to") from None
@@ -89,8 +96,8 @@ class Web:
     def range(self, url: str, remote: Remote, start: int, stop: int | None, condition: Mapping[str, str]) -> Generator[Iterator[bytes]]:
         """Open the bytes `start` to `stop` - 1 of `remote`. Raises ChangedError when the reply is of another version."""
         whole = start == 0 and stop in (None, remote.size)
-        wanted = {} if whole else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}", **condition}
-        with self.get(url, wanted, remote.name) as reply:
+        conditions = {} if whole else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}", **condition}
+        with self.get(url, conditions, remote.name) as reply:
             _fitting(reply, remote, start, whole)
             yield reply.iter_raw(1 << 16)
 
@@ -108,12 +115,31 @@ def described(reply: httpx.Response, name: str, address: str) -> Remote:
     if not ranges and "Content-Length" in reply.headers and "Transfer-Encoding" not in reply.headers:
         total = int(reply.headers["Content-Length"])
     version = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
-    return Remote(name, address, total, version, ranges)
+    encoding = encoding_suffix(reply.headers.get("Content-Encoding", ""), name, address)
+    return Remote(name, address, total, version, ranges, encoding=encoding)
 
 
 def _total(reply: httpx.Response) -> int | None:
-    found = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
-    return int(found[1]) if found else None
+    total = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
+    return int(total[1]) if total else None
+
+
+def _outside(reply: httpx.Response) -> None:
+    """Refuse a redirect from a public host to an internal one, which only this machine may reach."""
+    if reply.has_redirect_location and not addresses.is_internal(reply.request.url.host):
+        target = reply.request.url.join(reply.headers["Location"])
+        if addresses.is_internal(target.host):
+            raise DataError(
+                f"{public(str(reply.request.url))} redirects to the internal address {target.host}; name that address itself if it is meant"
+            )
+
+
+def _netrc() -> httpx.Auth | None:
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return httpx.NetRCAuth(str(path)) if path.is_file() else None
+    except netrc.NetrcParseError as error:
+        raise DataError(f"{path} is no netrc file (line {error.lineno}: {error.msg}); correct it or name another one by NETRC") from None
 
 
 def _condition(remote: Remote) -> dict[str, str]:

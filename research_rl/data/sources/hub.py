@@ -1,6 +1,8 @@
 """Files of a Hugging Face dataset repository, all at the one commit the revision stands for. Knows the hub's API and headers.
 
-The hub's own checksums are used: the sha256 of a large file, the git blob hash of a small one.
+The hub's own checksums are used: the sha256 of a large file, the git blob hash of a small one. huggingface_hub locates the
+files but does not fetch them: its download starts at byte 0 again after a kill, since it writes to a file of a random name
+that it removes, and compares no hash.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class HubSource:
         self._endpoint, self._repository, self._revision = endpoint, repository, revision
         self._timeout = transfer.timeout_s
         self._web = Web(transfer, _headers)
+        _use_own_client(transfer.proxy)
 
     @property
     def key(self) -> str:
@@ -49,14 +52,14 @@ class HubSource:
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            found = self._call(name, lambda: get_hf_file_metadata(self._url(name), timeout=self._timeout, endpoint=self._endpoint))
+            metadata = self._call(name, lambda: get_hf_file_metadata(self._url(name), timeout=self._timeout, endpoint=self._endpoint))
         except DataError as error:
             if isinstance(error.__cause__, EntryNotFoundError) and (near := nearest(name, self.names())):
                 raise DataError(f"{error}{near}") from error
             raise
-        etag = str(found.etag or "").strip('"')
+        etag = str(metadata.etag or "").strip('"')
         algorithm = _ALGORITHMS.get(len(etag))
-        return Remote(name, unquote(self._url(name)), found.size, etag, True, (algorithm, etag) if algorithm else None)
+        return Remote(name, unquote(self._url(name)), metadata.size, etag, True, (algorithm, etag) if algorithm else None)
 
     @contextmanager
     def read(self, remote: Remote, start: int, stop: int | None) -> Generator[Iterator[bytes]]:
@@ -97,6 +100,16 @@ class HubSource:
                 f"cannot fetch {where}: {reason}; check data.hub_endpoint, data.hub_repo, data.hub_revision and the network, "
                 "or put the files in a folder and set data.source=folder"
             ) from error
+
+
+def _use_own_client(proxy: str | None) -> None:
+    """Have huggingface_hub send its requests, which carry the token, by no proxy but the configured one."""
+    import httpx
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    hooks = default_client_factory().event_hooks
+    set_client_factory(lambda: httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=None, trust_env=False, proxy=proxy))
 
 
 def _headers() -> dict[str, str]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from research_rl.config import TransferConfig
-from research_rl.data.sources import ChangedError, Remote, TransientError, nearest
+from research_rl.data.sources import ChangedError, Remote, TransientError, encoding_suffix, nearest
 from research_rl.errors import DataError
 
 __all__ = ["BucketSource"]
@@ -51,17 +51,19 @@ class BucketSource:
     def locate(self, name: str) -> Remote:
         """Return size, ETag and, where the store keeps one, the sha256 of an object."""
         with self._sorted_errors(name):
-            found = self._client.head_object(Bucket=self._bucket, Key=self._key(name), ChecksumMode="ENABLED")
-        return Remote(name, self._address(name), found["ContentLength"], found.get("ETag", ""), True, _checksum(found))
+            head = self._client.head_object(Bucket=self._bucket, Key=self._key(name), ChecksumMode="ENABLED")
+        address = self._address(name)
+        encoding = encoding_suffix(head.get("ContentEncoding", ""), name, address)
+        return Remote(name, address, head["ContentLength"], head.get("ETag", ""), True, _checksum(head), encoding=encoding)
 
     @contextmanager
     def read(self, remote: Remote, start: int, stop: int | None) -> Generator[Iterator[bytes]]:
         """Open a part of the object, of the located version only."""
-        wanted: dict[str, Any] = {"IfMatch": remote.version} if remote.version else {}
+        conditions: dict[str, Any] = {"IfMatch": remote.version} if remote.version else {}
         if start or stop not in (None, remote.size):
-            wanted["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+            conditions["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         with self._sorted_errors(remote.name):
-            body = self._client.get_object(Bucket=self._bucket, Key=self._key(remote.name), **wanted)["Body"]
+            body = self._client.get_object(Bucket=self._bucket, Key=self._key(remote.name), **conditions)["Body"]
             try:
                 yield body.iter_chunks(_CHUNK)
             finally:
@@ -79,6 +81,8 @@ class BucketSource:
         session = boto3.Session()
         if session.get_credentials() is None:
             options["signature_version"] = UNSIGNED
+        proxy = self._transfer.proxy
+        options["proxies"] = {"http": proxy, "https": proxy} if proxy else {}  # an empty one, as without it the environment's are used
         config = Config(retries={"total_max_attempts": 1}, **options)
         region = session.region_name or "us-east-1"
         try:
@@ -103,9 +107,10 @@ class BucketSource:
         except ClientError as error:
             self._refuse(error, name, where)
         except (BotoCoreError, HTTPError) as error:
+            from botocore.exceptions import ConnectionError as ServiceUnreachable
             from botocore.exceptions import HTTPClientError, IncompleteReadError
 
-            if isinstance(error, (HTTPClientError, IncompleteReadError, HTTPError)):
+            if isinstance(error, (HTTPClientError, IncompleteReadError, ServiceUnreachable, HTTPError)):
                 raise TransientError(f"cannot fetch {where}: {error}") from error
             raise DataError(f"cannot fetch {where}: {error}; check data.url, data.s3_endpoint and the AWS_ variables") from error
 
@@ -131,10 +136,10 @@ class BucketSource:
             return ""
 
 
-def _checksum(found: dict[str, Any]) -> tuple[str, str] | None:
+def _checksum(head: dict[str, Any]) -> tuple[str, str] | None:
     import base64
 
-    value = found.get("ChecksumSHA256")
-    if not value or found.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT" or "-" in value:
+    value = head.get("ChecksumSHA256")
+    if not value or head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT" or "-" in value:
         return None
     return "sha256", base64.b64decode(value).hex()
