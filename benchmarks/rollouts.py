@@ -152,7 +152,6 @@ def _served(rounds: int) -> Iterator[Duel]:
 def _on_vllm(
     play: Callable[..., Awaitable[None]], config: Config, workspace: Workspace, retriever: Endpoint, model: Endpoint, seeds: Iterator[int]
 ) -> Callable[[], float]:
-    from research_rl.evaluation.evaluate import _limits
     from research_rl.evaluation.results import read_questions
     from research_rl.serving.client import HttpEngine, Sampling
 
@@ -166,7 +165,7 @@ def _on_vllm(
             engine = await clients.enter_async_context(HttpEngine(model, Sampling(1.0, next(seeds)), connections=64))
             searcher = await clients.enter_async_context(RetrieverClient(retriever.url, token=retriever.token))
             started = time.perf_counter()
-            await play(prompts, engine, searcher, tokenizer, _limits(config))
+            await play(prompts, engine, searcher, tokenizer, Limits(**config.episode.model_dump()))
             return len(prompts) / (time.perf_counter() - started)
 
     return lambda: asyncio.run(once())

@@ -84,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--html", type=Path, help="also write the comparison as a page")
     model = add("serve-model", _serve_model, "serve a model over HTTP until stopped")
     model.add_argument("--model", type=Path, help="model folder; the trained policy when left out")
+    ask = add("ask", _ask, "ask the trained policy one question and show how it searched")
+    ask.add_argument("question", help="the question, in quotes")
+    ask.add_argument("--model", type=Path, help="model folder; the trained policy when left out")
     retriever = add("serve-retriever", _serve_retriever, "serve the workspace's index over HTTP until stopped")
     retriever.add_argument("--part", default="1/1", metavar="I/N", help="serve only the i-th of n parts of the index")
     others = (
@@ -91,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         add("plan", _plan, "show what a run would build, and whether it fits on the disk"),
         add("status", _status, "show every stage: current, stale, missing or torn"),
     )
-    for verb in (run, config, model, retriever, *others):
+    for verb in (run, config, model, ask, retriever, *others):
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="parameters for this call")
     return parser
 
@@ -194,6 +197,15 @@ def _config(arguments: argparse.Namespace) -> None:
     from research_rl.config import dump
 
     print(dump(_resolve(arguments)), end="")
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from research_rl.agent.ask import ask, transcript
+
+    trajectory = ask(
+        _resolve(arguments), _workspace(arguments), arguments.question, arguments.model, lambda text: print(text, file=sys.stderr)
+    )
+    print(transcript(trajectory))
 
 
 def _serve_retriever(arguments: argparse.Namespace) -> None:

@@ -75,19 +75,7 @@ async def _trajectory(config: Config, question: Question, engine: Engine, search
         prompt = encode_prompt(tokenizer, question.question, config.prompt)
     except ConfigError as error:  # one question that is too long must not end the evaluation of the others
         return Trajectory((), stop=StopReason.ENGINE_FAILURE, error=str(error))
-    return await run_episode(prompt, engine, searcher, tokenizer, _limits(config))
-
-
-def _limits(config: Config) -> Limits:
-    episode = config.episode
-    return Limits(
-        top_k=episode.top_k,
-        max_searches=episode.max_searches,
-        max_result_tokens=episode.max_result_tokens,
-        max_response_tokens=episode.max_response_tokens,
-        wall_s=episode.wall_s,
-        search_timeout_s=episode.search_timeout_s,
-    )
+    return await run_episode(prompt, engine, searcher, tokenizer, Limits(**config.episode.model_dump()))
 
 
 def _run(context: Context, model: Path) -> None:

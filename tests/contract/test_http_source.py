@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from research_rl.config import Config, addresses, download, flashrag
+from research_rl.config import Config, addresses
+from research_rl.data import download, flashrag
 from research_rl.errors import ConfigError, DataError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
