@@ -26,8 +26,8 @@ from verl.workers.rollout.replica import TokenOutput
 
 from research_rl.config import Config
 from research_rl.episode.trajectory import Passage
-from research_rl.training import overrides
-from research_rl.training.overrides import Paths
+from research_rl.training.run import overrides
+from research_rl.training.run.overrides import Paths
 
 SEARCHES, TURN, RESULT = 4, 110, 200
 EOS = "<|im_end|>"

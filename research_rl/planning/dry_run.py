@@ -23,7 +23,7 @@ from research_rl.pipeline.stages import Workspace
 from research_rl.planning import paper
 from research_rl.planning.paper import Comparison
 from research_rl.planning.plan import describe
-from research_rl.training import overrides
+from research_rl.training.run import overrides
 from research_rl.training.run.run import interpreter, ray_folder
 
 __all__ = ["DryRun", "compose", "dry_run"]

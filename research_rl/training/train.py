@@ -17,7 +17,7 @@ from research_rl.errors import ConfigError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context
 from research_rl.retriever.serve import running
-from research_rl.training import overrides
+from research_rl.training.run import overrides
 from research_rl.training.run.checkpoints import link
 from research_rl.training.run.metrics_log import MetricsLog
 from research_rl.training.run.remote import Store

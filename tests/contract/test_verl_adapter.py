@@ -16,8 +16,8 @@ import pytest
 from research_rl.config import Config
 from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port
-from research_rl.training import overrides
-from research_rl.training.overrides import Paths
+from research_rl.training.run import overrides
+from research_rl.training.run.overrides import Paths
 from research_rl.training.run.run import interpreter
 
 

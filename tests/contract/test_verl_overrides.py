@@ -12,7 +12,7 @@ from research_rl.errors import TrainingError
 from research_rl.paths import CHECKOUT
 from research_rl.planning import paper
 from research_rl.planning.dry_run import compose
-from research_rl.training.overrides import Paths, render
+from research_rl.training.run.overrides import Paths, render
 
 GPU_PROFILES = [name for name in profiles() if load_profile(name).train.hardware == "gpu"]
 CASES: dict[str, tuple[str, list[str]]] = {

@@ -11,8 +11,8 @@ import yaml
 
 from research_rl.config import Config
 from research_rl.retriever import TOKEN
-from research_rl.training import overrides
-from research_rl.training.overrides import Paths
+from research_rl.training.run import overrides
+from research_rl.training.run.overrides import Paths
 from research_rl.training.train import work_key
 from tests.training import sections
 

@@ -17,9 +17,9 @@ import pytest
 
 from research_rl.config import Config
 from research_rl.errors import CollapseError, TrainingError
-from research_rl.training.overrides import Paths
 from research_rl.training.run import run as module
 from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.overrides import Paths
 from research_rl.training.run.run import Run, TrainHooks
 from research_rl.training.run.supervise import supervise
 from research_rl.training.run.watch import Finding

@@ -12,11 +12,10 @@ from typing import Any
 
 from research_rl.errors import TrainingError
 from research_rl.retriever import TOKEN
-from research_rl.training import overrides
-from research_rl.training.overrides import Paths
-from research_rl.training.run import checkpoints, launch, watch
+from research_rl.training.run import checkpoints, launch, overrides, watch
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.metrics_log import Tail, numbers
+from research_rl.training.run.overrides import Paths
 from research_rl.training.run.pauses import Pauses
 from research_rl.training.run.records import Records
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from research_rl.config import Config
 from research_rl.errors import TrainingError
 from research_rl.paths import CHECKOUT
-from research_rl.training.overrides import Paths
 from research_rl.training.run import launch
 from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.overrides import Paths
 from research_rl.training.run.remote import Store
 from research_rl.training.run.watch import Finding
 

@@ -4,5 +4,3 @@ Three of verl's plug-in points carry it: `VERL_USE_EXTERNAL_MODULES` loads `plat
 `actor_rollout_ref.model.external_lib` loads `engine` in the training workers, and vLLM's `worker_extension_cls` names
 `vllm_worker.CpuWorkerExtension`. No file of verl, vLLM or torch is edited.
 """
-
-ENGINE_THREADS_VARIABLE = "RESEARCH_ENGINE_THREADS"

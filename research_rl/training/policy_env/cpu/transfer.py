@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["TOKEN_VARIABLE", "private_address"]
+from research_rl.training.run.variables import TOKEN_VARIABLE
 
-TOKEN_VARIABLE = "RESEARCH_TRAIN_TOKEN"
+__all__ = ["private_address"]
 
 
 def private_address(address: str) -> str:

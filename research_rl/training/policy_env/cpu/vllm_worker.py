@@ -14,8 +14,8 @@ import torch
 import vllm._custom_ops as ops
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from research_rl.training.policy_env.cpu import ENGINE_THREADS_VARIABLE
 from research_rl.training.policy_env.cpu.transfer import private_address
+from research_rl.training.run.variables import ENGINE_THREADS_VARIABLE
 
 __all__ = ["CpuWorkerExtension"]
 

@@ -20,8 +20,7 @@ import yaml
 from research_rl.config import Config
 from research_rl.paths import CHECKOUT
 from research_rl.serving.launch import threads
-from research_rl.training.policy_env.cpu import ENGINE_THREADS_VARIABLE
-from research_rl.training.policy_env.cpu.transfer import TOKEN_VARIABLE
+from research_rl.training.run.variables import ENGINE_THREADS_VARIABLE, TOKEN_VARIABLE
 
 __all__ = ["Paths", "agent_settings", "agent_yaml", "environment", "render", "resolved"]
 
