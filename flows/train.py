@@ -11,6 +11,8 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from research_rl.errors import ResearchError
+from research_rl.pipeline.stages import Workspace
+from research_rl.report.closing import closing
 from tasks.download import download
 from tasks.evaluate import baseline, evaluate, report
 from tasks.index import corpus, embed, index
@@ -82,6 +84,8 @@ def main(arguments: list[str]) -> int:
         resolve(Path(), found.profile, overrides)
         server()
         research_train(profile=found.profile, overrides=overrides, dry_run=found.dry_run)
+        if not found.dry_run:
+            print("\n".join(closing(Workspace(Path().resolve()))))
     except ResearchError as error:
         print(f"research-train: {error}", file=sys.stderr)
         return 1
