@@ -147,7 +147,7 @@ def test_a_changed_folder_makes_the_stage_stale(tmp_path: Path, source: Path) ->
         ({"files": {"x": ["http://hunter2@host/x"]}}, "carries a user or password"),
         ({"hub_endpoint": "https://u:hunter2@hub"}, "HF_TOKEN"),
         ({"s3_endpoint": "https://u:hunter2@s3"}, "AWS_"),
-        ({"url": "http://[::1"}, r"http://... is malformed .*brackets"),
+        ({"url": "http://[::1"}, r"http://... is malformed"),
     ],
 )
 def test_an_address_with_a_secret_is_refused_before_anything_is_written(data: dict[str, Any], says: str) -> None:
