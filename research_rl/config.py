@@ -315,7 +315,7 @@ class EpisodeConfig(Section):
     max_response_tokens: int = Field(default=512, ge=16, description="Tokens of the whole response, results included.")
     wall_s: float = Field(default=120.0, gt=0, description="Seconds per episode.")
     search_timeout_s: float = Field(
-        default=20.0, gt=0, description="Seconds per search, retries included; then the failure is told to the model."
+        default=20.0, gt=0, description="Seconds per search, retries included; then the failure is told to the model. Waiting for a free connection may take as long again."
     )
 
 

@@ -139,7 +139,7 @@ async def _connected(
         engine = HttpEngine(
             served, sampling, engine=config.serving.engine, timeout_s=config.episode.wall_s, connections=evaluation.concurrency
         )
-        searcher = RetrieverClient(retriever.url, token=retriever.token, timeout_s=config.episode.search_timeout_s)
+        searcher = RetrieverClient(retriever.url, retriever.token, config.episode.search_timeout_s, connections=evaluation.concurrency)
         await clients.enter_async_context(engine)
         await clients.enter_async_context(searcher)
         return await evaluate(config, questions, engine, searcher, tokenizer, on_result)

@@ -79,7 +79,7 @@ class Gateway:
         try:
             body = await _body(scope, receive)
             await (
-                self._app(scope, body, send)
+                self._app(scope, body, _without_500(send))
                 if body
                 else refusal(408, f"the body did not arrive within {_BODY_S:g} s")(scope, receive, send)
             )
@@ -109,6 +109,19 @@ class Gateway:
             self._metrics.refused("size")
             return refusal(413, f"the body has {int(length[:20])} bytes, the limit is {self._most}; send fewer or shorter queries")
         return None
+
+
+def _without_500(send: Send) -> Send:
+    """Return a `send` that drops the 500 with which Starlette answers an exception before it raises it: ours is a 503."""
+    failed = False
+
+    async def sent(message: Message) -> None:
+        nonlocal failed
+        failed = failed or message.get("status") == 500
+        if not failed:
+            await send(message)
+
+    return sent
 
 
 async def _body(scope: Scope, receive: Receive) -> Receive | None:

@@ -14,14 +14,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
-from research_rl.agent import Completion, Limits, SearchFailure, run_episode
+from research_rl.agent import Completion, Limits, run_episode
 from research_rl.composed import Case, Grader
 from research_rl.config import JudgeConfig, PromptConfig, RewardConfig
 from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
@@ -33,8 +33,6 @@ from research_rl.training import episodes, pauses
 from research_rl.trajectory import Trajectory
 
 __all__ = ["SearchAgentLoop", "VerlEngine", "eos_ids"]
-
-_PROBE = "is the retriever there"
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def _shared(settings: str, model: str) -> _Shared:
     """Return what this process's episodes share: verl makes a loop per episode, and reading all this takes longer than a turn."""
     told, tokenizer = json.loads(settings), load_tokenizer(Path(model))
     limits = Limits(**told["limits"])
-    client = RetrieverClient(told["retriever_url"], token=os.environ.get(TOKEN), timeout_s=limits.search_timeout_s)
+    client = RetrieverClient(told["retriever_url"], os.environ.get(TOKEN), limits.search_timeout_s, connections=told["in_flight"])
     return _Shared(
         tokenizer,
         eos_ids(Path(model), tokenizer),
@@ -167,18 +165,9 @@ def _shared(settings: str, model: str) -> _Shared:
         _STOPPING[told["engine"]],
         Grader(RewardConfig(**told["reward"]), JudgeConfig(**told["judge"]), tokenizer.eos_token),
         client,
-        _gate(client, Patience(**told["patience"]), Path(told["pauses"])),
+        PauseGate(client.works, Patience(**told["patience"]), partial(pauses.append, Path(told["pauses"]))),
         asyncio.Semaphore(told["in_flight"]),
     )
-
-
-def _gate(client: RetrieverClient, patience: Patience, notes: Path) -> PauseGate:
-    async def well() -> bool:
-        # A service may call itself healthy and answer nonsense: only a search proves that searching works.
-        answers = not isinstance(await client.health(), SearchFailure)
-        return answers and not isinstance(await client.search([_PROBE], 1), SearchFailure)
-
-    return PauseGate(well, patience, lambda note: pauses.append(notes, note))
 
 
 def _output(trajectory: Trajectory, graded: Grade, versions: Sequence[int], eos_id: int) -> AgentLoopOutput:
