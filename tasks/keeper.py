@@ -22,7 +22,7 @@ from prefect.artifacts import create_markdown_artifact
 from research_rl import manifest
 from research_rl.config import CHECKOUT, Config
 from research_rl.errors import ServiceError
-from research_rl.retriever import TOKEN
+from research_rl.retriever import read_token
 from research_rl.services import Process, reap, require_free, spawn, wait_healthy
 from research_rl.stages import Workspace
 from tasks.artifacts import showing
@@ -115,8 +115,8 @@ def _answers(url: str) -> bool:
 
 def _show(workspace: Workspace, url: str, starts: int) -> None:
     """Publish the address and what is served as an artifact; each start is a new version of it."""
-    headers = {"Authorization": f"Bearer {os.environ[TOKEN]}"} if os.environ.get(TOKEN) else {}
-    rows = [("address", url), ("description", f"{url}/docs"), ("metrics", f"{url}/metrics"), ("start", str(starts))]
+    headers = {"Authorization": f"Bearer {token}"} if (token := read_token()) else {}
+    rows = [("address", url), ("description", f"{url}/openapi.json"), ("metrics", f"{url}/metrics"), ("start", str(starts))]
     with showing("the retriever's address"):
         facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, trust_env=False).raise_for_status().json()
         rows += [(name, f"`{json.dumps(value)}`") for name, value in facts.items()]

@@ -105,6 +105,7 @@ def _run(context: Context, model: Path) -> None:
 
 def _evaluate_served(context: Context, model: Path, missing: list[Question], journal: Journal, total: int) -> None:
     """Start what is needed, play `missing`, once more what was lost, and keep what is still lost if it is little enough."""
+    from research_rl.retriever.serve import require_same_index
     from research_rl.retriever.serve import running as retriever_running
     from research_rl.serving.serve import running as model_running
 
@@ -122,6 +123,7 @@ def _evaluate_served(context: Context, model: Path, missing: list[Question], jou
         results = asyncio.run(_connected(config, missing, served, retriever, tokenizer, note))
         again = [question for question, result in zip(missing, results, strict=True) if result.lost]
         lost = [r for r in asyncio.run(_connected(config, again, served, retriever, tokenizer, note)) if r.lost] if again else []
+        require_same_index(retriever, context.workspace)
     _accept(lost, total, config.evaluation.max_failures)
     for result in lost:
         journal.add(result)

@@ -6,64 +6,102 @@ Importing this module is cheap: faiss, FastAPI and the encoder load when a servi
 from __future__ import annotations
 
 import argparse
+import asyncio
+import logging
 import os
 import socket
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import httpx
-
-from research_rl import services
+from research_rl import manifest, services
+from research_rl.agent import SearchFailure
 from research_rl.config import CHECKOUT, Config, RetrieverConfig, load
 from research_rl.errors import ConfigError, ResearchError, ServiceError
-from research_rl.retriever import TOKEN, fleet
+from research_rl.retriever import LOOPBACK, TOKEN, checked_token, fleet, read_token
+from research_rl.retriever.client import RetrieverClient
 from research_rl.services import Endpoint
 from research_rl.stages import Workspace
+from research_rl.trajectory import Passage, SearchFault
 
-__all__ = ["TOKEN", "main", "running", "serve"]
+__all__ = ["TOKEN", "main", "require_same_index", "running", "serve"]
 
-_ANSWER_S = 10.0
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_ANSWER_S = 5.0
+
+_LOG = logging.getLogger("research_rl.retriever")
 
 
 @contextmanager
 def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
     """Yield a retriever for the workspace's index: the one of `retriever.url`, else one started for this block.
 
-    Raises ServiceError when the given one does not answer, or the started one not within `retriever.start_deadline_s`.
+    Raises ServiceError when the given one does not answer a search or serves another index than the workspace's, or when the
+    started one does not answer within `retriever.start_deadline_s`.
     """
-    wanted, token = config.retriever, os.environ.get(TOKEN)
-    if given := wanted.url or fleet.address(wanted.urls):
+    settings, token = config.retriever, read_token()
+    if given := settings.url or fleet.address(settings.urls):
         for part in fleet.parts(given):
-            _answers(part)
-        yield Endpoint(given, token)
+            _require_answer(",".join(part), token)
+        endpoint = Endpoint(given, token)
+        require_same_index(endpoint, workspace)
+        yield endpoint
         return
-    port = services.require_free(wanted.host, wanted.port, "retriever.port")
-    url = f"http://{wanted.host}:{port}"
+    port = services.require_free(settings.host, settings.port, "retriever.port")
+    url = f"http://{settings.host}:{port}"
     command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--port", str(port)]
-    command += ["--config", wanted.model_dump_json()]
+    command += ["--config", settings.model_dump_json()]
     env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
     with services.guarded(
-        "retriever", command, folder=workspace.services, health_url=f"{url}/readyz", deadline_s=wanted.start_deadline_s, env=env
+        "retriever", command, folder=workspace.services, health_url=f"{url}/readyz", deadline_s=settings.start_deadline_s, env=env
     ):
         yield Endpoint(url, token)
 
 
-def _answers(replicas: Sequence[str]) -> None:
-    """Return when one replica answers /health. Raises ServiceError."""
-    failed = "no address"
-    for url in replicas:
-        try:
-            httpx.get(f"{url}/health", timeout=_ANSWER_S, trust_env=False).raise_for_status()
-            return
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            failed = type(error).__name__
-    raise ServiceError(
-        f"retriever.url={','.join(replicas)} does not answer /health ({failed}); "
-        "start that retriever, or clear retriever.url to have one started"
-    )
+def require_same_index(endpoint: Endpoint, workspace: Workspace) -> None:
+    """Return when every replica that answers serves the index and the corpus of this workspace.
+
+    One that does not say what it serves (Search-R1's) is only warned of. Raises ServiceError with both hashes.
+    """
+    expected = {name: hash for name in ("index", "corpus") if (hash := _hash(workspace.folder(name)))}
+    if not expected:
+        return
+    for url, info in asyncio.run(_info(endpoint)).items():
+        if isinstance(info, SearchFailure):
+            if info.fault is not SearchFault.UNREACHABLE:
+                _LOG.warning("%s does not say which index it serves (%s); it is not compared with %s", url, info.reason, workspace.root)
+            continue
+        served: dict[str, str] = info.get("manifests", {})
+        for name, hash in expected.items():
+            if (other := served.get(name, "unknown")) != hash:
+                raise ServiceError(
+                    f"the retriever at {url} serves {name} {other[:12]}, but {workspace.folder(name)} is {hash[:12]}; "
+                    "restart it on this workspace, or clear retriever.url to have one started"
+                )
+
+
+def _hash(folder: Path) -> str | None:
+    return manifest.load(folder, verify=False).hash if (folder / manifest.MANIFEST).is_file() else None
+
+
+async def _info(endpoint: Endpoint) -> dict[str, dict[str, Any] | SearchFailure]:
+    async with RetrieverClient(endpoint.url, endpoint.token, _ANSWER_S, connections=1) as client:
+        return await client.info()
+
+
+def _require_answer(url: str, token: str | None) -> None:
+    """Return when one of some replicas answers a search. Raises ServiceError."""
+
+    async def asked() -> list[list[Passage]] | SearchFailure:
+        async with RetrieverClient(url, token, _ANSWER_S, connections=1) as client:
+            return await client.search(["is the retriever there"], 1)
+
+    if isinstance(answer := asyncio.run(asked()), SearchFailure):
+        raise ServiceError(
+            f"retriever.url={url} does not answer a search ({answer.reason}); "
+            "start that retriever or set its token, or clear retriever.url to have one started"
+        )
 
 
 def serve(config: Config, workspace: Workspace, part: str = "1/1") -> None:
@@ -71,7 +109,7 @@ def serve(config: Config, workspace: Workspace, part: str = "1/1") -> None:
 
     Raises ServiceError, ManifestError or ConfigError.
     """
-    _serve(config.retriever, workspace, os.environ.get(TOKEN), _part(part))
+    _serve(config.retriever, workspace, read_token(), _part(part))
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -83,8 +121,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _serve(config: RetrieverConfig, workspace: Workspace, token: str | None, part: tuple[int, int]) -> None:
-    if config.host not in _LOOPBACK and not token:
-        raise ConfigError(f"retriever.host={config.host} is reachable from outside but no token is set; set {TOKEN} or bind 127.0.0.1")
+    _require_access(config, token)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work must not spin on a shared machine
     with _bound(config) as listener:
         from research_rl.retriever.server import run
@@ -93,13 +130,26 @@ def _serve(config: RetrieverConfig, workspace: Workspace, token: str | None, par
         run(listener, f"http://{f'[{host}]' if ':' in host else host}:{port}", config, workspace, token, part)
 
 
+def _require_access(config: RetrieverConfig, token: str | None) -> None:
+    if config.host in LOOPBACK or (config.auth == "token" and token):
+        return
+    if config.auth == "token":
+        raise ConfigError(
+            f"retriever.host={config.host} is reachable from outside but no token is set; set {TOKEN}, or bind 127.0.0.1, "
+            "or let in who cannot send a token by retriever.auth=none and retriever.allow"
+        )
+    who = f"the networks {', '.join(config.allow)}" if config.allow else "whoever reaches it; limit that by retriever.allow"
+    print(f"retriever: warning: retriever.auth=none: {config.host} answers {who}", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service from the command line; return the exit code."""
     arguments = _parser().parse_args(argv)
     try:
         config = _config(arguments)
-        token = arguments.token_file.read_text().strip() if arguments.token_file else os.environ.get(TOKEN)
-        _serve(config, Workspace(arguments.workspace.resolve()), token or None, _part(arguments.part))
+        path = arguments.token_file
+        token = checked_token(path.read_text(errors="replace"), str(path)) if path else read_token()
+        _serve(config, Workspace(arguments.workspace.resolve()), token, _part(arguments.part))
     except ResearchError as error:
         print(f"retriever: {error}", file=sys.stderr)
         return 1

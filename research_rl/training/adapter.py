@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,7 +24,7 @@ from research_rl.agent import Completion, Limits, run_episode
 from research_rl.composed import Case, Grader
 from research_rl.config import JudgeConfig, PromptConfig, RewardConfig
 from research_rl.prompts import FolderTokenizer, encode_prompt, load_tokenizer
-from research_rl.retriever import TOKEN
+from research_rl.retriever import read_token
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Patience, PauseGate
 from research_rl.reward import Grade
@@ -155,7 +154,7 @@ def _shared(settings: str, model: str) -> _Shared:
     """Return what this process's episodes share: verl makes a loop per episode, and reading all this takes longer than a turn."""
     told, tokenizer = json.loads(settings), load_tokenizer(Path(model))
     limits = Limits(**told["limits"])
-    client = RetrieverClient(told["retriever_url"], os.environ.get(TOKEN), limits.search_timeout_s, connections=told["in_flight"])
+    client = RetrieverClient(told["retriever_url"], read_token(), limits.search_timeout_s, connections=told["in_flight"])
     return _Shared(
         tokenizer,
         eos_ids(Path(model), tokenizer),
