@@ -73,7 +73,7 @@ def _corpus(path: Path, rows: int) -> None:
 def _ours(folder: Path, rows: int, model: Path) -> str:
     from research_rl import manifest
     from research_rl.config import Config
-    from research_rl.retriever.engine import Retriever
+    from research_rl.retriever.retriever import Retriever
     from research_rl.stages import STAGES, Context, Workspace, silent
     from research_rl.stages import _function as function
 

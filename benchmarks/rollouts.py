@@ -22,7 +22,7 @@ from research_rl.agent import Completion, Limits, run_episode
 from research_rl.config import CHECKOUT, Config, load, load_profile
 from research_rl.prompts import FolderTokenizer, encode_prompt
 from research_rl.retriever.client import RetrieverClient
-from research_rl.retriever.serve import running as retriever_running
+from research_rl.retriever.command import running as retriever_running
 from research_rl.services import Endpoint
 from research_rl.stages import Workspace, current, run_stage
 

@@ -26,7 +26,7 @@ import json, sys, time
 from pathlib import Path
 import torch, faiss, sentence_transformers
 from research_rl.config import RetrieverConfig
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from research_rl.stages import Workspace
 started = time.perf_counter()
 marks = []

@@ -178,7 +178,7 @@ def _config(arguments: argparse.Namespace) -> None:
 
 
 def _serve_retriever(arguments: argparse.Namespace) -> None:
-    from research_rl.retriever.serve import serve
+    from research_rl.retriever.command import serve
 
     serve(_resolve(arguments), _workspace(arguments), arguments.part)
 

@@ -71,7 +71,7 @@ def keep(config: Config, workspace: Workspace, part: str = "1/1", until: Callabl
 
 @contextmanager
 def _started(config: Config, workspace: Workspace, port: int, url: str, part: str) -> Generator[Process]:
-    command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--port", str(port)]
+    command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--port", str(port)]
     command += ["--part", part, "--config", config.retriever.model_dump_json()]
     env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
     process = spawn(_NAME, command, folder=_folder(workspace), env=env)

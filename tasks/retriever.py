@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from prefect import get_run_logger
 
 from research_rl.retriever import TOKEN
-from research_rl.retriever.serve import running
+from research_rl.retriever.command import running
 from research_rl.stages import current
 from tasks.job import Job
 

@@ -14,8 +14,8 @@ import uvicorn
 
 from research_rl.agent import Completion
 from research_rl.config import RetrieverConfig
-from research_rl.retriever.engine import Retriever
-from research_rl.retriever.service import Service
+from research_rl.retriever.app import Service
+from research_rl.retriever.retriever import Retriever
 from research_rl.trajectory import Passage
 
 Search = Callable[[Sequence[str], int], list[list[Passage]]]

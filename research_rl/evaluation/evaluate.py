@@ -105,8 +105,8 @@ def _run(context: Context, model: Path) -> None:
 
 def _evaluate_served(context: Context, model: Path, missing: list[Question], journal: Journal, total: int) -> None:
     """Start what is needed, play `missing`, once more what was lost, and keep what is still lost if it is little enough."""
-    from research_rl.retriever.serve import require_same_index
-    from research_rl.retriever.serve import running as retriever_running
+    from research_rl.retriever.command import require_same_index
+    from research_rl.retriever.command import running as retriever_running
     from research_rl.serving.serve import running as model_running
 
     config, tokenizer = context.config, load_tokenizer(model)

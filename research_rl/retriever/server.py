@@ -15,10 +15,10 @@ from types import FrameType
 import uvicorn
 
 from research_rl.config import RetrieverConfig
+from research_rl.retriever.app import Service
 from research_rl.retriever.connections import bounded, file_limit
-from research_rl.retriever.engine import Retriever
 from research_rl.retriever.observe import Journal
-from research_rl.retriever.service import Service
+from research_rl.retriever.retriever import Retriever
 from research_rl.stages import Workspace
 
 __all__ = ["run"]

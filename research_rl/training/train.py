@@ -15,7 +15,7 @@ from research_rl.config import Config
 from research_rl.errors import ConfigError
 from research_rl.manifest import Manifest
 from research_rl.prompts import load_tokenizer, render
-from research_rl.retriever.serve import running
+from research_rl.retriever.command import running
 from research_rl.stages import Context
 from research_rl.training import overrides
 from research_rl.training.checkpoints import link

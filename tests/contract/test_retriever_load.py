@@ -19,14 +19,14 @@ EPISODES = 256
 
 
 class Slow:
-    """Takes half a second for a search, whatever its size, and remembers the sizes."""
+    """Takes a second for a search, whatever its size, and remembers the sizes."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
     def __call__(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         self.sizes.append(len(queries))
-        time.sleep(0.5)
+        time.sleep(1.0)
         return [[Passage("1", query, 1.0)] for query in queries]
 
 
@@ -35,8 +35,8 @@ def test_a_slow_healthy_service_gets_large_batches_and_no_timeout(max_batch: int
     slow, notes = Slow(), list[Note]()
 
     async def run(url: str) -> tuple[list[StopReason | None], dict[str, int], str]:
-        limits = Limits(1, 1, 64, 2048, wall_s=60.0, search_timeout_s=20.0)
-        async with RetrieverClient(url, timeout_s=20.0, connections=EPISODES) as client:
+        limits = Limits(1, 1, 64, 2048, wall_s=90.0, search_timeout_s=25.0)
+        async with RetrieverClient(url, timeout_s=25.0, connections=EPISODES) as client:
             gate = PauseGate(client.works, Patience(10.0, 8, 0.3, 60.0), notes.append)
             episodes = (run_episode((1,), Engine(f"e{n}", 1), client, Bytes(), limits, gate) for n in range(EPISODES))
             stops = [trajectory.stop for trajectory in await asyncio.gather(*episodes)]

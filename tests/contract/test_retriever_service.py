@@ -24,7 +24,7 @@ import pytest
 from research_rl import manifest
 from research_rl.config import CHECKOUT, Config
 from research_rl.errors import ConfigError, ServiceError
-from research_rl.retriever import serve
+from research_rl.retriever import command
 from research_rl.retriever.client import RetrieverClient
 from research_rl.services import Endpoint, free_port
 from research_rl.stages import Workspace
@@ -41,12 +41,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def endpoint(workspace: Workspace) -> Iterator[Endpoint]:
-    os.environ[serve.TOKEN] = SECRET
+    os.environ[command.TOKEN] = SECRET
     try:
-        with serve.running(Config.model_validate({"retriever": LIMITS}), workspace) as started:
+        with command.running(Config.model_validate({"retriever": LIMITS}), workspace) as started:
             yield started
     finally:
-        del os.environ[serve.TOKEN]
+        del os.environ[command.TOKEN]
     assert not list(workspace.services.glob("*.pid"))
 
 
@@ -56,13 +56,13 @@ def http(endpoint: Endpoint) -> Iterator[httpx.Client]:
         yield client
 
 
-def command(workspace: Workspace, *more: str) -> list[str]:
-    return [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), *more]
+def command_line(workspace: Workspace, *more: str) -> list[str]:
+    return [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), *more]
 
 
 def run(workspace: Workspace, *more: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != serve.TOKEN}
-    return subprocess.run(command(workspace, *more), capture_output=True, text=True, cwd=CHECKOUT, timeout=60, env=env)
+    env = {name: value for name, value in os.environ.items() if name != command.TOKEN}
+    return subprocess.run(command_line(workspace, *more), capture_output=True, text=True, cwd=CHECKOUT, timeout=60, env=env)
 
 
 def post(http: httpx.Client, path: str, **body: Any) -> Any:
@@ -196,19 +196,22 @@ def test_a_retriever_of_another_index_is_refused_with_both_hashes(
 ) -> None:
     other = built(tmp_path, 120, encoder={"dim": 64})
     config = Config.model_validate({"retriever": {"url": endpoint.url}})
-    monkeypatch.setenv(serve.TOKEN, SECRET + "\n")  # as a file's content has it
+    monkeypatch.setenv(command.TOKEN, SECRET + "\n")  # as a file's content has it
     expected = manifest.load(other.folder("index")).hash[:12]
-    with pytest.raises(ServiceError, match=rf"serves index [0-9a-f]{{12}}, but .* is {expected}; restart it"), serve.running(config, other):
+    with (
+        pytest.raises(ServiceError, match=rf"serves index [0-9a-f]{{12}}, but .* is {expected}; restart it"),
+        command.running(config, other),
+    ):
         pass
 
 
 def test_a_wrong_token_is_named_as_such(endpoint: Endpoint, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config.model_validate({"retriever": {"url": endpoint.url}})
-    monkeypatch.setenv(serve.TOKEN, "another")
-    with pytest.raises(ServiceError, match="401: the bearer token is missing or wrong"), serve.running(config, workspace):
+    monkeypatch.setenv(command.TOKEN, "another")
+    with pytest.raises(ServiceError, match="401: the bearer token is missing or wrong"), command.running(config, workspace):
         pass
-    monkeypatch.setenv(serve.TOKEN, "geheim-ü")
-    with pytest.raises(ConfigError, match=f"{serve.TOKEN} holds .* outside ASCII"), serve.running(config, workspace):
+    monkeypatch.setenv(command.TOKEN, "geheim-ü")
+    with pytest.raises(ConfigError, match=f"{command.TOKEN} holds .* outside ASCII"), command.running(config, workspace):
         pass
 
 
@@ -328,14 +331,14 @@ def test_a_port_in_use_is_told_in_one_line(workspace: Workspace) -> None:
         assert f"retriever.port={port}" in done.stderr
         with (
             pytest.raises(ServiceError, match=f"retriever.port={port}"),
-            serve.running(Config.model_validate({"retriever": {"port": port}}), workspace),
+            command.running(Config.model_validate({"retriever": {"port": port}}), workspace),
         ):
             pass
 
 
 def test_outside_addresses_need_a_token(workspace: Workspace) -> None:
     done = run(workspace, "--host", "0.0.0.0")
-    assert (done.returncode, serve.TOKEN in done.stderr) == (1, True)
+    assert (done.returncode, command.TOKEN in done.stderr) == (1, True)
 
 
 def test_an_index_of_another_corpus_is_refused(tmp_path: Path, workspace: Workspace) -> None:
@@ -349,7 +352,7 @@ def test_an_index_of_another_corpus_is_refused(tmp_path: Path, workspace: Worksp
 
 def test_sigterm_ends_it_and_start_is_quick_without_torch(workspace: Workspace) -> None:
     started = time.monotonic()
-    with subprocess.Popen(command(workspace, "--port", "0"), stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as process:
+    with subprocess.Popen(command_line(workspace, "--port", "0"), stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as process:
         assert process.stdout
         line = next(line for line in process.stdout if "passages at" in line)
         seconds = time.monotonic() - started
@@ -365,8 +368,8 @@ def test_sigterm_ends_it_and_start_is_quick_without_torch(workspace: Workspace) 
 def serving(workspace: Workspace, log: Path, **config: Any) -> Generator[tuple[subprocess.Popen[bytes], str]]:
     """Run a service of its own and yield it with its address; its lines go to `log`."""
     given = json.dumps({"port": free_port(), **config})
-    env = {name: value for name, value in os.environ.items() if name != serve.TOKEN}
-    call = command(workspace, "--config", given)
+    env = {name: value for name, value in os.environ.items() if name != command.TOKEN}
+    call = command_line(workspace, "--config", given)
     with log.open("wb") as stream, subprocess.Popen(call, stdout=stream, cwd=CHECKOUT, env=env) as process:
         try:
             url = f"http://127.0.0.1:{json.loads(given)['port']}"
@@ -427,8 +430,8 @@ def test_it_is_not_ready_before_the_canary_and_not_while_it_drains(workspace: Wo
 
 
 def test_a_given_url_is_used_when_it_answers(workspace: Workspace, endpoint: Endpoint) -> None:
-    with serve.running(Config.model_validate({"retriever": {"url": endpoint.url}}), workspace) as found:
+    with command.running(Config.model_validate({"retriever": {"url": endpoint.url}}), workspace) as found:
         assert found == endpoint
     dead = Config.model_validate({"retriever": {"url": "http://127.0.0.1:9"}})
-    with pytest.raises(ServiceError, match=r"retriever.url=http://127.0.0.1:9 does not answer"), serve.running(dead, workspace):
+    with pytest.raises(ServiceError, match=r"retriever.url=http://127.0.0.1:9 does not answer"), command.running(dead, workspace):
         pass

@@ -14,7 +14,7 @@ from research_rl.config import Config
 from research_rl.errors import ManifestError
 from research_rl.plan import state
 from research_rl.report.build import run as report
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from research_rl.stages import STAGES, Context, Workspace, current, run_stage, silent
 from tests.fault.trials import CONFIG, KNOWLEDGE
 from tests.unit.test_report import evaluation, result, training

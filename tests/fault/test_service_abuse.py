@@ -63,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def served(root: Path) -> Iterator[Served]:
     port = free_port()
-    call = ["-m", "research_rl.retriever.serve", "--workspace", str(root), "--config", json.dumps({"port": port, **CONFIG})]
+    call = ["-m", "research_rl.retriever.command", "--workspace", str(root), "--config", json.dumps({"port": port, **CONFIG})]
     env = {name: value for name, value in os.environ.items() if name != TOKEN}
     with (root / "log").open("ab") as log:
         few_files = ["sh", "-c", 'ulimit -n 1024; exec "$0" "$@"', sys.executable, *call]
@@ -352,7 +352,7 @@ def test_connections_that_never_finish_their_headers_keep_nobody_out(served: Ser
 
 def test_an_index_file_cut_short_ends_the_service_with_the_reason(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "artifacts", tmp_path / "artifacts")
-    call = ["-m", "research_rl.retriever.serve", "--workspace", str(tmp_path), "--config", json.dumps({"port": free_port(), **CONFIG})]
+    call = ["-m", "research_rl.retriever.command", "--workspace", str(tmp_path), "--config", json.dumps({"port": free_port(), **CONFIG})]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, *call], cwd=CHECKOUT, stdout=log, stderr=log)
     try:

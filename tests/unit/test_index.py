@@ -17,7 +17,7 @@ from research_rl.embedding import load_encoder
 from research_rl.errors import ConfigError, ManifestError
 from research_rl.index import budget, build
 from research_rl.index.search import VectorIndex, file_name
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from research_rl.stages import measured
 from tests.knowledge import built, context, store
 

@@ -16,7 +16,7 @@ from research_rl.index import dense, exact
 from research_rl.index.exact import ExactScan, write_scan
 from research_rl.index.search import EXACT
 from research_rl.index.vectors import VectorFiles
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from tests import knowledge
 
 

@@ -15,7 +15,7 @@ from research_rl.config import RetrieverConfig
 from research_rl.errors import ConfigError
 from research_rl.index.bm25 import STOP_WORDS
 from research_rl.index.text import Hybrid, Searcher, open_index
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from research_rl.stages import Workspace
 from tests.knowledge import built, passages
 

@@ -8,7 +8,7 @@ import pytest
 
 from research_rl.config import RetrieverConfig
 from research_rl.errors import ConfigError
-from research_rl.retriever import checked_token, serve
+from research_rl.retriever import checked_token, command
 from research_rl.retriever.access import Access
 
 
@@ -58,10 +58,10 @@ def test_a_token_is_required_unless_that_is_switched_off() -> None:
 
 def test_a_service_for_others_needs_a_token_or_says_that_it_has_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"no token is set.*retriever\.auth=none and retriever\.allow"):
-        serve._require_access(RetrieverConfig(host="0.0.0.0"), None)
-    serve._require_access(RetrieverConfig(host="0.0.0.0"), "t")
+        command._require_access(RetrieverConfig(host="0.0.0.0"), None)
+    command._require_access(RetrieverConfig(host="0.0.0.0"), "t")
     assert capsys.readouterr().err == ""
-    serve._require_access(RetrieverConfig(host="0.0.0.0", auth="none"), None)
+    command._require_access(RetrieverConfig(host="0.0.0.0", auth="none"), None)
     assert "warning: retriever.auth=none: 0.0.0.0 answers whoever reaches it" in capsys.readouterr().err
 
 

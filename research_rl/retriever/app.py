@@ -26,9 +26,9 @@ from research_rl.errors import ManifestError, ResearchError, ServiceError
 from research_rl.retriever import wire
 from research_rl.retriever.batching import Busy, Late, MicroBatcher
 from research_rl.retriever.cache import ResultCache
-from research_rl.retriever.engine import Retriever
 from research_rl.retriever.gateway import Gateway, refusal
 from research_rl.retriever.observe import Metrics, Seen
+from research_rl.retriever.retriever import Retriever
 from research_rl.retriever.wire import BatchSearchRequest, RetrieveRequest, SearchRequest
 from research_rl.trajectory import Passage
 

@@ -10,7 +10,7 @@ import pytest
 from research_rl import manifest
 from research_rl.config import RetrieverConfig
 from research_rl.errors import ManifestError, ModelError
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from research_rl.stages import Workspace
 from tests.knowledge import built, passages
 

@@ -10,9 +10,9 @@ import pytest
 from research_rl.config import RetrieverConfig
 from research_rl.errors import ManifestError, ServiceError
 from research_rl.retriever import opened
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.app import Service
 from research_rl.retriever.opened import OpenedFiles
-from research_rl.retriever.service import Service
+from research_rl.retriever.retriever import Retriever
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError("no"), KeyError("canary"), MemoryError()])

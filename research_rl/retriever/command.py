@@ -1,4 +1,4 @@
-"""Run the retriever: as a process of its own (`python -m research_rl.retriever.serve`), or guarded for a block.
+"""Run the retriever: as a process of its own (`python -m research_rl.retriever.command`), or guarded for a block.
 
 Importing this module is cheap: faiss, FastAPI and the encoder load when a service starts.
 """
@@ -50,7 +50,7 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
         return
     port = services.require_free(settings.host, settings.port, "retriever.port")
     url = f"http://{settings.host}:{port}"
-    command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--port", str(port)]
+    command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--port", str(port)]
     command += ["--config", settings.model_dump_json()]
     env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
     with services.guarded(
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m research_rl.retriever.serve", description="Serve a workspace's index over HTTP.")
+    parser = argparse.ArgumentParser("python -m research_rl.retriever.command", description="Serve a workspace's index over HTTP.")
     parser.add_argument("--workspace", type=Path, default=Path(), help="folder with artifacts/ (default: here)")
     parser.add_argument("--host", help="address to bind (default: retriever.host)")
     parser.add_argument("--port", type=int, help="port; 0 takes a free one (default: retriever.port)")
