@@ -28,7 +28,7 @@ from research_rl.trajectory import Passage, SearchFault
 
 __all__ = ["TOKEN", "main", "require_same_index", "running", "serve"]
 
-_ANSWER_S = 5.0
+_ANSWER_S = 10.0
 
 _LOG = logging.getLogger("research_rl.retriever")
 
