@@ -75,7 +75,7 @@ def _ours(folder: Path, rows: int, model: Path) -> str:
     from research_rl.pipeline import manifest
     from research_rl.pipeline.run import _function as function
     from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
-    from research_rl.retriever.engine import Retriever
+    from research_rl.retriever.retriever import Retriever
 
     workspace = Workspace(folder)
     for stage, parents in (("download", {}), ("validate", {"download": workspace})):

@@ -26,7 +26,7 @@ from research_rl.pipeline.run import current, run_stage
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Endpoint
 from research_rl.retriever.client import RetrieverClient
-from research_rl.retriever.serve import running as retriever_running
+from research_rl.retriever.command import running as retriever_running
 
 MEAN_TOKENS, SIGMA, MOST_TURNS = 110, 0.6, 5
 STEP_S, STEP_PER_SEQUENCE_S = 0.012, 0.00006

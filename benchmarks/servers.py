@@ -117,7 +117,7 @@ def ours(made: Workspace) -> Generator[Server]:
     """Run our service for a block."""
     port = free_port()
     config = json.dumps({"port": port, "cache_entries": 0, "threads": 1, "verify": False})
-    command = ["-m", "research_rl.retriever.serve", "--workspace", str(made.root), "--config", config]
+    command = ["-m", "research_rl.retriever.command", "--workspace", str(made.root), "--config", config]
     with _running(command, port, made) as server:
         yield server
 

@@ -200,7 +200,7 @@ def _config(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from research_rl.agent.ask import ask, transcript
+    from research_rl.episode.agent.ask import ask, transcript
 
     trajectory = ask(
         _resolve(arguments), _workspace(arguments), arguments.question, arguments.model, lambda text: print(text, file=sys.stderr)
@@ -209,7 +209,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _serve_retriever(arguments: argparse.Namespace) -> None:
-    from research_rl.retriever.serve import serve
+    from research_rl.retriever.command import serve
 
     serve(_resolve(arguments), _workspace(arguments), arguments.part)
 

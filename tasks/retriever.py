@@ -10,7 +10,7 @@ from prefect import get_run_logger
 
 from research_rl.pipeline.run import current
 from research_rl.retriever import TOKEN
-from research_rl.retriever.serve import running
+from research_rl.retriever.command import running
 from tasks.job import Job
 
 __all__ = ["retriever"]

@@ -33,7 +33,7 @@ class Retriever:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(self.root), "--port", str(self.port)]
+        command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(self.root), "--port", str(self.port)]
         self.process = subprocess.Popen(command, cwd=CHECKOUT)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:

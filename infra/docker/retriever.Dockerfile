@@ -17,4 +17,4 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=4)"]
 # RESEARCH_RETRIEVER_TOKEN must be set: without it a service refuses to listen on more than loopback.
-ENTRYPOINT ["python", "-m", "research_rl.retriever.serve", "--workspace", "/workspace", "--host", "0.0.0.0", "--port", "8080"]
+ENTRYPOINT ["python", "-m", "research_rl.retriever.command", "--workspace", "/workspace", "--host", "0.0.0.0", "--port", "8080"]

@@ -24,7 +24,7 @@ def ask(config: Config, workspace: Workspace, question: str, model: Path | None,
 
     `note` hears what takes time. Raises ConfigError for a question that is too long, ServiceError when the model server fails.
     """
-    from research_rl.retriever.serve import running as retriever_running
+    from research_rl.retriever.command import running as retriever_running
     from research_rl.serving.serve import running as model_running
 
     folder = (model or workspace.folder("export")).resolve()

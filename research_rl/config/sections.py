@@ -5,6 +5,7 @@ A section is frozen and refuses unknown keys. The description of a field is its 
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
@@ -372,7 +373,9 @@ class EpisodeConfig(Section):
     max_response_tokens: int = Field(default=512, ge=16, description="Tokens of the whole response, results included.")
     wall_s: float = Field(default=120.0, gt=0, description="Seconds per episode.")
     search_timeout_s: float = Field(
-        default=20.0, gt=0, description="Seconds per search, retries included; then the failure is told to the model."
+        default=20.0,
+        gt=0,
+        description="Seconds per search, retries included; then the failure is told to the model. Waiting for a free connection may take as long again.",
     )
 
 
@@ -597,7 +600,9 @@ class EvaluationConfig(Section):
 class RetrieverConfig(Section):
     """The retriever service. Changes no artifact."""
 
-    host: str = Field(default="127.0.0.1", description="Address to bind; any other than loopback needs RESEARCH_RETRIEVER_TOKEN.")
+    host: str = Field(
+        default="127.0.0.1", description="Address to bind; any other than loopback needs RESEARCH_RETRIEVER_TOKEN, or auth: none."
+    )
     port: int = Field(default=0, ge=0, le=65535, description="Port; 0 takes a free one.")
     url: str | None = Field(
         default=None, description="An already running retriever; none is started when set. Its token comes from RESEARCH_RETRIEVER_TOKEN."
@@ -606,16 +611,34 @@ class RetrieverConfig(Section):
         default=(),
         description="Several running retrievers: a list of replicas, or a list of lists, one of replicas for each part of the index. Instead of url.",
     )
+    auth: Literal["token", "none"] = Field(
+        default="token",
+        description="none: whoever reaches the address may search, also from outside; for clients that can send no token. Limit them by allow.",
+    )
+    allow: tuple[str, ...] = Field(
+        default=(), description="Networks whose machines may search, such as 10.0.0.0/8; empty: all. Loopback always may."
+    )
+    hosts: tuple[str, ...] = Field(
+        default=(), description="Further names by which clients address the service; a request for another name is refused (DNS rebinding)."
+    )
     start_deadline_s: float = Field(default=120.0, gt=0, description="Seconds until /readyz must answer.")
-    max_batch: int = Field(default=512, ge=1, description="Most queries accepted in one request.")
-    max_top_k: int = Field(default=100, ge=1, description="Most passages a query may ask for.")
-    max_query_chars: int = Field(default=4096, ge=16, description="Longest query accepted, in characters.")
+    max_queries: int = Field(default=20_000, ge=1, description="Most queries in one request; they are searched max_batch at a time.")
+    max_batch: int = Field(default=512, ge=1, description="Most queries searched together.")
+    max_top_k: int = Field(default=1000, ge=1, description="Most passages a query may ask for.")
+    max_passages: int = Field(default=262_144, ge=1, description="Most passages one request may ask for: its queries times top_n.")
+    max_query_chars: int = Field(default=4096, ge=16, description="Characters of a query that are searched; what follows them is cut off.")
+    max_body_mib: int = Field(default=32, ge=1, description="Largest request body, MiB.")
+    max_connections: int = Field(
+        default=4096, ge=1, description="Most connections at once; fewer where the system's limit of open files is lower."
+    )
     max_queue: int = Field(default=2048, ge=1, description="Queries waiting before new ones are turned away with 503.")
     max_deadline_s: float = Field(
         default=60.0, gt=0, description="Longest time a request may wait to be searched; X-Deadline-Ms and timeout_s ask for less."
     )
     cache_entries: int = Field(
-        default=10_000, ge=0, description="Results kept in memory, one a query and number of passages; 0 keeps none."
+        default=10_000,
+        ge=0,
+        description="Results kept in memory, one a query and number of passages (one for every ten passages); 0 keeps none.",
     )
     drain_s: float = Field(default=10.0, ge=0, description="Seconds after SIGTERM in which waiting requests are still answered.")
     log_requests: bool = Field(default=True, description="Write one JSON line a request to standard output.")
@@ -633,6 +656,16 @@ class RetrieverConfig(Section):
         default=600.0, gt=0, description="Longest wait for the service to be well again; then training stops, to be resumed later."
     )
     warm: bool = Field(default=True, description="Read the index ahead and search once at several batch sizes before saying ready.")
+
+    @field_validator("allow")
+    @classmethod
+    def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            try:
+                ipaddress.ip_network(network, strict=False)
+            except ValueError:
+                raise ValueError(f"{network!r} is no network; write it as 10.0.0.0/8 or as one address") from None
+        return networks
 
 
 class ServingConfig(Section):

@@ -24,6 +24,8 @@ _OPEN = f" {protocol.RESULT_OPEN}\n"
 _CLOSE = f"\n{protocol.RESULT_CLOSE}"
 EMPTY_QUERY = "the query was empty; write it between <search> and </search>".replace("<", "[").replace(">", "]")
 NOTHING_FOUND = "no passage was found"
+_SEARCHER_GRACE = 2
+"""A searcher may wait `search_timeout_s` for a connection and as long again for the answer; past both it is cut off here."""
 _TRIES = 3
 """Most times one search is asked because the gate closed over it."""
 
@@ -212,10 +214,10 @@ class _Episode:
 
     async def _ask(self, query: str) -> list[Passage] | SearchFailure:
         try:
-            async with asyncio.timeout(self.limits.search_timeout_s):
+            async with asyncio.timeout(_SEARCHER_GRACE * self.limits.search_timeout_s):
                 found = await self.searcher.search([query], self.limits.top_k)
         except TimeoutError:
-            return SearchFailure(f"no answer in {self.limits.search_timeout_s:g} s", SearchFault.TIMEOUT)
+            return SearchFailure(f"no answer in {_SEARCHER_GRACE * self.limits.search_timeout_s:g} s", SearchFault.TIMEOUT)
         except Exception as error:  # noqa: BLE001 - the boundary: a broken searcher must not lose a trajectory
             return SearchFailure(type(error).__name__, SearchFault.BROKEN)
         if isinstance(found, SearchFailure):

@@ -46,7 +46,11 @@ class SearchFault(StrEnum):
     NOTHING = "nothing"
     """The retriever answered, without a passage."""
     REFUSED = "refused"
-    """The retriever refused the request (4xx)."""
+    """The retriever refused this query (400, 413, 422)."""
+    DENIED = "denied"
+    """The retriever refuses every request of this client (another 4xx): token or address are wrong."""
+    NO_CONNECTION = "no_connection"
+    """The client had no free connection: the caller searches more at once than it said."""
     TIMEOUT = "timeout"
     """No answer within the search's deadline."""
     UNREACHABLE = "unreachable"
@@ -59,6 +63,11 @@ class SearchFault(StrEnum):
     """An answer that is not understood."""
     BROKEN = "broken"
     """The searcher raised."""
+
+    @property
+    def is_service(self) -> bool:
+        """Whether the retriever or the way to it failed; the other faults are of the query that the model wrote, and answers to it."""
+        return self not in (SearchFault.EMPTY_QUERY, SearchFault.NOTHING, SearchFault.REFUSED)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def _run(context: Context, model: Path) -> None:
 
 def _evaluate_served(context: Context, model: Path, missing: list[Question], journal: Journal, total: int) -> None:
     """Start what is needed, play `missing`, once more what was lost, and keep what is still lost if it is little enough."""
-    from research_rl.retriever.serve import running as retriever_running
+    from research_rl.retriever.command import require_same_index
+    from research_rl.retriever.command import running as retriever_running
     from research_rl.serving.serve import running as model_running
 
     config, tokenizer = context.config, load_tokenizer(model)
@@ -110,6 +111,7 @@ def _evaluate_served(context: Context, model: Path, missing: list[Question], jou
         results = asyncio.run(_connected(config, missing, served, retriever, tokenizer, note))
         again = [question for question, result in zip(missing, results, strict=True) if result.lost]
         lost = [r for r in asyncio.run(_connected(config, again, served, retriever, tokenizer, note)) if r.lost] if again else []
+        require_same_index(retriever, context.workspace)
     _accept(lost, total, config.evaluation.max_failures)
     for result in lost:
         journal.add(result)
@@ -127,7 +129,7 @@ async def _connected(
         engine = HttpEngine(
             served, sampling, engine=config.serving.engine, timeout_s=config.episode.wall_s, connections=evaluation.concurrency
         )
-        searcher = RetrieverClient(retriever.url, token=retriever.token, timeout_s=config.episode.search_timeout_s)
+        searcher = RetrieverClient(retriever.url, retriever.token, config.episode.search_timeout_s, connections=evaluation.concurrency)
         await clients.enter_async_context(engine)
         await clients.enter_async_context(searcher)
         return await evaluate(config, questions, engine, searcher, tokenizer, on_result)

@@ -102,7 +102,7 @@ def to_result(question: Question, trajectory: Trajectory, eos_token: str, second
         reward_paper=paper.score,
         reward_repository=repository.score,
         searches=len(trajectory.searches),
-        failed_searches=sum(search.error is not None and search.query != "" for search in trajectory.searches),
+        failed_searches=sum(search.fault is not None and search.fault.is_service for search in trajectory.searches),
         recall=recall(found, question.supporting),
         stop=trajectory.stop.value,
         tokens=sum(len(s.ids) for s in trajectory.segments if s.author is Author.MODEL),

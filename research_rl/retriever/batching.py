@@ -62,15 +62,18 @@ class MicroBatcher:
         """Queries in the queue."""
         return self._waiting
 
-    async def search(self, queries: Sequence[str], top_k: int, deadline: float = float("inf")) -> tuple[Found, int]:
+    async def search(
+        self, queries: Sequence[str], top_k: int, deadline: float = float("inf"), *, admitted: bool = False
+    ) -> tuple[Found, int]:
         """Return what `search` returns for these queries, and how many queries its batch held.
 
-        `deadline` is a time of `time.monotonic()`. Raises Busy, Late, or whatever `search` raised.
+        `deadline` is a time of `time.monotonic()`. A later piece of a request whose first piece was accepted is `admitted`: it may
+        wait in a full queue. Raises Busy, Late, or whatever `search` raised.
         """
         loop = asyncio.get_running_loop()
         job = _Job(queries, top_k, deadline, loop, loop.create_future())
         with self._changed:
-            if self._closed or self._waiting + len(queries) > self._max_queue:
+            if self._closed or (not admitted and self._waiting + len(queries) > self._max_queue):
                 raise Busy(f"{self._waiting} queries wait")
             self._jobs.append(job)
             self._waiting += len(queries)
@@ -87,12 +90,12 @@ class MicroBatcher:
     def _drain(self) -> None:
         while jobs := self._take():
             now = time.monotonic()
-            wanted = [job for job in jobs if not job.future.cancelled() and job.deadline > now]
+            timely = [job for job in jobs if not job.future.cancelled() and job.deadline > now]
             for job in jobs:
                 if job.deadline <= now:
                     _settle(job, Late(f"{now - job.deadline:.3f} s past its deadline"))
-            if wanted:
-                self._run(wanted)
+            if timely:
+                self._run(timely)
             with self._changed:
                 self._working = False
 
@@ -113,13 +116,13 @@ class MicroBatcher:
         queries = list(dict.fromkeys(query for job in jobs for query in job.queries))
         started = time.perf_counter()
         try:
-            found = dict(zip(queries, self._search(queries, max(job.top_k for job in jobs)), strict=True))
+            results = dict(zip(queries, self._search(queries, max(job.top_k for job in jobs)), strict=True))
         except Exception as error:  # noqa: BLE001  (the boundary: a failed batch is told to its callers, the worker lives on)
             for job in jobs:
                 _settle(job, error)
             return
         for job in jobs:
-            _settle(job, ([found[query][: job.top_k] for query in job.queries], len(queries)))
+            _settle(job, ([results[query][: job.top_k] for query in job.queries], len(queries)))
         self._watch(len(queries), time.perf_counter() - started)
 
 

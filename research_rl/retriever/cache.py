@@ -1,37 +1,38 @@
 """Keep the newest results of one index. Knows queries and passages; knows no HTTP and no time.
 
-Invariant: at most `entries` results are held; the one unused for longest goes first.
+Invariant: what is held is bounded by passages, not only by results; the result unused for longest goes first.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from cachetools import LRUCache
 
 from research_rl.episode.trajectory import Passage
 
 __all__ = ["ResultCache"]
 
+_ENTRY = 10
+"""Passages that count as one entry: a result of a thousand passages takes the room of a hundred."""
+
 
 class ResultCache:
-    """Results by index, query and number of passages; for one thread. With 0 entries it holds nothing."""
+    """Results by query and number of passages; for one thread. With 0 entries it holds nothing."""
 
-    def __init__(self, entries: int, index: str) -> None:
-        self._entries, self._index = entries, index
-        self._kept: OrderedDict[tuple[str, str, int], list[Passage]] = OrderedDict()
+    def __init__(self, entries: int) -> None:
+        self._results: LRUCache[tuple[str, int], list[Passage]] = LRUCache(entries, getsizeof=_entries)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._results)
 
     def get(self, query: str, top_k: int) -> list[Passage] | None:
-        """Return what was kept for a query, None when nothing was."""
-        found = self._kept.get((self._index, query, top_k))
-        if found is not None:
-            self._kept.move_to_end((self._index, query, top_k))
-        return found
+        """Return the result of a query, None when it is not held."""
+        return self._results.get((query, top_k))
 
-    def put(self, query: str, top_k: int, found: list[Passage]) -> None:
-        """Keep a result."""
-        self._kept[self._index, query, top_k] = found
-        self._kept.move_to_end((self._index, query, top_k))
-        while len(self._kept) > self._entries:
-            self._kept.popitem(last=False)
+    def put(self, query: str, top_k: int, passages: list[Passage]) -> None:
+        """Hold a result, unless it alone is larger than the cache."""
+        if _entries(passages) <= self._results.maxsize:
+            self._results[query, top_k] = passages
+
+
+def _entries(passages: list[Passage]) -> int:
+    return max(1, -(-len(passages) // _ENTRY))

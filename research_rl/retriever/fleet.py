@@ -1,8 +1,9 @@
-"""Which retrievers to ask, in which order, and when a second one. Knows addresses, their health and latency; knows no query.
+"""Which retriever to ask, in which order, and when a second one. Knows addresses, their health and latency; knows no query.
 
 A fleet is written as one address: `,` between replicas of one part, `;` between the parts of an index cut by rows.
-Invariants: (1) a part is answered by one replica or not at all; (2) a replica that keeps failing is left alone until a probe
-and then one search succeed; (3) resting replicas are asked all the same when no other is left.
+Invariants: (1) a part is answered by one replica or not at all; (2) a replica that keeps failing gets no search until a probe
+succeeds, and then one trial search at a time until one succeeds; (3) where no replica is usable, one search at a time is sent
+all the same, and the searches that wait for it share its outcome; (4) only time on the wire counts as a replica's latency.
 """
 
 from __future__ import annotations
@@ -14,16 +15,33 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["Part", "Replica", "address", "parts"]
+from research_rl.episode.trajectory import SearchFault
+
+__all__ = ["Part", "Replica", "ReplicaError", "address", "parts"]
 
 _OPEN_AFTER = 3
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 30.0
 _HEDGE_SHARE = 0.95
 _HEDGE_FROM, _HEDGE_BEFORE_S, _HEDGE_LEAST_S = 20, 1.0, 0.02
 """Latencies needed for a quantile; the delay of a second request before there are so many; the shortest delay."""
+_HEDGE_BUDGET, _HEDGE_BURST = 0.1, 10.0
+"""Second requests allowed per search, and how many of them may be saved up: a fleet that is slow as a whole gets no double load."""
 
 T = TypeVar("T")
 State = Literal["closed", "open", "half_open"]
+Send = Callable[[str], Coroutine[Any, Any, T]]
+
+
+class ReplicaError(Exception):
+    """A replica failed in a way that another try may mend, after `pause_s` seconds where the server named them."""
+
+    def __init__(self, reason: str, fault: SearchFault, pause_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.fault, self.pause_s = fault, pause_s
+
+    def copy(self) -> ReplicaError:
+        """Return an equal error, to be raised in another task."""
+        return ReplicaError(str(self), self.fault, self.pause_s)
 
 
 def address(urls: Sequence[str | Sequence[str]]) -> str:
@@ -39,132 +57,187 @@ def parts(address: str) -> list[list[str]]:
 
 
 class Replica:
-    """One retriever: a circuit breaker and the newest latencies."""
+    """One retriever: a circuit breaker and the newest latencies in seconds."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.state: State = "closed"
-        self.flying = 0
-        self.seconds: deque[float] = deque(maxlen=200)
+        self.in_flight = 0
+        self.until = 0.0
+        """Before this time of `time.monotonic()` it rests."""
+        self.trial: asyncio.Future[ReplicaError | None] | None = None
+        """The one search under way while the breaker is not closed; its result is that search's failure, if any."""
+        self.probing = False
+        self._seconds: deque[float] = deque(maxlen=200)
         self._failures = 0
         self._rest = _FIRST_REST_S
-        self._until = 0.0
 
     @property
     def usable(self) -> bool:
-        """Whether a search may go there: closed and not told to wait, or half open with no trial under way."""
-        if self.state == "half_open":
-            return self.flying == 0
-        return self.state == "closed" and time.monotonic() >= self._until
+        """Whether a search may go there: not open, not told to wait, and no trial under way."""
+        return self.state != "open" and self.trial is None and time.monotonic() >= self.until
 
     @property
     def due(self) -> bool:
         """Whether an open breaker has rested long enough for a probe."""
-        return self.state == "open" and time.monotonic() >= self._until
+        return self.state == "open" and not self.probing and time.monotonic() >= self.until
+
+    @property
+    def usual_s(self) -> float | None:
+        """Seconds within which nearly all its answers came; None before there are enough to say."""
+        ordered = sorted(self._seconds)
+        return ordered[int(_HEDGE_SHARE * len(ordered))] if len(ordered) >= _HEDGE_FROM else None
 
     def succeeded(self, seconds: float) -> None:
         """Close the breaker and remember the latency."""
-        self.state, self._failures, self._rest, self._until = "closed", 0, _FIRST_REST_S, 0.0
-        self.seconds.append(seconds)
+        self.state, self._failures, self._rest, self.until = "closed", 0, _FIRST_REST_S, 0.0
+        self._seconds.append(seconds)
 
-    def failed(self) -> None:
-        """Count a failure; open after three in a row, or at once when half open, each time for longer."""
+    def failed(self, *, trial: bool) -> None:
+        """Count a failure; open after three in a row or a failed trial, each time for longer.
+
+        Failures of searches that were sent before the breaker opened say nothing new: hundreds may be in flight when a replica dies.
+        """
+        if self.state != "closed" and not trial:
+            return
         self._failures += 1
-        if self.state == "half_open" or self._failures >= _OPEN_AFTER:
-            self.state = "open"
-            self._until = time.monotonic() + random.uniform(self._rest / 2, self._rest)
-            self._rest = min(2 * self._rest, _LONGEST_REST_S)
+        if trial or self._failures >= _OPEN_AFTER:
+            self._open()
 
     def busy(self, seconds: float) -> None:
-        """Leave a replica alone for as long as it asked; being full is no illness."""
-        self._until = max(self._until, time.monotonic() + seconds)
+        """Leave a replica alone for as long as it asked; a full queue is no failure."""
+        self.until = max(self.until, time.monotonic() + seconds)
 
-    def probed(self, well: bool) -> None:
-        """Take the result of a probe: half open when it answers, else back to rest."""
-        if well:
-            self.state = "half_open"
-        else:
-            self.state = "half_open"
-            self.failed()
+    def probed(self, healthy: bool) -> None:
+        """Take the result of a probe: half open when it answers, else another rest."""
+        self.probing = False
+        if self.state == "open":
+            if healthy:
+                self.state, self.until = "half_open", 0.0
+            else:
+                self._open()
+
+    def _open(self) -> None:
+        self.state = "open"
+        self.until = time.monotonic() + random.uniform(self._rest / 2, self._rest)
+        self._rest = min(2 * self._rest, _LONGEST_REST_S)
 
 
 class Part(Generic[T]):
-    """The replicas that hold one part of the index. `ask(url)` searches there and raises what `again` names on failure."""
+    """The replicas that hold one part of the index. `probe(url)` says whether a replica that failed answers again."""
 
     def __init__(self, urls: Sequence[str], probe: Callable[[str], Awaitable[bool]]) -> None:
         self.replicas = [Replica(url) for url in urls]
+        self.hedges = 0
+        """Second requests sent because the first was late."""
         self._probe = probe
         self._probes: set[asyncio.Task[None]] = set()
+        self._hedge_budget = _HEDGE_BURST
 
-    async def ask(self, ask: Callable[[str], Coroutine[Any, Any, T]], again: type[Exception]) -> T:
-        """Return the first good answer: another replica is asked when one fails, or answers later than nearly always.
+    async def ask(self, send: Send[T]) -> T:
+        """Return the first good answer of `send(url)`: another replica is asked when one fails, or is later than nearly always.
 
-        Raises the last failure when every replica failed.
+        `send` raises ReplicaError for a failure worth another try. Raises the last of them when every replica failed.
         """
-        self._look_after()
-        waiting: dict[asyncio.Task[T], Replica] = {}
-        order = self._order()
-        last: Exception | None = None
-        try:
-            while order or waiting:
-                if order:
-                    replica = order.pop(0)
-                    waiting[asyncio.create_task(self._asked(replica, ask, again))] = replica
-                delay = self._delay(list(waiting.values())) if order else None
-                done, _ = await asyncio.wait(waiting, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    del waiting[task]
-                    try:
-                        return task.result()
-                    except again as error:
-                        last = error
-            raise last or RuntimeError("a part of the index has no replica")
-        finally:
-            for task in waiting:
-                task.cancel()
+        self._start_probes()
+        while not any(replica.usable for replica in self.replicas):
+            resting = min(self.replicas, key=lambda replica: replica.until)
+            if resting.trial is None:
+                return await self._start(resting, send)
+            failure = await asyncio.shield(resting.trial)
+            if failure is not None:
+                raise failure.copy()
+        return await self._race(send)
 
     def close(self) -> None:
         """Stop the probes."""
         for task in self._probes:
             task.cancel()
 
-    def _order(self) -> list[Replica]:
-        """Return the usable replicas, the least loaded first; the one that rested longest when none is usable."""
-        usable = [replica for replica in self.replicas if replica.usable]
-        random.shuffle(usable)
-        return sorted(usable, key=lambda replica: replica.flying) or [min(self.replicas, key=lambda replica: replica._until)]
-
-    def _delay(self, asked: Sequence[Replica]) -> float:
-        """Return after how many seconds an answer is later than nearly all before it."""
-        known = sorted(second for replica in asked for second in replica.seconds)
-        return max(known[int(_HEDGE_SHARE * len(known))], _HEDGE_LEAST_S) if len(known) >= _HEDGE_FROM else _HEDGE_BEFORE_S
-
-    async def _asked(self, replica: Replica, ask: Callable[[str], Coroutine[Any, Any, T]], again: type[Exception]) -> T:
-        started = time.monotonic()
-        replica.flying += 1
+    async def _race(self, send: Send[T]) -> T:
+        self._hedge_budget = min(self._hedge_budget + _HEDGE_BUDGET, _HEDGE_BURST)
+        requests: set[asyncio.Task[T]] = set()
+        asked: set[Replica] = set()
+        failure: ReplicaError | None = None
         try:
-            found = await ask(replica.url)
-        except again as error:
-            pause = float(getattr(error, "pause", 0.0))
-            if pause:
-                replica.busy(pause)
-            else:
-                replica.failed()
-            raise
-        else:
-            replica.succeeded(time.monotonic() - started)
-            return found
+            while True:
+                if replica := self._next(asked):
+                    asked.add(replica)
+                    requests.add(self._start(replica, send))
+                elif not requests:
+                    raise failure or ReplicaError("a part of the index has no replica", SearchFault.UNREACHABLE)
+                done, requests = await self._first(requests, asked)
+                for task in done:
+                    if not isinstance(error := task.exception(), ReplicaError):
+                        return task.result()
+                    failure = error
         finally:
-            replica.flying -= 1
+            for task in requests:
+                task.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
 
-    def _look_after(self) -> None:
+    async def _first(self, requests: set[asyncio.Task[T]], asked: set[Replica]) -> tuple[set[asyncio.Task[T]], set[asyncio.Task[T]]]:
+        """Wait until a request ends, or until it is time for a second one: then nothing is done yet."""
+        if self._next(asked) and self._hedge_budget >= 1:
+            done, pending = await asyncio.wait(requests, timeout=self._hedge_delay(), return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return done, pending
+            if self._next(asked) and self._hedge_budget >= 1:
+                self._hedge_budget -= 1
+                self.hedges += 1
+                return done, pending
+        return await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
+
+    def _next(self, asked: set[Replica]) -> Replica | None:
+        """Return the least loaded usable replica that was not asked yet."""
+        usable = [replica for replica in self.replicas if replica.usable and replica not in asked]
+        return min(usable, key=lambda replica: (replica.in_flight, random.random()), default=None)
+
+    def _hedge_delay(self) -> float:
+        """Return after how many seconds an answer is late, by the quickest replica: a slow one must not define what is late."""
+        usual = [seconds for replica in self.replicas if (seconds := replica.usual_s) is not None]
+        return max(min(usual), _HEDGE_LEAST_S) if usual else _HEDGE_BEFORE_S
+
+    def _start(self, replica: Replica, send: Send[T]) -> asyncio.Task[T]:
+        """Send a search to a replica; whether it is the trial of an open breaker is settled here, before any other task runs."""
+        trial = None
+        if replica.state != "closed" or time.monotonic() < replica.until:
+            trial = replica.trial = asyncio.get_running_loop().create_future()
+        replica.in_flight += 1
+        task = asyncio.create_task(self._asked(replica, send, trial is not None))
+        task.add_done_callback(lambda ended: _ended(replica, trial, ended))
+        return task
+
+    async def _asked(self, replica: Replica, send: Send[T], trial: bool) -> T:
+        started = time.monotonic()
+        try:
+            answer = await send(replica.url)
+        except ReplicaError as error:
+            if error.pause_s:
+                replica.busy(error.pause_s)
+            else:
+                replica.failed(trial=trial)
+            raise
+        replica.succeeded(time.monotonic() - started)
+        return answer
+
+    def _start_probes(self) -> None:
         """Probe, beside the searches, replicas whose rest is over."""
         for replica in self.replicas:
             if replica.due:
-                replica.busy(_LONGEST_REST_S)
+                replica.probing = True
                 task = asyncio.create_task(self._probed(replica))
                 self._probes.add(task)
                 task.add_done_callback(self._probes.discard)
 
     async def _probed(self, replica: Replica) -> None:
         replica.probed(await self._probe(replica.url))
+
+
+def _ended(replica: Replica, trial: asyncio.Future[ReplicaError | None] | None, task: asyncio.Task[Any]) -> None:
+    """Free a replica for the next search, however this one ended, one that was cancelled before it began included."""
+    replica.in_flight -= 1
+    error = None if task.cancelled() else task.exception()
+    if trial is not None:
+        replica.trial = None
+        trial.set_result(error if isinstance(error, ReplicaError) else None)

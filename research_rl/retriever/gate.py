@@ -18,7 +18,6 @@ from research_rl.episode.trajectory import SearchFault
 __all__ = ["Note", "Patience", "PauseGate"]
 
 _PROBE_EVERY_S = 1.0
-_NOT_THE_SERVICE = frozenset({None, SearchFault.EMPTY_QUERY, SearchFault.NOTHING, SearchFault.REFUSED})
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class PauseGate:
         if self.closed:
             return
         now = time.monotonic()
-        self._window.append((now, None if fault in _NOT_THE_SERVICE else fault))
+        self._window.append((now, fault if fault is not None and fault.is_service else None))
         while self._window[0][0] < now - self._patience.window_s:
             self._window.popleft()
         if fault is not None and self._too_many():

@@ -1,6 +1,6 @@
-"""What every request passes first: token, size, time. Counts and logs what comes out. Knows headers; knows no search.
+"""What every request passes first: access, size, time. Counts and logs what comes out. Knows headers; knows no search.
 
-Invariants: (1) a request without the token, or with a body no allowed request can have, is refused before it is read;
+Invariants: (1) a request that may not ask, or whose body is over the limit, is refused before the body is read in full;
 (2) a body that does not arrive within `_BODY_S` costs its sender the request, nobody else anything; (3) an error nobody
 foresaw is answered by 503 and told in the log.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,16 +18,12 @@ from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from research_rl.config import RetrieverConfig
+from research_rl.retriever.access import Access
 from research_rl.retriever.observe import ROUTES, Journal, Metrics, Seen
 
 __all__ = ["Gateway", "refusal"]
 
-_BYTES_A_CHAR = 12
-"""A character in JSON takes at most twelve bytes (an escaped surrogate pair)."""
-_MOST_BYTES = 8 << 20
 _BODY_S = 10.0
-_OPEN = ("/health", "/readyz")
-"""Answered without a token: they say nothing about what is served, and probes carry none."""
 _LOG = logging.getLogger("research_rl.retriever")
 
 
@@ -47,8 +42,8 @@ class Gateway:
         self.closing = False
         self.journal: Journal | None = None
         self._app, self._metrics = app, metrics
-        self._most = min(_MOST_BYTES, config.max_batch * config.max_query_chars * _BYTES_A_CHAR + 4096)
-        self._wanted = f"Bearer {token}".encode() if token else None
+        self._access = Access(config, token)
+        self._most = config.max_body_mib << 20
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,12 +72,11 @@ class Gateway:
             await answer(scope, receive, send)
             return
         try:
-            body = await _body(scope, receive)
-            await (
-                self._app(scope, body, send)
-                if body
-                else refusal(408, f"the body did not arrive within {_BODY_S:g} s")(scope, receive, send)
-            )
+            body = await self._body(scope, receive)
+            if isinstance(body, Response):
+                await body(scope, receive, send)
+            else:
+                await self._app(scope, body, _without_500(send))
         except Exception:
             _LOG.exception("an unforeseen error at %s", scope["path"])
             self._metrics.refused("error")
@@ -96,36 +90,52 @@ class Gateway:
             self.journal.request(seen, status, seconds)
 
     def _refused(self, scope: Scope) -> Response | None:
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        given = headers.get(b"authorization", b"")
-        if self._wanted and scope["path"] not in _OPEN and not secrets.compare_digest(given, self._wanted):
-            self._metrics.refused("token")
-            detail = "the bearer token is missing or wrong; set RESEARCH_RETRIEVER_TOKEN to the service's"
-            return refusal(401, detail, {"WWW-Authenticate": "Bearer"})
-        length = headers.get(b"content-length", b"")
-        if scope["method"] == "POST" and not length.isdigit():
-            return refusal(411, "the request has no Content-Length; send the body in one piece")
-        if length.isdigit() and int(length[:20]) > self._most:
-            self._metrics.refused("size")
-            return refusal(413, f"the body has {int(length[:20])} bytes, the limit is {self._most}; send fewer or shorter queries")
-        return None
+        if denied := self._access.refused(scope):
+            self._metrics.refused(denied.reason)
+            return refusal(denied.status, denied.detail, {"WWW-Authenticate": "Bearer"} if denied.status == 401 else None)
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        return self._too_large(int(length[:20])) if length.isdigit() and int(length[:20]) > self._most else None
+
+    def _too_large(self, size: int) -> Response:
+        self._metrics.refused("size")
+        limit = f"retriever.max_body_mib={self._most >> 20}"
+        return refusal(413, f"the body has {size:,} bytes or more, the limit is {limit}; send fewer or shorter queries, or raise it")
+
+    async def _body(self, scope: Scope, receive: Receive) -> Receive | Response:
+        """Return a `receive` that hands out the body, read whole, or the refusal of one that is too large or too slow."""
+        if scope["method"] != "POST":
+            return receive
+        chunks: list[bytes] = []
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(_BODY_S):
+                while more:
+                    message = await receive()
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > self._most:
+                        return self._too_large(size)
+                    more = message["type"] != "http.disconnect" and bool(message.get("more_body"))
+        except TimeoutError:
+            return refusal(408, f"the body did not arrive within {_BODY_S:g} s")
+        return _replay(b"".join(chunks), receive)
 
 
-async def _body(scope: Scope, receive: Receive) -> Receive | None:
-    """Return a `receive` that hands out the body, read whole; None when it did not come in time."""
-    if scope["method"] != "POST":
-        return receive
-    chunks: list[bytes] = []
-    try:
-        async with asyncio.timeout(_BODY_S):
-            while True:
-                message = await receive()
-                chunks.append(message.get("body", b""))
-                if message["type"] == "http.disconnect" or not message.get("more_body"):
-                    break
-    except TimeoutError:
-        return None
-    first: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
+def _without_500(send: Send) -> Send:
+    """Return a `send` that drops the 500 with which Starlette answers an exception before it raises it: ours is a 503."""
+    failed = False
+
+    async def sent(message: Message) -> None:
+        nonlocal failed
+        failed = failed or message.get("status") == 500
+        if not failed:
+            await send(message)
+
+    return sent
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
         return first.pop() if first else await receive()

@@ -52,6 +52,7 @@ class Metrics:
         self._queries = Counter("queries", "Queries answered, those from the cache included.", **made)
         self._hits = Counter("cache_hits", "Queries answered from the cache.", **made)
         self._refusals = Counter("refusals", "Requests refused, by reason.", ["reason"], **made)
+        self._shortened = Counter("shortened_queries", "Queries cut to retriever.max_query_chars.", **made)
         self._late = Counter("deadline_misses", "Requests whose deadline passed before they were searched.", **made)
         self._batches = Histogram("batch_queries", "Distinct queries searched together.", buckets=_SIZES, **made)
         self._searches = Histogram("search_seconds", "Seconds of one joint search.", buckets=_SECONDS, **made)
@@ -72,6 +73,10 @@ class Metrics:
         """Count a joint search."""
         self._batches.observe(size)
         self._searches.observe(seconds)
+
+    def shortened(self) -> None:
+        """Count a query that was cut to its limit."""
+        self._shortened.inc()
 
     def refused(self, reason: str) -> None:
         """Count a refusal; `reason` is one of a few words of this program."""

@@ -6,6 +6,7 @@ Invariants: (1) from SIGTERM on /readyz says 503 and new searches are refused, w
 
 from __future__ import annotations
 
+import faulthandler
 import socket
 import sys
 import time
@@ -15,9 +16,10 @@ import uvicorn
 
 from research_rl.config import RetrieverConfig
 from research_rl.pipeline.stages import Workspace
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.app import Service
+from research_rl.retriever.connections import bounded, file_limit
 from research_rl.retriever.observe import Journal
-from research_rl.retriever.service import Service
+from research_rl.retriever.retriever import Retriever
 
 __all__ = ["run"]
 
@@ -44,7 +46,17 @@ def run(
     service = Service(opened, config, token)
     if config.log_requests:
         service.gateway.journal = Journal(sys.stdout)
-    options = uvicorn.Config(service.gateway, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="on")
+    faulthandler.enable()  # a mapped file that is cut short between two looks at its size still leaves a trace of where
+    protocol = bounded(min(config.max_connections, file_limit()), service.metrics.refused)
+    options = uvicorn.Config(
+        service.gateway,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+        lifespan="on",
+        http=protocol,
+        proxy_headers=False,
+    )
     _Server(options, service).run(sockets=[listener])
     if service.gateway.journal:
         service.gateway.journal.close()
@@ -71,6 +83,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end."""
+        self._service.check_files()
         return await super().on_tick(counter) or self._service.failure is not None or self._drained()
 
     def _drained(self) -> bool:

@@ -1,12 +1,13 @@
 """Requests and replies of the retriever service. Knows shapes; knows no search.
 
 `/search` and `/batch_search` are the original service's format; `/retrieve` is Search-R1's, which verl's search tool speaks.
+Every route takes the other's names too, and a number written as text or with a zero fraction, as the peers' clients send them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,66 +15,99 @@ from research_rl.episode.trajectory import Passage
 
 __all__ = ["BatchSearchRequest", "RetrieveRequest", "SearchRequest", "batch_reply", "retrieve_reply", "search_reply"]
 
+_COUNTS = ("top_n", "topk", "top_k")
+_SPELLINGS = (("query", "queries"), _COUNTS, ("return_score", "return_scores"))
+
 
 class _Request(BaseModel):
     model_config = ConfigDict(strict=True)
+    default_top_n: ClassVar[int] = 10
+    top_n: int | None = Field(default=None, ge=1, description="Passages for each query; `topk` and `top_k` are other names.")
+    return_score: bool = Field(default=False, strict=False, description="Also return the scores; `return_scores` is another name.")
     timeout_s: float | None = Field(default=None, gt=0, description="Longest wait before the search, in seconds.")
+
+    @property
+    def passages(self) -> int:
+        """Passages for each query."""
+        return self.default_top_n if self.top_n is None else self.top_n
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, tree: Any) -> Any:
+        """Bring every field to its first name. Raises ValueError for two spellings that differ and for a count below 1."""
+        if not isinstance(tree, dict):
+            return tree
+        fields = cast(dict[str, Any], tree)
+        plain = {name: value for name, value in fields.items() if not any(name in spellings for spellings in _SPELLINGS)}
+        for spellings in _SPELLINGS:
+            given = [(name, fields[name]) for name in spellings if fields.get(name) is not None]
+            values = [_count(name, value) if spellings is _COUNTS else value for name, value in given]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"{' and '.join(name for name, _ in given)} differ; send one of them")
+            if values:
+                plain[spellings[0]] = values[0]
+        return plain
+
+
+def _count(name: str, value: Any) -> int:
+    """Return a count of passages that may be written as `3`, `"3"` or `3.0`. Raises ValueError."""
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 20:
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        # ascii(): half a surrogate pair in the message would break pydantic's error itself.
+        raise ValueError(f"{name}={ascii(value)[:40]} is no whole number of passages from 1 on; send one, such as 3")
+    return value
 
 
 class SearchRequest(_Request):
     """One query."""
 
     query: str = Field(description="Text to search for.")
-    top_n: int = Field(default=10, ge=1, description="Passages wanted.")
-    return_score: bool = Field(default=False, description="Also return the scores.")
 
 
 class BatchSearchRequest(_Request):
-    """Several queries."""
+    """Several queries; one without searchable text gets no passages."""
 
-    query: list[str] = Field(description="Texts to search for.")
-    top_n: int = Field(default=10, ge=1, description="Passages wanted for each.")
-    return_score: bool = Field(default=False, description="Also return the scores.")
+    query: list[str] = Field(description="Texts to search for; `queries` is another name.")
 
 
 class RetrieveRequest(_Request):
-    """Several queries, or one, in Search-R1's names."""
+    """Several queries, or one, in Search-R1's names; 3 passages each when `topk` is left out."""
 
-    queries: list[str] | str | None = Field(default=None, description="Texts to search for.")
-    query: list[str] | str | None = Field(default=None, description="Another name for queries that some clients use.")
-    topk: int | None = Field(default=None, ge=1, description="Passages wanted for each; 3 when left out.")
-    return_scores: bool = Field(default=False, description="Wrap each passage with its score.")
+    default_top_n: ClassVar[int] = 3
+    query: list[str] | str | None = Field(default=None, description="Texts to search for; Search-R1's name is `queries`.")
 
     @model_validator(mode="after")
-    def _named_once(self) -> Self:
-        if (self.queries is None) == (self.query is None):
+    def _has_texts(self) -> RetrieveRequest:
+        if self.query is None:
             raise ValueError("send the texts as `queries`")
         return self
 
     @property
     def texts(self) -> list[str]:
         """The queries as a list."""
-        found = self.query if self.queries is None else self.queries
-        return [found] if isinstance(found, str) else found or []
+        return [self.query] if isinstance(self.query, str) else self.query or []
 
 
-def search_reply(found: Sequence[Passage], scores: bool) -> Any:
+def search_reply(passages: Sequence[Passage], scores: bool) -> Any:
     """Return `[{id, contents}]`, or with scores `[[{id, contents}], [score]]`."""
-    documents = [_document(passage) for passage in found]
-    return [documents, [passage.score for passage in found]] if scores else documents
+    documents = [_document(passage) for passage in passages]
+    return [documents, [passage.score for passage in passages]] if scores else documents
 
 
-def batch_reply(found: Sequence[Sequence[Passage]], scores: bool) -> Any:
+def batch_reply(results: Sequence[Sequence[Passage]], scores: bool) -> Any:
     """Return `[[{id, contents}]]`, or with scores `[[[{id, contents}]], [[score]]]`."""
-    documents = [[_document(passage) for passage in passages] for passages in found]
-    return [documents, [[passage.score for passage in passages] for passages in found]] if scores else documents
+    documents = [[_document(passage) for passage in passages] for passages in results]
+    return [documents, [[passage.score for passage in passages] for passages in results]] if scores else documents
 
 
-def retrieve_reply(found: Sequence[Sequence[Passage]], scores: bool) -> Any:
+def retrieve_reply(results: Sequence[Sequence[Passage]], scores: bool) -> Any:
     """Return `{"result": [[{id, contents}]]}`, or with scores `{"result": [[{document: {...}, score}]]}`."""
     if not scores:
-        return {"result": batch_reply(found, False)}
-    return {"result": [[{"document": _document(p), "score": p.score} for p in passages] for passages in found]}
+        return {"result": batch_reply(results, False)}
+    return {"result": [[{"document": _document(passage), "score": passage.score} for passage in passages] for passages in results]}
 
 
 def _document(passage: Passage) -> dict[str, str]:

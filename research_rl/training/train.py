@@ -16,7 +16,7 @@ from research_rl.episode.prompts import load_tokenizer, render
 from research_rl.errors import ConfigError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context
-from research_rl.retriever.serve import running
+from research_rl.retriever.command import running
 from research_rl.training.run import overrides
 from research_rl.training.run.checkpoints import link
 from research_rl.training.run.metrics_log import MetricsLog

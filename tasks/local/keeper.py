@@ -25,7 +25,7 @@ from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, reap, require_free, spawn, wait_healthy
-from research_rl.retriever import TOKEN
+from research_rl.retriever import read_token
 from tasks.artifacts import showing
 
 __all__ = ["keep", "stop_serving"]
@@ -72,7 +72,7 @@ def keep(config: Config, workspace: Workspace, part: str = "1/1", until: Callabl
 
 @contextmanager
 def _started(config: Config, workspace: Workspace, port: int, url: str, part: str) -> Generator[Process]:
-    command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--port", str(port)]
+    command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--port", str(port)]
     command += ["--part", part, "--config", config.retriever.model_dump_json()]
     env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
     process = spawn(_NAME, command, folder=_folder(workspace), env=env)
@@ -116,8 +116,8 @@ def _answers(url: str) -> bool:
 
 def _show(workspace: Workspace, url: str, starts: int) -> None:
     """Publish the address and what is served as an artifact; each start is a new version of it."""
-    headers = {"Authorization": f"Bearer {os.environ[TOKEN]}"} if os.environ.get(TOKEN) else {}
-    rows = [("address", url), ("description", f"{url}/docs"), ("metrics", f"{url}/metrics"), ("start", str(starts))]
+    headers = {"Authorization": f"Bearer {token}"} if (token := read_token()) else {}
+    rows = [("address", url), ("description", f"{url}/openapi.json"), ("metrics", f"{url}/metrics"), ("start", str(starts))]
     with showing("the retriever's address"):
         facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, trust_env=False).raise_for_status().json()
         rows += [(name, f"`{json.dumps(value)}`") for name, value in facts.items()]

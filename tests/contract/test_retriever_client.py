@@ -70,7 +70,7 @@ def ask(url: str, work: Callable[[RetrieverClient], Awaitable[Any]], **options: 
     return asyncio.run(run())
 
 
-def test_it_asks_in_the_original_format_and_keeps_what_it_got(server: Server) -> None:
+def test_it_asks_in_the_original_format_and_keeps_no_result(server: Server) -> None:
     server.then(200, GOOD)
 
     async def twice(client: RetrieverClient) -> Any:
@@ -80,7 +80,7 @@ def test_it_asks_in_the_original_format_and_keeps_what_it_got(server: Server) ->
         return await client.search(["q"], 3)
 
     assert ask(server.url, twice, token="t") == [[Passage("1", "x", 0.5)]]
-    assert server.asked == [{"path": "/batch_search", "token": "Bearer t", "query": ["q"], "top_n": 3, "return_score": True}]
+    assert server.asked == [{"path": "/batch_search", "token": "Bearer t", "query": ["q"], "top_n": 3, "return_score": True}] * 2
 
 
 def test_equal_searches_in_flight_are_sent_once_and_one_may_leave(server: Server) -> None:
@@ -184,5 +184,33 @@ def test_every_search_and_every_try_is_accounted_for(server: Server) -> None:
     empty, garbage, good, counts, after = ask(server.url, work)
     assert empty == [[[]]] * 4 and good == [[[Passage("1", "x", 0.5)]]] * 3
     assert garbage.fault is SearchFault.GARBAGE
-    assert counts == {"asked": 8, "joined": 3, "cached": 2, "tries": 4, "failed_tries/busy": 1, "failed_tries/garbage": 1}
-    assert after == {} and len(server.asked) == 4
+    assert counts == {"asked": 8, "joined": 3, "tries": 6, "failed_tries/busy": 1, "failed_tries/garbage": 1}
+    assert after == {} and len(server.asked) == 6
+
+
+def test_a_server_of_search_r1_is_spoken_to_in_its_own_format(server: Server) -> None:
+    """It has /retrieve only, gives no /health, and its corpora hold numbers as ids, or none."""
+    hits = [{"document": {"id": 7, "contents": '"A"\nB'}, "score": 0.75}, {"document": {"contents": "C"}, "score": 0.5}]
+    server.then(404, {"detail": "Not Found"}).then(200, {"result": [hits]}).then(200, {"result": [hits]})
+
+    async def twice(client: RetrieverClient) -> Any:
+        return [await client.search([query], 2) for query in ("q", "r")]
+
+    assert ask(server.url, twice) == [[[Passage("7", '"A"\nB', 0.75), Passage("", "C", 0.5)]]] * 2
+    assert [request["path"] for request in server.asked] == ["/batch_search", "/retrieve", "/retrieve"]
+    assert {name: server.asked[1][name] for name in ("queries", "topk", "return_scores")} == {
+        "queries": ["q"],
+        "topk": 2,
+        "return_scores": True,
+    }
+
+
+def test_an_address_that_is_no_retriever_and_a_wrong_token_are_named(server: Server) -> None:
+    server.then(404, {"detail": "Not Found"}).then(404, {"detail": "Not Found"}).then(401, {"detail": "the bearer token is wrong"})
+
+    async def twice(client: RetrieverClient) -> Any:
+        return [await client.search([query], 2) for query in ("q", "r")]
+
+    absent, denied = ask(server.url, twice)
+    assert absent == SearchFailure(f"{server.url} has neither /batch_search nor /retrieve; name a retriever's address", SearchFault.DENIED)
+    assert denied == SearchFailure("retriever answered 401: the bearer token is wrong", SearchFault.DENIED)

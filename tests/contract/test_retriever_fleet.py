@@ -20,7 +20,7 @@ from research_rl.config import Config
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import free_port
-from research_rl.retriever import TOKEN, fleet, serve
+from research_rl.retriever import TOKEN, command, fleet
 from research_rl.retriever.client import RetrieverClient
 from tests.knowledge import built, until_ready
 
@@ -49,7 +49,7 @@ def start(workspace: Workspace, tmp_path: Path) -> Iterator[object]:
     def starts(*parts: str) -> list[Served]:
         for part in parts:
             port = free_port()
-            call = ["-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--part", part]
+            call = ["-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--part", part]
             call += ["--config", json.dumps({"port": port, "verify": False, "warm": False})]
             env = {name: value for name, value in os.environ.items() if name != TOKEN}
             process = subprocess.Popen([sys.executable, *call], cwd=CHECKOUT, env=env, stdout=subprocess.DEVNULL)
@@ -83,7 +83,7 @@ def test_two_parts_answer_as_the_whole_and_fail_together(start: object) -> None:
     assert [[score for _, score in row] for row in found] == [[score for _, score in row] for row in wanted]
     assert [row[0] for row in found] == [row[0] for row in wanted]
     config = Config.model_validate({"retriever": {"urls": [[first.url], [second.url]]}})
-    with serve.running(config, Workspace(Path("/nowhere"))) as endpoint:
+    with command.running(config, Workspace(Path("/nowhere"))) as endpoint:
         assert endpoint.url == address
     second.process.kill()
     second.process.wait()

@@ -22,17 +22,17 @@ import psutil
 import pytest
 
 from research_rl.config import Config
-from research_rl.errors import ServiceError
+from research_rl.errors import ConfigError, ServiceError
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Endpoint, free_port
-from research_rl.retriever import serve
+from research_rl.retriever import command
 from research_rl.retriever.client import RetrieverClient
 from tests.knowledge import built, passages
 
 ROWS, SECRET = 250, "a-secret"
-LIMITS = {"max_batch": 8, "max_top_k": 20, "max_query_chars": 100, "cache_entries": 50}
+LIMITS = {"max_batch": 8, "max_queries": 3000, "max_top_k": 20, "max_query_chars": 100, "max_body_mib": 1, "cache_entries": 50}
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +42,28 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def endpoint(workspace: Workspace) -> Iterator[Endpoint]:
-    os.environ[serve.TOKEN] = SECRET
+    os.environ[command.TOKEN] = SECRET
     try:
-        with serve.running(Config.model_validate({"retriever": LIMITS}), workspace) as found:
-            yield found
+        with command.running(Config.model_validate({"retriever": LIMITS}), workspace) as started:
+            yield started
     finally:
-        del os.environ[serve.TOKEN]
+        del os.environ[command.TOKEN]
     assert not list(workspace.services.glob("*.pid"))
 
 
 @pytest.fixture(scope="module")
 def http(endpoint: Endpoint) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=endpoint.url, headers={"Authorization": f"Bearer {endpoint.token}"}, trust_env=False) as client:
+    with httpx.Client(base_url=endpoint.url, headers={"Authorization": f"Bearer {endpoint.token}"}, trust_env=False, timeout=60) as client:
         yield client
 
 
-def command(workspace: Workspace, *more: str) -> list[str]:
-    return [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), *more]
+def command_line(workspace: Workspace, *more: str) -> list[str]:
+    return [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), *more]
 
 
 def run(workspace: Workspace, *more: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != serve.TOKEN}
-    return subprocess.run(command(workspace, *more), capture_output=True, text=True, cwd=CHECKOUT, timeout=60, env=env)
+    env = {name: value for name, value in os.environ.items() if name != command.TOKEN}
+    return subprocess.run(command_line(workspace, *more), capture_output=True, text=True, cwd=CHECKOUT, timeout=60, env=env)
 
 
 def post(http: httpx.Client, path: str, **body: Any) -> Any:
@@ -107,15 +107,17 @@ def test_retrieve_as_search_r1_asks(http: httpx.Client, count: int) -> None:
     ("path", "body", "status", "says"),
     [
         ("/search", {"query": " \n"}, 400, "blank"),
-        ("/batch_search", {"query": ["a", ""]}, 400, "query 1 is blank"),
+        ("/search", {"query": "\u200b\u2060"}, 400, "blank"),
         ("/search", {"query": "a", "top_n": 21}, 422, "top_n=21 exceeds retriever.max_top_k=20"),
         ("/search", {"query": "a", "top_n": 0}, 422, "top_n=0"),
-        ("/search", {"query": "a" * 101}, 422, "101 characters"),
+        ("/retrieve", {"queries": ["a"], "topk": 0}, 422, "topk=0 is no whole number of passages from 1 on"),
+        ("/search", {"query": "a", "top_n": True}, 422, "top_n=True is no whole number"),
+        ("/search", {"query": "a", "top_n": 3, "topk": 4}, 422, "top_n and topk differ; send one of them"),
         ("/search", {"query": 5}, 422, "query=5"),
         ("/search", {}, 422, "query"),
         ("/batch_search", {"query": "a"}, 422, "query=a"),
-        ("/batch_search", {"query": ["a"] * 9}, 413, "9 queries exceed retriever.max_batch=8"),
-        ("/retrieve", {"queries": ["x" * 20_000]}, 413, "the limit is"),
+        ("/batch_search", {"query": ["a"] * 3001}, 413, "3001 queries exceed retriever.max_queries=3000"),
+        ("/retrieve", {"queries": ["x" * 1_100_000]}, 413, "the limit is retriever.max_body_mib=1"),
         ("/retrieve", {"topk": 3}, 422, "send the texts as `queries`"),
         ("/search", {"query": "a", "timeout_s": 0}, 422, "timeout_s=0"),
     ],
@@ -125,6 +127,93 @@ def test_a_request_past_a_limit_is_told_value_limit_and_remedy(
 ) -> None:
     response = http.post(path, json=body)
     assert (response.status_code, says in response.json()["detail"]) == (status, True), response.text
+
+
+def test_a_blank_query_costs_the_others_of_its_request_nothing(http: httpx.Client) -> None:
+    """ReSearch and Search-R1 send whatever the model wrote, and a request that fails ends their training."""
+    for blank in ("", " \n", "\u200b\u2060\ufeff"):
+        documents, scores = post(http, "/batch_search", query=["Person3 Surname3", blank], top_n=2, return_score=True)
+        assert [len(row) for row in documents] == [len(row) for row in scores] == [2, 0] and documents[0][0]["id"] == "p3"
+        result = post(http, "/retrieve", queries=[blank, "Person4 Surname4"], topk=2, return_scores=True)["result"]
+        assert [len(row) for row in result] == [0, 2] and result[1][0]["document"]["id"] == "p4"
+
+
+def test_as_many_queries_as_search_r1_sends_at_once_are_answered_in_order(http: httpx.Client) -> None:
+    """512 prompts of 5 rollouts; the service searches them 8 at a time, and one of them is blank."""
+    queries = [f"Person{n % ROWS} Surname{n % ROWS}" for n in range(2560)]
+    queries[1000] = ""
+    result = post(http, "/retrieve", queries=queries, topk=3, return_scores=True)["result"]
+    assert [row[0]["document"]["id"] if row else None for row in result] == [None if n == 1000 else f"p{n % ROWS}" for n in range(2560)]
+
+
+def test_a_query_past_the_limit_is_cut_and_counted(http: httpx.Client) -> None:
+    before = metric(http, "retriever_shortened_queries_total")
+    long = "Person6 Surname6 " + "x" * 20_000
+    assert post(http, "/search", query=long, top_n=1)[0]["id"] == "p6"
+    assert post(http, "/batch_search", query=[long, "Person7 Surname7"], top_n=1)[1][0]["id"] == "p7"
+    assert metric(http, "retriever_shortened_queries_total") >= before + 2
+
+
+@pytest.mark.parametrize("count", ["3", 3.0, " 3 ", 3])
+@pytest.mark.parametrize("name", ["top_n", "topk", "top_k"])
+def test_a_number_of_passages_is_read_in_every_form_and_name_that_peers_send(http: httpx.Client, count: Any, name: str) -> None:
+    assert len(post(http, "/search", query="Person1", **{name: count})) == 3
+    assert [len(row) for row in post(http, "/batch_search", query=["Person1"], **{name: count})] == [3]
+    assert [len(row) for row in post(http, "/retrieve", queries=["Person1"], **{name: count})["result"]] == [3]
+
+
+def test_a_body_without_a_length_is_read(http: httpx.Client) -> None:
+    pieces = iter([b'{"query": "Person5 ', b'Surname5", "top_n": 1}'])
+    answer = http.post("/search", content=pieces, headers={"Content-Type": "application/json"})
+    assert answer.request.headers["Transfer-Encoding"] == "chunked"
+    assert (answer.status_code, answer.json()[0]["id"]) == (200, "p5")
+    large = http.post("/search", content=(b"x" * 65_536 for _ in range(40)), headers={"Content-Type": "application/json"})
+    assert (large.status_code, "max_body_mib=1" in large.text) == (413, True)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "evil.example:80"}, 421),
+        ({"Host": "127.0.0.1.evil.example"}, 421),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]:99"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+    ],
+)
+def test_web_pages_of_other_sites_are_refused_whatever_name_they_use(http: httpx.Client, headers: dict[str, str], status: int) -> None:
+    answers = [http.post("/search", json={"query": "Person1"}, headers=headers), http.get("/health", headers=headers)]
+    assert [answer.status_code for answer in answers] == [status] * 2, answers[0].text
+    if status != 200:
+        assert answers[0].json()["detail"]
+
+
+def test_a_retriever_of_another_index_is_refused_with_both_hashes(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = built(tmp_path, 120, encoder={"dim": 64})
+    config = Config.model_validate({"retriever": {"url": endpoint.url}})
+    monkeypatch.setenv(command.TOKEN, SECRET + "\n")  # as a file's content has it
+    expected = manifest.load(other.folder("index")).hash[:12]
+    with (
+        pytest.raises(ServiceError, match=rf"serves index [0-9a-f]{{12}}, but .* is {expected}; restart it"),
+        command.running(config, other),
+    ):
+        pass
+
+
+def test_a_wrong_token_is_named_as_such(endpoint: Endpoint, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.model_validate({"retriever": {"url": endpoint.url}})
+    monkeypatch.setenv(command.TOKEN, "another")
+    with pytest.raises(ServiceError, match="401: the bearer token is missing or wrong"), command.running(config, workspace):
+        pass
+    monkeypatch.setenv(command.TOKEN, "geheim-ü")
+    with pytest.raises(ConfigError, match=f"{command.TOKEN} holds .* outside ASCII"), command.running(config, workspace):
+        pass
 
 
 def test_retrieve_takes_one_query_as_text(http: httpx.Client) -> None:
@@ -175,7 +264,7 @@ def test_the_interface_describes_itself(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
     assert set(paths) == {"/search", "/batch_search", "/retrieve", "/health", "/readyz", "/metrics", "/info"}
     assert {"400", "413", "422", "503"} < set(paths["/search"]["post"]["responses"])
-    assert "swagger" in http.get("/docs").text
+    assert http.get("/docs").status_code == 404, "the page of FastAPI loads its script from another site"
 
 
 @pytest.mark.parametrize(
@@ -243,14 +332,14 @@ def test_a_port_in_use_is_told_in_one_line(workspace: Workspace) -> None:
         assert f"retriever.port={port}" in done.stderr
         with (
             pytest.raises(ServiceError, match=f"retriever.port={port}"),
-            serve.running(Config.model_validate({"retriever": {"port": port}}), workspace),
+            command.running(Config.model_validate({"retriever": {"port": port}}), workspace),
         ):
             pass
 
 
 def test_outside_addresses_need_a_token(workspace: Workspace) -> None:
     done = run(workspace, "--host", "0.0.0.0")
-    assert (done.returncode, serve.TOKEN in done.stderr) == (1, True)
+    assert (done.returncode, command.TOKEN in done.stderr) == (1, True)
 
 
 def test_an_index_of_another_corpus_is_refused(tmp_path: Path, workspace: Workspace) -> None:
@@ -264,7 +353,7 @@ def test_an_index_of_another_corpus_is_refused(tmp_path: Path, workspace: Worksp
 
 def test_sigterm_ends_it_and_start_is_quick_without_torch(workspace: Workspace) -> None:
     started = time.monotonic()
-    with subprocess.Popen(command(workspace, "--port", "0"), stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as process:
+    with subprocess.Popen(command_line(workspace, "--port", "0"), stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as process:
         assert process.stdout
         line = next(line for line in process.stdout if "passages at" in line)
         seconds = time.monotonic() - started
@@ -280,8 +369,8 @@ def test_sigterm_ends_it_and_start_is_quick_without_torch(workspace: Workspace) 
 def serving(workspace: Workspace, log: Path, **config: Any) -> Generator[tuple[subprocess.Popen[bytes], str]]:
     """Run a service of its own and yield it with its address; its lines go to `log`."""
     given = json.dumps({"port": free_port(), **config})
-    env = {name: value for name, value in os.environ.items() if name != serve.TOKEN}
-    call = command(workspace, "--config", given)
+    env = {name: value for name, value in os.environ.items() if name != command.TOKEN}
+    call = command_line(workspace, "--config", given)
     with log.open("wb") as stream, subprocess.Popen(call, stdout=stream, cwd=CHECKOUT, env=env) as process:
         try:
             url = f"http://127.0.0.1:{json.loads(given)['port']}"
@@ -325,7 +414,7 @@ def test_it_is_not_ready_before_the_canary_and_not_while_it_drains(workspace: Wo
     with serving(workspace, tmp_path / "log") as (process, url):
         assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
         body = b'{"query": "Person8 Surname8"}'
-        head = f"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        head = f"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as slow:
             slow.sendall(head + body[:5])
             time.sleep(0.2)
@@ -342,8 +431,8 @@ def test_it_is_not_ready_before_the_canary_and_not_while_it_drains(workspace: Wo
 
 
 def test_a_given_url_is_used_when_it_answers(workspace: Workspace, endpoint: Endpoint) -> None:
-    with serve.running(Config.model_validate({"retriever": {"url": endpoint.url}}), workspace) as found:
+    with command.running(Config.model_validate({"retriever": {"url": endpoint.url}}), workspace) as found:
         assert found == endpoint
     dead = Config.model_validate({"retriever": {"url": "http://127.0.0.1:9"}})
-    with pytest.raises(ServiceError, match=r"retriever.url=http://127.0.0.1:9 does not answer"), serve.running(dead, workspace):
+    with pytest.raises(ServiceError, match=r"retriever.url=http://127.0.0.1:9 does not answer"), command.running(dead, workspace):
         pass

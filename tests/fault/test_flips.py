@@ -16,7 +16,7 @@ from research_rl.pipeline.run import current, run_stage
 from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
 from research_rl.planning.plan import state
 from research_rl.report.build import run as report
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from tests.fault.trials import CONFIG, KNOWLEDGE
 from tests.unit.test_report import evaluation, result, training
 

@@ -11,39 +11,15 @@ from typing import Any
 
 import pytest
 
-from research_rl.episode.agent import Completion, Limits, SearchFailure, run_episode
+from research_rl.episode.agent import Limits, run_episode
 from research_rl.episode.trajectory import StopReason, Trajectory
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Note, Patience, PauseGate
 from tests.faulty import GARBAGE, Proxy, Retriever
 from tests.knowledge import built
+from tests.searching import Bytes, Engine
 
 EPISODES, SEARCHES, TIMEOUT_S, OUT_S = 12, 3, 1.5, 4.0
-
-
-class Bytes:
-    """One token a byte."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode(errors="replace")
-
-
-class Engine:
-    """Searches SEARCHES times for words that no other episode asks for, 50 ms a turn, then answers."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.turns = name, 0
-
-    async def generate(self, prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: int) -> Completion:
-        await asyncio.sleep(0.05)
-        self.turns += 1
-        last = self.turns > SEARCHES
-        text = "<answer>\\boxed{a}</answer>" if last else f"<search>Person{self.turns} {self.name}</search>"
-        ids = tuple(text.encode())
-        return Completion(ids, (0.0,) * len(ids), "eos" if last else "stop")
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +40,10 @@ def play(retriever: Retriever, faults: Sequence[str] = (), act: Callable[[], Non
     limits = Limits(3, SEARCHES, 256, 4096, wall_s=6.0, search_timeout_s=TIMEOUT_S)
 
     async def run() -> tuple[list[Trajectory], dict[str, int]]:
-        async with RetrieverClient(proxy.url, timeout_s=TIMEOUT_S) as client:
-
-            async def well() -> bool:
-                return not isinstance(await client.search([f"Person1 {time.monotonic()}"], 1), SearchFailure)
-
-            gate = PauseGate(well, Patience(10.0, least, 0.3, 60.0), notes.append)
-            episodes = (run_episode((1,), Engine(f"e{n}x{time.monotonic_ns()}"), client, Bytes(), limits, gate) for n in range(EPISODES))
+        async with RetrieverClient(proxy.url, timeout_s=TIMEOUT_S, connections=EPISODES) as client:
+            gate = PauseGate(client.works, Patience(10.0, least, 0.3, 60.0), notes.append)
+            engines = [Engine(f"e{n}x{time.monotonic_ns()}", SEARCHES, 0.05) for n in range(EPISODES)]
+            episodes = (run_episode((1,), engine, client, Bytes(), limits, gate) for engine in engines)
             return list(await asyncio.gather(*episodes)), client.take_counts()
 
     thread = threading.Thread(target=act or (lambda: None))

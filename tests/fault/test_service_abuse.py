@@ -10,6 +10,8 @@ import asyncio
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -61,10 +63,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def served(root: Path) -> Iterator[Served]:
     port = free_port()
-    call = ["-m", "research_rl.retriever.serve", "--workspace", str(root), "--config", json.dumps({"port": port, **CONFIG})]
+    call = ["-m", "research_rl.retriever.command", "--workspace", str(root), "--config", json.dumps({"port": port, **CONFIG})]
     env = {name: value for name, value in os.environ.items() if name != TOKEN}
     with (root / "log").open("ab") as log:
-        process = psutil.Popen([sys.executable, *call], cwd=CHECKOUT, env=env, stdout=subprocess.DEVNULL, stderr=log)
+        few_files = ["sh", "-c", 'ulimit -n 1024; exec "$0" "$@"', sys.executable, *call]
+        process = psutil.Popen(few_files, cwd=CHECKOUT, env=env, stdout=subprocess.DEVNULL, stderr=log)
     made = Served(process, port)
     try:
         until_ready(made.process, made.url)
@@ -169,7 +172,7 @@ def mutations(seed: int) -> Iterator[bytes]:
             )
         length = generator.choice([str(len(body))] * 6 + ["0", "-1", "99999999999", "1e3", "", str(len(body) + 5)])
         method = generator.choice(["POST"] * 6 + ["GET", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "P OST", "\x00"])
-        lines = [f"{method} {generator.choice(paths)} HTTP/{generator.choice(['1.1'] * 6 + ['1.0', '0.9', '9.9', 'x'])}", "Host: x"]
+        lines = [f"{method} {generator.choice(paths)} HTTP/{generator.choice(['1.1'] * 6 + ['1.0', '0.9', '9.9', 'x'])}", "Host: localhost"]
         lines += [f"Content-Length: {length}"] if generator.random() < 0.9 else ["Transfer-Encoding: chunked"]
         lines += generator.choice(
             [["Content-Type: application/json"], ["Content-Type: text/plain"], [], ["Content-Type: multipart/form-data"]]
@@ -313,7 +316,7 @@ def test_sigterm_under_load_loses_no_accepted_request(served: Served) -> None:
 
 
 def test_a_slow_sender_costs_only_itself(served: Served) -> None:
-    head = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 400\r\n\r\n{"
+    head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 400\r\n\r\n{"
     slow = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(100)]
     for connection in slow:
         connection.sendall(head)
@@ -324,3 +327,38 @@ def test_a_slow_sender_costs_only_itself(served: Served) -> None:
     for connection in slow:
         connection.close()
     well(served)
+
+
+def test_connections_that_never_finish_their_headers_keep_nobody_out(served: Served) -> None:
+    """More of them than the service may have files open: the oldest give way, and each is closed after its deadline."""
+    ours = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, ours[1]), ours[1]))
+    slow: list[socket.socket] = []
+    try:
+        for _ in range(1100):
+            slow.append(socket.create_connection(("127.0.0.1", served.port), timeout=30))
+            slow[-1].sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nX: ")
+        started = time.monotonic()
+        well(served)
+        assert time.monotonic() - started < 10
+        assert served.process.num_fds() < 1024
+        assert b" 408 " in slow[-1].makefile("rb").readline(), "the newest is closed by its deadline"
+    finally:
+        for connection in slow:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, ours)
+    well(served)
+
+
+def test_an_index_file_cut_short_ends_the_service_with_the_reason(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "artifacts", tmp_path / "artifacts")
+    call = ["-m", "research_rl.retriever.command", "--workspace", str(tmp_path), "--config", json.dumps({"port": free_port(), **CONFIG})]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, *call], cwd=CHECKOUT, stdout=log, stderr=log)
+    try:
+        until_ready(process, f"http://127.0.0.1:{json.loads(call[-1])['port']}")
+        os.truncate(next((tmp_path / "artifacts" / "corpus").glob("*.arrow")), 64)
+        assert process.wait(30) == 1
+    finally:
+        process.kill()
+    assert "was cut to 64 bytes" in (tmp_path / "log").read_text()

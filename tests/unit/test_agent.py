@@ -97,7 +97,7 @@ def test_tags_in_passages_lose_their_power() -> None:
     [
         (SearchFailure("503 three times"), "search failed: 503 three times"),
         (RuntimeError("broken"), "search failed: RuntimeError"),
-        (3.0, "search failed: no answer in 1 s"),
+        (3.0, "search failed: no answer in 2 s"),
     ],
 )
 def test_a_failed_search_becomes_an_observation(failure: Exception | SearchFailure | float, text: str) -> None:

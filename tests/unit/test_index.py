@@ -18,7 +18,7 @@ from research_rl.index import budget, build
 from research_rl.index.search import VectorIndex, file_name
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import measured
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from tests.knowledge import built, context, store
 
 ENCODER = {"dim": 64, "shard_rows": 100}

@@ -16,7 +16,7 @@ from research_rl.index.bm25 import STOP_WORDS
 from research_rl.index.text import Hybrid, Searcher, open_index
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from tests.knowledge import built, passages
 
 ENCODER = {"dim": 128, "shard_rows": 100}

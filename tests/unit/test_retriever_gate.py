@@ -77,6 +77,14 @@ def test_what_lies_before_the_window_is_forgotten() -> None:
     assert asyncio.run(run()) is False
 
 
+def test_only_faults_of_the_service_count() -> None:
+    own = {SearchFault.EMPTY_QUERY, SearchFault.NOTHING, SearchFault.REFUSED}
+    assert {fault for fault in SearchFault if not fault.is_service} == own
+    for fault in SearchFault:
+        notes, _ = drive([fault] * 3, well=True)
+        assert bool(notes) is fault.is_service, fault
+
+
 async def _never() -> bool:
     return False
 

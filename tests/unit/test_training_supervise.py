@@ -27,7 +27,6 @@ from tests.training import sections
 
 TRAINER = r"""
 import json, os, pickle, re, subprocess, sys, time, zipfile, struct
-from pathlib import Path
 
 options = dict(item.lstrip("+").split("=", 1) for item in sys.argv[3:])
 value = lambda name: options[name].strip("'")
@@ -235,7 +234,7 @@ def test_failing_twice_without_a_step_ends_with_the_log(tmp_path: Path) -> None:
         ({"padding": 1, "pause": 5}, "1 of 4 trajectories of a step were lost.*padding"),
         ({"stop": "engine_failure"}, "4 of 4 trajectories.*EngineDeadError: gone"),
         ({"rows": 3}, "1 of 4 trajectories of a step were lost.*left no record"),
-        ({"fault": {"error": None, "fault": "nothing"}}, "4 of 4 searches of step 1 failed.*'nothing'"),
+        ({"fault": {"error": None, "fault": "garbage"}}, "4 of 4 searches of step 1 failed.*'garbage'"),
         ({"notes": ["paused", "gave_up"]}, r"8 of 9 recent searches failed \(8 timeout\).*retriever\.pause_max_s=600"),
         (
             {"fault": {"error": "retriever cannot be reached", "fault": "unreachable"}},

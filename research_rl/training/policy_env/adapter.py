@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -22,10 +21,10 @@ from uuid import uuid4
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
 from research_rl.config import JudgeConfig, PromptConfig, RewardConfig
-from research_rl.episode.agent import Completion, Limits, SearchFailure, run_episode
+from research_rl.episode.agent import Completion, Limits, run_episode
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer
 from research_rl.episode.trajectory import Trajectory
-from research_rl.retriever import TOKEN
+from research_rl.retriever import read_token
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Patience, PauseGate
 from research_rl.reward.grader import Case, Grader
@@ -33,8 +32,6 @@ from research_rl.reward.rules import Grade
 from research_rl.training.run import episodes, pauses
 
 __all__ = ["SearchAgentLoop", "VerlEngine", "eos_ids"]
-
-_PROBE = "is the retriever there"
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ def _shared(settings: str, model: str) -> _Shared:
     """Return what this process's episodes share: verl makes a loop per episode, and reading all this takes longer than a turn."""
     told, tokenizer = json.loads(settings), load_tokenizer(Path(model))
     limits = Limits(**told["limits"])
-    client = RetrieverClient(told["retriever_url"], token=os.environ.get(TOKEN), timeout_s=limits.search_timeout_s)
+    client = RetrieverClient(told["retriever_url"], read_token(), limits.search_timeout_s, connections=told["in_flight"])
     return _Shared(
         tokenizer,
         eos_ids(Path(model), tokenizer),
@@ -167,18 +164,9 @@ def _shared(settings: str, model: str) -> _Shared:
         _STOPPING[told["engine"]],
         Grader(RewardConfig(**told["reward"]), JudgeConfig(**told["judge"]), tokenizer.eos_token),
         client,
-        _gate(client, Patience(**told["patience"]), Path(told["pauses"])),
+        PauseGate(client.works, Patience(**told["patience"]), partial(pauses.append, Path(told["pauses"]))),
         asyncio.Semaphore(told["in_flight"]),
     )
-
-
-def _gate(client: RetrieverClient, patience: Patience, notes: Path) -> PauseGate:
-    async def well() -> bool:
-        # A service may call itself healthy and answer nonsense: only a search proves that searching works.
-        answers = not isinstance(await client.health(), SearchFailure)
-        return answers and not isinstance(await client.search([_PROBE], 1), SearchFailure)
-
-    return PauseGate(well, patience, lambda note: pauses.append(notes, note))
 
 
 def _output(trajectory: Trajectory, graded: Grade, versions: Sequence[int], eos_id: int) -> AgentLoopOutput:

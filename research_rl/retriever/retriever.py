@@ -6,7 +6,8 @@ Knows no HTTP. Invariants: (1) index, embeddings and corpus form one hash chain;
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from research_rl.config import RetrieverConfig
@@ -18,6 +19,7 @@ from research_rl.index.text import Searcher, open_index, part_rows, reads_vector
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
+from research_rl.retriever.opened import OpenedFiles
 
 __all__ = ["Retriever"]
 
@@ -32,8 +34,9 @@ def _nothing(text: str) -> None:
 class Retriever:
     """Finds passages; `search` is for one thread at a time."""
 
-    def __init__(self, index: Searcher, store: PassageStore, facts: dict[str, Any]) -> None:
+    def __init__(self, index: Searcher, store: PassageStore, facts: dict[str, Any], files: Iterable[Path] = ()) -> None:
         self._index, self._store = index, store
+        self._files = OpenedFiles(files)
         self.facts = facts
 
     @classmethod
@@ -54,21 +57,27 @@ class Retriever:
         searcher = open_index(workspace.folder("index"), index, workspace.folder("embed"), embed, config.threads, part=part)
         facts = {"rows": searcher.rows, **_described(index), "encoder": embed.facts["encoder"]}
         hashes = {"index": index.hash, "embed": embed.hash, "corpus": corpus.hash}
-        made = cls(searcher, PassageStore(workspace.folder("corpus"), corpus), {**facts, "manifests": hashes})
+        files = [workspace.folder(stage) / entry.path for stage, made in (("index", index), ("corpus", corpus)) for entry in made.files]
+        retriever = cls(searcher, PassageStore(workspace.folder("corpus"), corpus), {**facts, "manifests": hashes}, files)
         first, end = part_rows(index.counts, part)
         if first <= index.facts["canary"]["row"] < end:
-            made._sing(index.facts["canary"])
+            retriever._check_canary(index.facts["canary"])
             say("the canary was found")
         if config.warm:
             _page_in(workspace, index)
-            made._warm(index.facts["canary"]["query"])
+            retriever._warm(index.facts["canary"]["query"])
             say("warm")
-        return made
+        return retriever
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """Return up to `top_k` passages for each query, best first, with scores."""
+        self._files.check()
         scores, rows = self._index.search(queries, top_k)
         return [self._passages(row, score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
+
+    def check_files(self) -> None:
+        """Raises ManifestError when a file of the index or the corpus was cut short since it was opened."""
+        self._files.check()
 
     def _warm(self, query: str) -> None:
         """Search once at every size whose first search is slower than the next: buffers, kernels and pages are there then."""
@@ -76,15 +85,15 @@ class Retriever:
             self.search([f"{query[: 40 + place]} {place}" for place in range(size)], 5)
 
     def _passages(self, rows: list[int], scores: list[float]) -> list[Passage]:
-        kept = [(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
-        passages = self._store.get(row for row, _ in kept)
-        return [Passage(passage.id, passage.contents, score) for passage, (_, score) in zip(passages, kept, strict=True)]
+        hits = [(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
+        passages = self._store.get(row for row, _ in hits)
+        return [Passage(passage.id, passage.contents, score) for passage, (_, score) in zip(passages, hits, strict=True)]
 
-    def _sing(self, canary: dict[str, Any]) -> None:
-        found = [passage.id for passage in self.search([canary["query"]], canary["top_k"])[0]]
-        if canary["id"] not in found:
+    def _check_canary(self, canary: dict[str, Any]) -> None:
+        ids = [passage.id for passage in self.search([canary["query"]], canary["top_k"])[0]]
+        if canary["id"] not in ids:
             raise ManifestError(
-                f"the canary passage {canary['id']!r} is not among the first {canary['top_k']} found ({found}); "
+                f"the canary passage {canary['id']!r} is not among the first {canary['top_k']} found ({ids}); "
                 "the encoder does not fit the index; run the stages embed and index again"
             )
 
@@ -103,12 +112,13 @@ def _described(index: Manifest) -> dict[str, Any]:
     return {"kind": index.facts["kind"], "dim": index.counts["dim"], "factory": index.facts.get("factory")}
 
 
-def _chained(workspace: Workspace, child: str, found: Manifest, parents: dict[str, Manifest]) -> None:
-    for parent, made in parents.items():
-        wanted = found.parents.get(parent, "nothing")
-        if wanted != made.hash:
+def _chained(workspace: Workspace, child: str, artifact: Manifest, parents: dict[str, Manifest]) -> None:
+    for parent, present in parents.items():
+        built_from = artifact.parents.get(parent, "nothing")
+        if built_from != present.hash:
             raise ManifestError(
-                f"{workspace.folder(child)} was built from {parent} {wanted[:12]}, but {workspace.folder(parent)} is {made.hash[:12]}; "
+                f"{workspace.folder(child)} was built from {parent} {built_from[:12]}, "
+                f"but {workspace.folder(parent)} is {present.hash[:12]}; "
                 f"run the stage {child} again or bring back the {parent} it was built from"
             )
 

@@ -11,7 +11,7 @@ from research_rl.config import RetrieverConfig
 from research_rl.errors import ManifestError, ModelError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
-from research_rl.retriever.engine import Retriever
+from research_rl.retriever.retriever import Retriever
 from tests.knowledge import built, passages
 
 ENCODER = {"dim": 64, "shard_rows": 100}
