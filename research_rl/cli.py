@@ -200,7 +200,7 @@ def _config(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from research_rl.episode.agent.ask import ask, transcript
+    from research_rl.agent.ask import ask, transcript
 
     trajectory = ask(
         _resolve(arguments), _workspace(arguments), arguments.question, arguments.model, lambda text: print(text, file=sys.stderr)

@@ -48,7 +48,7 @@ async def _play(config: Config, folder: Path, prompt: list[int], served: Endpoin
     async with AsyncExitStack() as clients:
         sampling = Sampling(config.evaluation.temperature, config.evaluation.seed)
         engine = HttpEngine(served, sampling, engine=config.serving.engine, timeout_s=config.episode.wall_s, connections=1)
-        searcher = RetrieverClient(retriever.url, token=retriever.token, timeout_s=config.episode.search_timeout_s)
+        searcher = RetrieverClient(retriever.url, retriever.token, config.episode.search_timeout_s, connections=1)
         await clients.enter_async_context(engine)
         await clients.enter_async_context(searcher)
         return await run_episode(prompt, engine, searcher, load_tokenizer(folder), Limits(**config.episode.model_dump()))
