@@ -17,7 +17,7 @@ from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 
-from research_rl import manifest
+from research_rl import manifest, markdown
 from research_rl.manifest import Manifest
 from research_rl.stages import STAGES, measured
 from research_rl.training.checkpoints import Checkpoint
@@ -79,12 +79,12 @@ def _quality(checks: Sequence[Mapping[str, Any]], what: str, docs: Path) -> None
 
 def index_card(job: Job, found: Manifest, run: StageRun) -> None:
     """Publish a card that says what the index is made of, how well it finds and what it took; MLflow gets the same as metrics and file."""
-    lines = ["# Index", "", "| part | property | value |", "|---|---|---|"]
+    rows: list[tuple[str, str, str]] = []
     for name in ("corpus", "embed", "index"):
         part = found if name == "index" else manifest.load(job.workspace.folder(name), verify=False)
-        lines += [f"| {name} | {key} | {value} |" for key, value in _properties(part, measured(job.workspace, part))]
+        rows += [(name, key, value) for key, value in _properties(part, measured(job.workspace, part))]
     took = measured(job.workspace, found)
-    lines += _index_quality(found, took)
+    lines = ["# Index", "", markdown.table(("part", "property", "value"), rows), *_index_quality(found, took)]
     if run.fresh:
         run.metrics(_index_metrics(found, took))
         run.artifact(job.workspace.folder("index") / manifest.MANIFEST)
@@ -99,10 +99,10 @@ def _index_quality(found: Manifest, took: Mapping[str, Any]) -> list[str]:
     """Return tables of recall against exact search and of latency; nothing for an index that is exact."""
     lines: list[str] = []
     if recall := found.facts.get("recall"):
-        lines += ["", "| k | recall against exact search |", "|---|---|", *(f"| {k} | {value:.4f} |" for k, value in recall.items())]
+        lines += ["", markdown.table(("k", "recall against exact search"), [(str(k), f"{value:.4f}") for k, value in recall.items()])]
     if latency := took.get("latency"):
-        lines += ["", "| batch | median, ms | 99th percentile, ms |", "|---|---|---|"]
-        lines += [f"| {size} | {value['p50_ms']} | {value['p99_ms']} |" for size, value in latency.items()]
+        times = [(str(size), str(value["p50_ms"]), str(value["p99_ms"])) for size, value in latency.items()]
+        lines += ["", markdown.table(("batch", "median, ms", "99th percentile, ms"), times)]
     return lines
 
 
@@ -125,9 +125,8 @@ def _properties(part: Manifest, took: Mapping[str, Any]) -> list[tuple[str, str]
 
 
 def _short(value: Any) -> str:
-    """Return a value as one cell of a markdown table."""
+    """Return a value in at most `_CELL` characters."""
     text = ", ".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
-    text = " ".join(text.split()).replace("|", "\\|")
     return text if len(text) <= _CELL else text[:_CELL] + "…"
 
 
@@ -135,8 +134,8 @@ def watch_note(finding: Finding, kept: Checkpoint | None) -> None:
     """Publish what a rule of the collapse watch saw and what helps."""
     rescue = f"step {kept.step}, `{kept.path}`; `train.steps={kept.step}` publishes it" if kept else "none from before the breach"
     lines = [f"# {'Training stopped' if finding.stops else 'Training in danger'} at step {finding.step}", "", finding.text + ".", ""]
-    lines += ["| | |", "|---|---|", f"| in breach since | step {finding.since} |", f"| last good checkpoint | {rescue} |"]
-    lines += [f"| what helps | {finding.remedy} |", f"| to go on all the same | `watch.{finding.rule}.action=warn` |"]
+    rows = [("in breach since", f"step {finding.since}"), ("last good checkpoint", rescue), ("what helps", finding.remedy)]
+    lines += [markdown.table(("", ""), [*rows, ("to go on all the same", f"`watch.{finding.rule}.action=warn`")])]
     with showing("the finding of the watch"):
         create_markdown_artifact("\n".join(lines), key="collapse-watch", description=finding.text)
 
@@ -167,18 +166,27 @@ def report_page(job: Job, found: Manifest, run: StageRun) -> None:
     folder = job.workspace.folder("report")
     if run.fresh:
         _track_report(job, found, run)
-    rows = [
-        f"| {name} | {found.facts['before'][name]:.3f} | {found.facts['after'][name]:.3f} | {value['mean']:+.3f} | "
-        f"{value['low']:+.3f} to {value['high']:+.3f} |"
-        for name, value in found.facts["difference"].items()
-    ]
-    table = ["| metric | before | after | difference | 95 % interval, paired |", "|---|---|---|---|---|", *rows]
-    text = "\n".join(["# Before and after training", "", *table, "", "MLflow:", *_links(job, _WAIT_S if run.fresh else 0.0)])
+    head, links = ("metric", "before", "after", "difference", "95 % interval, paired"), _links(job, _WAIT_S if run.fresh else 0.0)
+    text = "\n".join(["# Before and after training", "", markdown.table(head, _changes(found.facts)), "", "MLflow:", *links])
     with showing("the report"):
         create_markdown_artifact(text, key="evaluation-report", description="The same held-out questions before and after training")
         create_image_artifact(
             _image(folder / "training.png"), key="training-curves", description="Reward, format and searches per training step"
         )
+
+
+def _changes(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return one row a metric from the facts of a report: before, after, difference, interval."""
+    return [
+        (
+            name,
+            f"{facts['before'][name]:.3f}",
+            f"{facts['after'][name]:.3f}",
+            f"{value['mean']:+.3f}",
+            f"{value['low']:+.3f} to {value['high']:+.3f}",
+        )
+        for name, value in facts["difference"].items()
+    ]
 
 
 def _track_report(job: Job, found: Manifest, run: StageRun) -> None:

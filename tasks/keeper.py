@@ -19,7 +19,7 @@ import httpx
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
-from research_rl import manifest
+from research_rl import manifest, markdown
 from research_rl.config import CHECKOUT, Config
 from research_rl.errors import ServiceError
 from research_rl.retriever import TOKEN
@@ -120,8 +120,8 @@ def _show(workspace: Workspace, url: str, starts: int) -> None:
     with showing("the retriever's address"):
         facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, trust_env=False).raise_for_status().json()
         rows += [(name, f"`{json.dumps(value)}`") for name, value in facts.items()]
-        table = "\n".join(["# Retriever", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-        create_markdown_artifact(f"{table}\n\nWorkspace {workspace.root}", key="retriever", description=f"Retriever at {url}")
+        text = f"# Retriever\n\n{markdown.table(('', ''), rows)}\n\nWorkspace {workspace.root}"
+        create_markdown_artifact(text, key="retriever", description=f"Retriever at {url}")
 
 
 def stop_serving(flow: Any, flow_run: Any, state: Any) -> None:
