@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 import uuid
@@ -23,6 +22,7 @@ from research_rl.config import CHECKOUT, Config
 from research_rl.manifest import Manifest
 from research_rl.services import Process, spawn
 from research_rl.stages import Workspace
+from research_rl.version import commit
 from tasks.journal import Journal, Place
 
 __all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "main", "tracking_uri"]
@@ -259,12 +259,8 @@ def _page(place: Place) -> str:
 
 def _git() -> dict[str, str]:
     """Return commit and state of the checkout; nothing where there is no git."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return {}
-    return {"git_commit": commit, "git_changed": str(bool(changed.strip())).lower()}
+    checkout = commit()
+    return {"git_commit": checkout.hash, "git_changed": str(checkout.changed).lower()} if checkout else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
