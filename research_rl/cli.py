@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from research_rl import __version__
+from research_rl.terminal import printable
 
 if TYPE_CHECKING:
     from research_rl.config import Config
@@ -39,13 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.verb(arguments)
     except ResearchError as error:
-        print(f"research: {error}", file=sys.stderr)
+        _print(f"research: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _print(text: str, stream: TextIO | None = None) -> None:
+    """Print a line of which a part may come from data or from a path."""
+    print(printable(text), file=stream or sys.stdout, flush=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -115,7 +121,7 @@ def _init(arguments: argparse.Namespace) -> None:
     resolved = config.load_profile(arguments.profile or "laptop", arguments.overrides)
     arguments.workspace.mkdir(parents=True, exist_ok=True)
     path = arguments.workspace / "params.yaml"
-    print(f"{path}: {'written' if config.save(resolved, path) else 'unchanged'} (profile {resolved.profile})")
+    _print(f"{path}: {'written' if config.save(resolved, path) else 'unchanged'} (profile {resolved.profile})")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -127,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> None:
         found, built = run_stage(name, config, workspace, force=arguments.force, progress=_Printer(name))
         what = f"built in {time.perf_counter() - started:.1f} s" if built else "current, skipped"
         counts = ", ".join(f"{key} {value:,}" for key, value in found.counts.items())
-        print(f"{name}: {what}; {counts or 'no counts'}; {found.hash[:12]}", flush=True)
+        _print(f"{name}: {what}; {counts or 'no counts'}; {found.hash[:12]}")
 
 
 class _Printer:
@@ -142,7 +148,7 @@ class _Printer:
         if now - self.last < (0.1 if self.terminal else _QUIET_S) and share < 1:
             return
         self.last = now
-        line = f"{self.stage} {share:4.0%} {text}"
+        line = printable(f"{self.stage} {share:4.0%} {text}")
         print(f"\r\x1b[2K{line}" if self.terminal else line, end="" if self.terminal and share < 1 else "\n", file=sys.stderr, flush=True)
 
 
@@ -151,30 +157,30 @@ def _status(arguments: argparse.Namespace) -> None:
 
     config, workspace = _resolve(arguments), _workspace(arguments)
     for row in state(config, workspace):
-        print(f"{row.stage:<10} {row.state:<8} {row.hash or '-':<14} {row.detail}")
+        _print(f"{row.stage:<10} {row.state:<8} {row.hash or '-':<14} {row.detail}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from research_rl.plan import check, describe
 
     config, workspace = _resolve(arguments), _workspace(arguments)
-    print(describe(config, workspace), flush=True)
+    _print(describe(config, workspace))
     check(config, workspace)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
     from research_rl.report.compare import compare
 
-    print(compare(arguments.a, arguments.b, arguments.html))
+    _print(compare(arguments.a, arguments.b, arguments.html))
 
 
 def _config(arguments: argparse.Namespace) -> None:
     from research_rl import config
 
     if arguments.action == "describe":
-        print("\n".join(config.describe()))
+        _print("\n".join(config.describe()))
     else:
-        print(config.dump(_resolve(arguments)), end="")
+        _print(config.dump(_resolve(arguments)).removesuffix("\n"))
 
 
 def _serve_retriever(arguments: argparse.Namespace) -> None:
