@@ -18,18 +18,20 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 from prefect.exceptions import PrefectException
 
 from research_rl import manifest, markdown
+from research_rl.evaluation.statistics import FEWEST
 from research_rl.manifest import Manifest
-from research_rl.stages import STAGES, measured
+from research_rl.stages import STAGES, Context, Workspace, measured
 from research_rl.training.checkpoints import Checkpoint
 from research_rl.training.watch import Finding
 from tasks.docs import SUMMARY, named, rank
 from tasks.job import Job
 from tasks.registry import CHAMPION
-from tasks.track import FLOW, StageRun
+from tasks.track import FLOW, StageRun, Tracker
 
-__all__ = ["evaluation_table", "index_card", "quality_table", "refused_table", "report_page", "watch_note"]
+__all__ = ["build_report", "evaluation_table", "index_card", "quality_table", "refused_table", "report_page", "watch_note"]
 
 _WAIT_S = 30.0
+_LINK_WAIT_S = 2.0
 _CELL = 100
 _ENDS = {"mean": "", "low": "_low", "high": "_high"}
 _RUNS = {"this run": FLOW, "evaluation before training": "baseline", "evaluation after training": "evaluate", "training": "train"}
@@ -200,23 +202,36 @@ def _track_report(job: Job, found: Manifest, run: StageRun) -> None:
 
 
 def _promote(job: Job, found: Manifest, run: StageRun) -> None:
-    """Let the alias champion name the trained policy when its F1 gain is above 0 with its whole interval."""
+    """Let the alias champion name the trained policy when its F1 gain is above 0 with its whole interval, over questions enough."""
     gain = found.facts["difference"]["f1"]
-    if (model := job.config.tracking.registered_model) and gain["low"] > 0:
+    if (model := job.config.tracking.registered_model) and gain["low"] > 0 and gain["n"] >= FEWEST:
         run.alias(model, manifest.load(job.workspace.folder("export"), verify=False).hash, CHAMPION)
 
 
 def _links(job: Job, wait_s: float) -> list[str]:
     """Return the MLflow pages of this run and of the runs behind the compared artifacts."""
-    lines: list[str] = []
-    for text, key in _RUNS.items():
-        found = None if key == FLOW else manifest.load(job.workspace.folder(key), verify=False)
-        if link := job.tracker.link(key, found, wait_s):
-            lines.append(f"- [{text}]({link})")
+    lines = [f"- [{text}]({link})" for text, link in tracking_pages(job.tracker, job.workspace, wait_s)]
     evaluations = [manifest.load(job.workspace.folder(key), verify=False) for key in ("baseline", "evaluate")]
     if link := job.tracker.comparison(evaluations):
         lines.append(f"- [both evaluations side by side]({link})")
     return lines or ["- not reached yet"]
+
+
+def tracking_pages(tracker: Tracker, workspace: Workspace, wait_s: float) -> list[tuple[str, str]]:
+    """Return (text, address) of the MLflow pages of this run and its stages, as far as MLflow has answered within `wait_s`."""
+    pages: list[tuple[str, str]] = []
+    for text, key in _RUNS.items():
+        artifact = None if key == FLOW else manifest.load(workspace.folder(key), verify=False)
+        if link := tracker.link(key, artifact, wait_s):
+            pages.append((text, link))
+    return pages
+
+
+def build_report(context: Context, run: StageRun) -> None:
+    """Build the report with links to MLflow, as far as it has answered by now."""
+    from research_rl.report.build import run as build
+
+    build(context, tracking_pages(run.tracker, context.workspace, _LINK_WAIT_S))
 
 
 def _intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:

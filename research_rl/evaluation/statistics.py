@@ -131,11 +131,11 @@ def _of_few_differences(moved: Values, pairs: int) -> Interval:
 
 def _binomial(successes: float, trials: int) -> Interval:
     """Return Clopper and Pearson's interval; `successes` may be the sum of scores between 0 and 1."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
     tail, failures = (1 - _LEVEL) / 2, max(0.0, trials - successes)
-    low = float(beta.ppf(tail, successes, failures + 1)) if successes > 0 else 0.0
-    high = float(beta.ppf(1 - tail, successes + 1, failures)) if failures > 0 else 1.0
+    low = float(betaincinv(successes, failures + 1, tail)) if successes > 0 else 0.0
+    high = float(betaincinv(successes + 1, failures, 1 - tail)) if failures > 0 else 1.0
     return low, high
 
 
