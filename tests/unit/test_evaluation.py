@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,14 +36,18 @@ EOS = "<eos>"
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FolderTokenizer:
     """A real tokenizer with one token a byte."""
-    folder = tmp_path_factory.mktemp("tokenizer")
+    return FolderTokenizer(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer with one token a byte into a folder."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     tokenizer.add_special_tokens([EOS])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
-    return FolderTokenizer(folder)
+    return folder
 
 
 class Engine:
@@ -286,8 +289,9 @@ class Stage:
 def stage(tmp_path: Path, tokenizer: FolderTokenizer) -> Iterator[Stage]:
     """The stage with ten questions and a policy folder that the real checks accept."""
     folder = chain_model.build(tmp_path / "artifacts/policy", {}, tuple(f"w{n}" for n in range(300)))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer.folder / name, folder / name)
+    save_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     services = Services(tokenizer, served_name(folder))
     thread = Thread(target=services.server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
