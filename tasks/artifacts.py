@@ -18,7 +18,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 from prefect.exceptions import PrefectException
 
 from research_rl import manifest, markdown
-from research_rl.evaluation.statistics import FEWEST
+from research_rl.evaluation.intervals import FEWEST
 from research_rl.manifest import Manifest
 from research_rl.stages import STAGES, Context, Workspace, measured
 from research_rl.training.checkpoints import Checkpoint

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from research_rl.evaluation.intervals import interval
 from research_rl.evaluation.results import Result
-from research_rl.evaluation.statistics import interval
 from research_rl.trajectory import StopReason
 
 __all__ = ["HEADLINE", "METRICS", "SCORES", "headline", "summarise"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from research_rl.evaluation.statistics import FEWEST, Difference
+from research_rl.evaluation.intervals import FEWEST, Difference
 from research_rl.evaluation.summary import SCORES
 from research_rl.report.html import Cell
 from research_rl.report.pairs import Pair, PairedMetric

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from research_rl.evaluation.intervals import Difference, paired
 from research_rl.evaluation.results import Result
-from research_rl.evaluation.statistics import Difference, paired
 from research_rl.evaluation.summary import METRICS, SCORES
 
 __all__ = ["Matched", "Pair", "PairedMetric", "by_group", "compare_metrics", "match", "outcome"]

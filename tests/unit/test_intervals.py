@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from research_rl.evaluation.statistics import FEWEST, interval, paired
+from research_rl.evaluation.intervals import FEWEST, interval, paired
 
 
 def test_a_constant_has_no_width() -> None:
@@ -64,7 +64,7 @@ def test_the_width_is_that_of_the_normal_approximation(count: int) -> None:
 def test_many_values_are_drawn_in_blocks_with_the_same_result_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(1).random(1000).tolist()
     at_once = interval(values, 300, 1)
-    monkeypatch.setattr("research_rl.evaluation.statistics._CELLS", 7000)
+    monkeypatch.setattr("research_rl.evaluation.intervals._CELLS", 7000)
     assert interval(values, 300, 1) == at_once
 
 
@@ -97,7 +97,8 @@ def test_few_differing_pairs_are_judged_as_by_mcnemars_exact_test(wins: int, los
     before = [0.0] * wins + [1.0] * (pairs - wins)
     after = [1.0] * wins + [0.0] * losses + [1.0] * (pairs - wins - losses)
     difference = paired(before, after, 500, 1, bounded=True)
-    assert difference.low <= difference.mean == pytest.approx((wins - losses) / pairs) <= difference.high
+    assert difference.mean == pytest.approx((wins - losses) / pairs)
+    assert difference.low <= difference.mean <= difference.high
     assert difference.significant == (binomtest(wins, wins + losses).pvalue < 0.05)
 
 
