@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from research_rl import __version__
+from research_rl.terminal import printable
 
 if TYPE_CHECKING:
     from research_rl.config import Config
@@ -40,13 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.verb(arguments)
     except ResearchError as error:
-        print(f"research: {error}", file=sys.stderr)
+        _print(f"research: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _print(text: str, stream: TextIO | None = None) -> None:
+    """Print a line of which a part may come from data or from a path."""
+    print(printable(text), file=stream or sys.stdout, flush=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -119,9 +125,9 @@ def _init(arguments: argparse.Namespace) -> None:
     resolved = config.load_profile(arguments.profile or "laptop", arguments.overrides)
     arguments.workspace.mkdir(parents=True, exist_ok=True)
     lines = config.update(resolved, arguments.workspace / "params.yaml")
-    print("\n".join(lines) or f"params.yaml unchanged (profile {resolved.profile})")
+    _print("\n".join(lines) or f"params.yaml unchanged (profile {resolved.profile})")
     for line in resolved.needs:
-        print(line)
+        _print(line)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -138,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> None:
         found, built = run_stage(name, config, workspace, force=arguments.force, progress=_Printer(name))
         what = f"built in {time.perf_counter() - started:.1f} s" if built else "current, skipped"
         counts = ", ".join(f"{key} {value:,}" for key, value in found.counts.items())
-        print(f"{name}: {what}; {counts or 'no counts'}; {found.hash[:12]}", flush=True)
+        _print(f"{name}: {what}; {counts or 'no counts'}; {found.hash[:12]}")
 
 
 def _write_params(config: Config, workspace: Workspace) -> None:
@@ -162,7 +168,7 @@ class _Printer:
         if now - self.last < (0.1 if self.terminal else _QUIET_S) and share < 1:
             return
         self.last = now
-        line = f"{self.stage} {share:4.0%} {text}"
+        line = printable(f"{self.stage} {share:4.0%} {text}")
         print(f"\r\x1b[2K{line}" if self.terminal else line, end="" if self.terminal and share < 1 else "\n", file=sys.stderr, flush=True)
 
 
@@ -171,32 +177,32 @@ def _status(arguments: argparse.Namespace) -> None:
 
     config, workspace = _resolve(arguments), _workspace(arguments)
     for row in state(config, workspace):
-        print(f"{row.stage:<10} {row.state:<8} {row.hash or '-':<14} {row.detail}")
+        _print(f"{row.stage:<10} {row.state:<8} {row.hash or '-':<14} {row.detail}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from research_rl.planning.plan import check, describe
 
     config, workspace = _resolve(arguments), _workspace(arguments)
-    print(describe(config, workspace), flush=True)
+    _print(describe(config, workspace))
     check(config, workspace)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
     from research_rl.report.compare import compare
 
-    print(compare(arguments.a, arguments.b, arguments.html))
+    _print(compare(arguments.a, arguments.b, arguments.html))
 
 
 def _config(arguments: argparse.Namespace) -> None:
     if arguments.action == "describe":
         from research_rl.config.document import describe
 
-        print("\n".join(describe()))
+        _print("\n".join(describe()))
         return
     from research_rl.config import dump
 
-    print(dump(_resolve(arguments)), end="")
+    _print(dump(_resolve(arguments)).removesuffix("\n"))
 
 
 def _ask(arguments: argparse.Namespace) -> None:
@@ -205,7 +211,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     trajectory = ask(
         _resolve(arguments), _workspace(arguments), arguments.question, arguments.model, lambda text: print(text, file=sys.stderr)
     )
-    print(transcript(trajectory))
+    _print(transcript(trajectory))
 
 
 def _serve_retriever(arguments: argparse.Namespace) -> None:

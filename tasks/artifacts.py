@@ -17,19 +17,22 @@ from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 
+from research_rl.evaluation.intervals import FEWEST
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
-from research_rl.pipeline.stages import STAGES, measured
+from research_rl.pipeline.stages import STAGES, Context, Workspace, measured
+from research_rl.report import markdown
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.watch import Finding
 from research_rl.validation.docs import SUMMARY, named, rank
 from tasks.job import Job
 from tasks.tracking.registry import CHAMPION
-from tasks.tracking.track import FLOW, StageRun
+from tasks.tracking.track import FLOW, StageRun, Tracker
 
-__all__ = ["evaluation_table", "index_card", "quality_table", "refused_table", "report_page", "watch_note"]
+__all__ = ["build_report", "evaluation_table", "index_card", "quality_table", "refused_table", "report_page", "watch_note"]
 
 _WAIT_S = 30.0
+_LINK_WAIT_S = 2.0
 _CELL = 100
 _ENDS = {"mean": "", "low": "_low", "high": "_high"}
 _RUNS = {"this run": FLOW, "evaluation before training": "baseline", "evaluation after training": "evaluate", "training": "train"}
@@ -79,12 +82,12 @@ def _quality(checks: Sequence[Mapping[str, Any]], what: str, docs: Path) -> None
 
 def index_card(job: Job, found: Manifest, run: StageRun) -> None:
     """Publish a card that says what the index is made of, how well it finds and what it took; MLflow gets the same as metrics and file."""
-    lines = ["# Index", "", "| part | property | value |", "|---|---|---|"]
+    rows: list[tuple[str, str, str]] = []
     for name in ("corpus", "embed", "index"):
         part = found if name == "index" else manifest.load(job.workspace.folder(name), verify=False)
-        lines += [f"| {name} | {key} | {value} |" for key, value in _properties(part, measured(job.workspace, part))]
+        rows += [(name, key, value) for key, value in _properties(part, measured(job.workspace, part))]
     took = measured(job.workspace, found)
-    lines += _index_quality(found, took)
+    lines = ["# Index", "", markdown.table(("part", "property", "value"), rows), *_index_quality(found, took)]
     if run.fresh:
         run.metrics(_index_metrics(found, took))
         run.artifact(job.workspace.folder("index") / manifest.MANIFEST)
@@ -99,10 +102,10 @@ def _index_quality(found: Manifest, took: Mapping[str, Any]) -> list[str]:
     """Return tables of recall against exact search and of latency; nothing for an index that is exact."""
     lines: list[str] = []
     if recall := found.facts.get("recall"):
-        lines += ["", "| k | recall against exact search |", "|---|---|", *(f"| {k} | {value:.4f} |" for k, value in recall.items())]
+        lines += ["", markdown.table(("k", "recall against exact search"), [(str(k), f"{value:.4f}") for k, value in recall.items()])]
     if latency := took.get("latency"):
-        lines += ["", "| batch | median, ms | 99th percentile, ms |", "|---|---|---|"]
-        lines += [f"| {size} | {value['p50_ms']} | {value['p99_ms']} |" for size, value in latency.items()]
+        times = [(str(size), str(value["p50_ms"]), str(value["p99_ms"])) for size, value in latency.items()]
+        lines += ["", markdown.table(("batch", "median, ms", "99th percentile, ms"), times)]
     return lines
 
 
@@ -125,9 +128,8 @@ def _properties(part: Manifest, took: Mapping[str, Any]) -> list[tuple[str, str]
 
 
 def _short(value: Any) -> str:
-    """Return a value as one cell of a markdown table."""
+    """Return a value in at most `_CELL` characters."""
     text = ", ".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
-    text = " ".join(text.split()).replace("|", "\\|")
     return text if len(text) <= _CELL else text[:_CELL] + "…"
 
 
@@ -135,8 +137,8 @@ def watch_note(finding: Finding, kept: Checkpoint | None) -> None:
     """Publish what a rule of the collapse watch saw and what helps."""
     rescue = f"step {kept.step}, `{kept.path}`; `train.steps={kept.step}` publishes it" if kept else "none from before the breach"
     lines = [f"# {'Training stopped' if finding.stops else 'Training in danger'} at step {finding.step}", "", finding.text + ".", ""]
-    lines += ["| | |", "|---|---|", f"| in breach since | step {finding.since} |", f"| last good checkpoint | {rescue} |"]
-    lines += [f"| what helps | {finding.remedy} |", f"| to go on all the same | `watch.{finding.rule}.action=warn` |"]
+    rows = [("in breach since", f"step {finding.since}"), ("last good checkpoint", rescue), ("what helps", finding.remedy)]
+    lines += [markdown.table(("", ""), [*rows, ("to go on all the same", f"`watch.{finding.rule}.action=warn`")])]
     with showing("the finding of the watch"):
         create_markdown_artifact("\n".join(lines), key="collapse-watch", description=finding.text)
 
@@ -167,18 +169,27 @@ def report_page(job: Job, found: Manifest, run: StageRun) -> None:
     folder = job.workspace.folder("report")
     if run.fresh:
         _track_report(job, found, run)
-    rows = [
-        f"| {name} | {found.facts['before'][name]:.3f} | {found.facts['after'][name]:.3f} | {value['mean']:+.3f} | "
-        f"{value['low']:+.3f} to {value['high']:+.3f} |"
-        for name, value in found.facts["difference"].items()
-    ]
-    table = ["| metric | before | after | difference | 95 % interval, paired |", "|---|---|---|---|---|", *rows]
-    text = "\n".join(["# Before and after training", "", *table, "", "MLflow:", *_links(job, _WAIT_S if run.fresh else 0.0)])
+    head, links = ("metric", "before", "after", "difference", "95 % interval, paired"), _links(job, _WAIT_S if run.fresh else 0.0)
+    text = "\n".join(["# Before and after training", "", markdown.table(head, _changes(found.facts)), "", "MLflow:", *links])
     with showing("the report"):
         create_markdown_artifact(text, key="evaluation-report", description="The same held-out questions before and after training")
         create_image_artifact(
             _image(folder / "training.png"), key="training-curves", description="Reward, format and searches per training step"
         )
+
+
+def _changes(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return one row a metric from the facts of a report: before, after, difference, interval."""
+    return [
+        (
+            name,
+            f"{facts['before'][name]:.3f}",
+            f"{facts['after'][name]:.3f}",
+            f"{value['mean']:+.3f}",
+            f"{value['low']:+.3f} to {value['high']:+.3f}",
+        )
+        for name, value in facts["difference"].items()
+    ]
 
 
 def _track_report(job: Job, found: Manifest, run: StageRun) -> None:
@@ -192,23 +203,36 @@ def _track_report(job: Job, found: Manifest, run: StageRun) -> None:
 
 
 def _promote(job: Job, found: Manifest, run: StageRun) -> None:
-    """Let the alias champion name the trained policy when its F1 gain is above 0 with its whole interval."""
+    """Let the alias champion name the trained policy when its F1 gain is above 0 with its whole interval, over questions enough."""
     gain = found.facts["difference"]["f1"]
-    if (model := job.config.tracking.registered_model) and gain["low"] > 0:
+    if (model := job.config.tracking.registered_model) and gain["low"] > 0 and gain["n"] >= FEWEST:
         run.alias(model, manifest.load(job.workspace.folder("export"), verify=False).hash, CHAMPION)
 
 
 def _links(job: Job, wait_s: float) -> list[str]:
     """Return the MLflow pages of this run and of the runs behind the compared artifacts."""
-    lines: list[str] = []
-    for text, key in _RUNS.items():
-        found = None if key == FLOW else manifest.load(job.workspace.folder(key), verify=False)
-        if link := job.tracker.link(key, found, wait_s):
-            lines.append(f"- [{text}]({link})")
+    lines = [f"- [{text}]({link})" for text, link in tracking_pages(job.tracker, job.workspace, wait_s)]
     evaluations = [manifest.load(job.workspace.folder(key), verify=False) for key in ("baseline", "evaluate")]
     if link := job.tracker.comparison(evaluations):
         lines.append(f"- [both evaluations side by side]({link})")
     return lines or ["- not reached yet"]
+
+
+def tracking_pages(tracker: Tracker, workspace: Workspace, wait_s: float) -> list[tuple[str, str]]:
+    """Return (text, address) of the MLflow pages of this run and its stages, as far as MLflow has answered within `wait_s`."""
+    pages: list[tuple[str, str]] = []
+    for text, key in _RUNS.items():
+        artifact = None if key == FLOW else manifest.load(workspace.folder(key), verify=False)
+        if link := tracker.link(key, artifact, wait_s):
+            pages.append((text, link))
+    return pages
+
+
+def build_report(context: Context, run: StageRun) -> None:
+    """Build the report with links to MLflow, as far as it has answered by now."""
+    from research_rl.report.build import run as build
+
+    build(context, tracking_pages(run.tracker, context.workspace, _LINK_WAIT_S))
 
 
 def _intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:

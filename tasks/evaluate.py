@@ -1,10 +1,10 @@
 """Tasks baseline, evaluate and report: the policy before and after training on the same held-out questions."""
 
-from tasks.artifacts import evaluation_table, report_page
+from tasks.artifacts import build_report, evaluation_table, report_page
 from tasks.stage import stage_task
 
 __all__ = ["baseline", "evaluate", "report"]
 
 baseline = stage_task("baseline", after=evaluation_table)
 evaluate = stage_task("evaluate", after=evaluation_table)
-report = stage_task("report", after=report_page)
+report = stage_task("report", build=build_report, after=report_page)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from research_rl.episode.trajectory import StopReason
+from research_rl.evaluation.intervals import interval
 from research_rl.evaluation.results import Result
-from research_rl.evaluation.statistics import interval
 
-__all__ = ["HEADLINE", "METRICS", "headline", "summarise"]
+__all__ = ["HEADLINE", "METRICS", "SCORES", "headline", "summarise"]
 
 Metric = Callable[[Result], float | None]
 
@@ -30,6 +30,9 @@ METRICS: dict[str, Metric] = {
     "failed_searches": lambda r: float(r.failed_searches),
 }
 """Metric by name, each a number per question (None: not defined for it)."""
+
+SCORES = frozenset({"em", "f1", "format", "reward_repository", "reward_paper", "recall"})
+"""Metrics between 0 and 1 of which more is better."""
 
 HEADLINE = ("em", "f1", "format", "searches", "recall")
 
@@ -49,15 +52,17 @@ def headline(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _metrics(results: Sequence[Result], resamples: int, seed: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"n": len(results)}
+    metrics: dict[str, Any] = {"n": len(results)}
     for name, metric in METRICS.items():
         values = _defined(metric(result) for result in results)
         if values:
-            found[name] = interval(values, resamples, seed).to_json()
-    found["stop"] = {
-        reason.value: interval([float(result.stop == reason) for result in results], resamples, seed).to_json() for reason in StopReason
-    }
-    return found
+            metrics[name] = interval(values, resamples, seed, bounded=name in SCORES).to_json()
+    metrics["stop"] = {reason.value: _share(results, reason, resamples, seed) for reason in StopReason}
+    return metrics
+
+
+def _share(results: Sequence[Result], reason: StopReason, resamples: int, seed: int) -> dict[str, float | int]:
+    return interval([float(result.stop == reason) for result in results], resamples, seed, bounded=True).to_json()
 
 
 def _grouped(results: Sequence[Result], key: Callable[[Result], str], resamples: int, seed: int) -> dict[str, Any]:

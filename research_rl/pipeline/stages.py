@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,18 @@ class Context:
         folder = self.workspace.folder(self.stage.name)
         with manifest.publish(folder, self.stage.name, self.config_hash, self.parents, self.parameters) as staging:
             yield staging
-        note = {"manifest": manifest.load(folder, verify=False).hash, **self.meter.read(), **staging.measured}
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        note = {"manifest": manifest.load(folder, verify=False).hash, "finished": finished, **self.meter.read(), **staging.measured}
         path = _measured(self.workspace, self.stage.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(note, indent=1) + "\n")
 
 
 def measured(workspace: Workspace, found: Manifest) -> dict[str, Any]:
-    """Return what building an artifact took here (`seconds`, `peak_mib`, the stage's own figures); empty when it was built elsewhere."""
+    """Return what building an artifact took here (`finished` in UTC, `seconds`, `peak_mib`, the stage's own figures).
+
+    Empty when it was built elsewhere.
+    """
     try:
         note: dict[str, Any] = json.loads(_measured(workspace, found.stage).read_text())
     except (FileNotFoundError, ValueError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from research_rl.config import Config
+from research_rl.report import markdown
 
 __all__ = ["PARAMETERS", "Comparison", "Parameter", "compare", "table"]
 
@@ -214,13 +215,13 @@ def compare(config: Config, hydra: Mapping[str, Any]) -> list[Comparison]:
 
 def table(compared: Sequence[Comparison]) -> str:
     """Return the comparison as a markdown table, one row a parameter."""
-    rows = ["| parameter | read from | paper | published script | ours | why it differs |", "|---|---|---|---|---|---|"]
-    for item in compared:
-        parameter = item.parameter
-        why = parameter.why or ("" if item.equal else "no reason given")
-        cells = (parameter.name, parameter.place, _shown(parameter.paper), _shown(parameter.script), _shown(item.value), why)
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    return markdown.table(("parameter", "read from", "paper", "published script", "ours", "why it differs"), map(_cells, compared))
+
+
+def _cells(item: Comparison) -> tuple[str, ...]:
+    parameter = item.parameter
+    why = parameter.why or ("" if item.equal else "no reason given")
+    return parameter.name, parameter.place, _shown(parameter.paper), _shown(parameter.script), _shown(item.value), why
 
 
 def _value(tree: Mapping[str, Any], name: str) -> Any:

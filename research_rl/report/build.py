@@ -4,38 +4,59 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from research_rl.episode.trajectory import StopReason
 from research_rl.evaluation.results import read_results
 from research_rl.pipeline.stages import Context
-from research_rl.report import figure, html
-from research_rl.report.format import difference_rows, metric_head, verdict
-from research_rl.report.pairs import Pair, PairedMetric, by_group, compare_metrics, match, outcome
+from research_rl.report import figure, html, provenance
+from research_rl.report.format import difference_rows, left_out, metric_head, verdict
+from research_rl.report.html import Cell
+from research_rl.report.pairs import Matched, Pair, PairedMetric, by_group, compare_metrics, match, outcome
+from research_rl.report.parameters import public
 from research_rl.report.training import Curves, read_curves
 from research_rl.report.viewer import evaluated, rolled_out, spread, validated, viewer
 from research_rl.training.run.rollouts import read_rollouts, rollout_files
 
 __all__ = ["run"]
 
+Links = Sequence[tuple[str, str]]
 
-def run(context: Context) -> None:
-    """Publish metrics.json, training.png, report.html and trajectories.html."""
-    settings = context.config.evaluation
-    train = context.parent("train")
-    curves = read_curves(train)
-    pairs = match(read_results(context.parent("baseline")), read_results(context.parent("evaluate")))
-    metrics = compare_metrics(pairs, settings.bootstrap, settings.seed)
-    hops = by_group(pairs, lambda result: str(result.hops), settings.bootstrap, settings.seed)
+
+@dataclass(frozen=True)
+class _Findings:
+    """What the page and metrics.json say: paired metrics over all questions and by number of supporting passages."""
+
+    matched: Matched
+    metrics: list[PairedMetric]
+    hops: dict[str, list[PairedMetric]]
+    curves: Curves
+
+
+def run(context: Context, links: Links = ()) -> None:
+    """Publish metrics.json, training.png, report.html and trajectories.html; `links` are (text, address) of tracking pages."""
+    train, findings = context.parent("train"), _findings(context)
     with context.publish() as staging:
-        figure.draw(curves, staging.path / "training.png", f"GRPO, profile {context.config.profile}")
-        _write(staging.path / "metrics.json", json.dumps(_numbers(metrics, curves), indent=1, sort_keys=True) + "\n")
-        _write(staging.path / "report.html", _page(context.config.profile, staging.path / "training.png", pairs, metrics, hops, curves))
-        groups = evaluated(pairs) + validated(_sampled(train, "dev")) + rolled_out(_sampled(train, ""))
+        title = f"GRPO, profile {context.config.profile}"
+        figure.draw(findings.curves, staging.path / "training.png", title)
+        dark = figure.render(findings.curves, title, dark=True)
+        _write(staging.path / "metrics.json", json.dumps(_numbers(findings), indent=1, sort_keys=True) + "\n")
+        _write(staging.path / "report.html", _page(context, findings, (staging.path / "training.png").read_bytes(), dark, links))
+        groups = evaluated(findings.matched.everything) + validated(_sampled(train, "dev")) + rolled_out(_sampled(train, ""))
         _write(staging.path / "trajectories.html", viewer(groups, "Trajectories"))
-        staging.counts |= {"questions": len(pairs), "steps": curves.steps, **_outcomes(pairs)}
-        staging.facts |= _numbers(metrics, curves)
+        pairs = findings.matched.everything
+        staging.counts |= {"questions": len(pairs), "steps": findings.curves.steps, **_outcomes(pairs)}
+        staging.facts |= _numbers(findings)
+
+
+def _findings(context: Context) -> _Findings:
+    settings = context.config.evaluation
+    matched = match(read_results(context.parent("baseline")), read_results(context.parent("evaluate")))
+    metrics = compare_metrics(matched.pairs, settings.bootstrap, settings.seed)
+    hops = by_group(matched.pairs, lambda result: str(result.hops), settings.bootstrap, settings.seed)
+    return _Findings(matched, metrics, hops, read_curves(context.parent("train")))
 
 
 def _sampled(train: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -45,11 +66,13 @@ def _sampled(train: Path, split: str) -> Iterator[dict[str, Any]]:
 
 
 def _outcomes(pairs: Sequence[Pair]) -> dict[str, int]:
-    found = [outcome(pair) for pair in pairs]
-    return {"wins": found.count("win"), "losses": found.count("loss"), "ties": found.count("tie")}
+    outcomes = [outcome(pair) for pair in pairs]
+    names = {"wins": "win", "losses": "loss", "ties": "tie", "lost": "lost"}
+    return {name: outcomes.count(kind) for name, kind in names.items()}
 
 
-def _numbers(metrics: Sequence[PairedMetric], curves: Curves) -> dict[str, Any]:
+def _numbers(findings: _Findings) -> dict[str, Any]:
+    metrics, curves = findings.metrics, findings.curves
     first, last = curves.ends("reward")
     return {
         "before": {metric.name: round(metric.before, 6) for metric in metrics},
@@ -59,31 +82,35 @@ def _numbers(metrics: Sequence[PairedMetric], curves: Curves) -> dict[str, Any]:
     }
 
 
-def _page(
-    profile: str, png: Path, pairs: Sequence[Pair], metrics: Sequence[PairedMetric], hops: dict[str, list[PairedMetric]], curves: Curves
-) -> str:
-    first, last = curves.ends("reward")
-    body = (
-        html.heading("Before and after training", 1)
-        + html.paragraph(f"Profile {profile}: {len(pairs)} held-out questions, {curves.steps} steps of GRPO.", "lead")
-        + html.paragraph(verdict(metrics, "f1"), "verdict")
-        + html.paragraph(html.Html('<a href="trajectories.html">Look at the trajectories</a>'))
-        + html.heading("Held-out questions")
-        + html.paragraph("Difference: after minus before, question by question, with its 95 % interval (paired bootstrap).")
-        + html.table(metric_head("before", "after"), difference_rows(metrics))
-        + html.heading("By number of supporting passages")
-        + html.table(("passages", *metric_head("before", "after")[1:]), _hop_rows(hops))
-        + html.heading("Why episodes ended")
-        + html.table(("stop reason", "before", "after"), _stop_rows(pairs))
-        + html.heading("Training")
-        + html.paragraph(f"Mean reward {first:.3f} over the first tenth of the steps, {last:.3f} over the last tenth.")
-        + html.figure(png.read_bytes(), "reward, F1, format, searches and response length over the training step")
+def _page(context: Context, findings: _Findings, png: bytes, dark_png: bytes, links: Links) -> str:
+    matched, stages = findings.matched, provenance.stage_facts(context)
+    first, last = findings.curves.ends("reward")
+    return html.render(
+        "report.html.j2",
+        "Before and after training",
+        profile=context.config.profile,
+        questions=len(matched.everything),
+        steps=findings.curves.steps,
+        facts=provenance.headline(context, stages),
+        verdict=verdict(findings.metrics, "f1"),
+        left_out=left_out(matched.lost, len(matched.everything)),
+        links=[(text, public(address)) for text, address in links if address.startswith(("http://", "https://"))],
+        metric_head=metric_head("before", "after"),
+        metrics=difference_rows(findings.metrics),
+        hop_head=("passages", *metric_head("before", "after")[1:]),
+        hops=_hop_rows(findings.hops),
+        stops=_stop_rows(matched.everything),
+        reward_first=first,
+        reward_last=last,
+        figure=html.png_address(png),
+        dark_figure=html.png_address(dark_png),
+        changed=provenance.changed(context),
+        stages=provenance.stage_rows(stages),
     )
-    return html.page("Before and after training", body)
 
 
-def _hop_rows(hops: dict[str, list[PairedMetric]]) -> list[list[str | html.Html]]:
-    rows: list[list[str | html.Html]] = []
+def _hop_rows(hops: dict[str, list[PairedMetric]]) -> list[list[str | Cell]]:
+    rows: list[list[str | Cell]] = []
     for group, metrics in hops.items():
         chosen = [metric for metric in metrics if metric.name in {"f1", "searches", "recall"}]
         rows += [[f"{group}: {row[0]}", *row[1:]] for row in difference_rows(chosen)]

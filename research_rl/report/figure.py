@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from research_rl.report.training import Curves
 
-__all__ = ["draw"]
+__all__ = ["draw", "render"]
 
 _PANELS = (
-    ("Reward", "mean reward per rollout", (("reward", "reward", "#1f5fa8"),)),
+    ("Reward", "mean reward per rollout", (("reward", "reward", "#3d82d6"),)),
     (
         "Answers and format",
         "share of rollouts",
         (
-            ("f1", "F1", "#1f5fa8"),
-            ("em", "exact match", "#2e8540"),
-            ("format", "right format", "#b35c00"),
-            ("dev_f1", "F1 on dev, greedy", "#b3247a"),
+            ("f1", "F1", "#3d82d6"),
+            ("em", "exact match", "#2f9a4c"),
+            ("format", "right format", "#d0761b"),
+            ("dev_f1", "F1 on dev, greedy", "#cf4a9b"),
         ),
     ),
-    ("Searches", "searches per rollout", (("searches", "searches", "#6b4c9a"),)),
-    ("Response length", "tokens written by the model", (("tokens", "tokens", "#555555"),)),
+    ("Searches", "searches per rollout", (("searches", "searches", "#8d6cc4"),)),
+    ("Response length", "tokens written by the model", (("tokens", "tokens", "#7d8794"),)),
 )
+
+_STYLE: dict[str, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
+_INK, _PAPER = "#dfe5ec", "#1b2129"
+_DARK: dict[str, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK),
+    "grid.alpha": 0.12,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), _PAPER),
+}
 
 _FEW = 10
 """Values below which a series is drawn without a moving average."""
@@ -31,13 +46,18 @@ _FEW = 10
 
 def draw(curves: Curves, path: Path, title: str) -> None:
     """Write four panels over the training step; a thin line per step, a bold one for the moving average."""
+    path.write_bytes(render(curves, title))
+
+
+def render(curves: Curves, title: str, *, dark: bool = False) -> bytes:
+    """Return the panels of `draw` as a PNG, `dark` for a dark page."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-    with pyplot.rc_context(style):
+    image = BytesIO()
+    with pyplot.rc_context({**_STYLE, **(_DARK if dark else {})}):
         figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True)
         for axis, panel in zip(axes.flat, _PANELS, strict=True):
             _panel(axis, curves, *panel)
@@ -46,8 +66,9 @@ def draw(curves: Curves, path: Path, title: str) -> None:
             axis.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(title)
         figure.tight_layout()
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
         pyplot.close(figure)
+    return image.getvalue()
 
 
 def _panel(axis: Any, curves: Curves, title: str, label: str, lines: tuple[tuple[str, str, str], ...]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from research_rl.evaluation.statistics import Difference
-from research_rl.report.html import Html
-from research_rl.report.pairs import PairedMetric
+from research_rl.evaluation.intervals import FEWEST, Difference
+from research_rl.evaluation.summary import SCORES
+from research_rl.report.html import Cell
+from research_rl.report.pairs import Pair, PairedMetric
 
-__all__ = ["LABELS", "difference_cells", "difference_rows", "metric_head", "verdict"]
+__all__ = ["LABELS", "difference_cells", "difference_rows", "left_out", "metric_head", "verdict"]
 
 LABELS = {
     "em": "exact match",
@@ -23,7 +24,6 @@ LABELS = {
     "failed_searches": "failed searches",
 }
 _COUNTS = frozenset({"searches", "tokens", "response_tokens", "failed_searches"})
-_HIGHER_IS_BETTER = frozenset({"em", "f1", "format", "reward_repository", "reward_paper", "recall"})
 
 
 def metric_head(before: str, after: str) -> tuple[str, ...]:
@@ -40,16 +40,26 @@ def difference_cells(metric: PairedMetric) -> list[str]:
     return [label, number(metric.before), number(metric.after), signed(d.mean), interval, str(d.wins), str(d.losses), str(d.ties), str(d.n)]
 
 
-def difference_rows(metrics: Sequence[PairedMetric]) -> list[list[str | Html]]:
+def difference_rows(metrics: Sequence[PairedMetric]) -> list[list[str | Cell]]:
     """Return one table row a metric; a difference whose interval leaves out 0 is coloured where a direction is better."""
-    rows: list[list[str | Html]] = []
+    rows: list[list[str | Cell]] = []
     for metric in metrics:
-        cells: list[str | Html] = [*difference_cells(metric)]
-        kind = _kind(metric)
-        if kind:
-            cells[3] = Html(f'<span class="{kind}">{cells[3]}</span>')
+        cells: list[str | Cell] = [*difference_cells(metric)]
+        if kind := _kind(metric):
+            cells[3] = Cell(difference_cells(metric)[3], kind)
         rows.append(cells)
     return rows
+
+
+def left_out(lost: Sequence[Pair], total: int, before: str = "before", after: str = "after") -> str:
+    """Return a sentence on the questions that are in no difference; empty when there are none."""
+    if not lost:
+        return ""
+    first, second = (sum(pair[side].lost for pair in lost) for side in (0, 1))
+    return (
+        f"{len(lost)} of {total} questions are in no difference, because the model server or the retriever failed in their episodes: "
+        f"{first} {before}, {second} {after}."
+    )
 
 
 def verdict(metrics: Sequence[PairedMetric], name: str, before: str = "before", after: str = "after") -> str:
@@ -63,13 +73,15 @@ def verdict(metrics: Sequence[PairedMetric], name: str, before: str = "before", 
 
 
 def _judge(difference: Difference) -> str:
+    if not difference.decides:
+        return f"{difference.n} {'question decides' if difference.n == 1 else 'questions decide'} nothing, it takes {FEWEST}"
     if not difference.significant:
         return "the interval holds 0, so this may be chance"
     return "better, and the interval leaves out 0" if difference.mean > 0 else "worse, and the interval leaves out 0"
 
 
 def _kind(metric: PairedMetric) -> str:
-    if not metric.difference.significant or metric.name not in _HIGHER_IS_BETTER:
+    if not metric.difference.significant or metric.name not in SCORES:
         return ""
     return "good" if metric.difference.mean > 0 else "bad"
 

@@ -1,17 +1,33 @@
-"""Compare two evaluations of the same questions, question by question. Knows results and numbers; formats nothing."""
+"""Compare two evaluations of the same questions, question by question. Knows results and numbers; formats nothing.
+
+Invariant: a question whose episode was lost on either side is in no difference: an outage is neither a gain nor a loss.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from research_rl.evaluation.intervals import Difference, paired
 from research_rl.evaluation.results import Result
-from research_rl.evaluation.statistics import Difference, paired
-from research_rl.evaluation.summary import METRICS
+from research_rl.evaluation.summary import METRICS, SCORES
 
-__all__ = ["Pair", "PairedMetric", "by_group", "compare_metrics", "match", "outcome"]
+__all__ = ["Matched", "Pair", "PairedMetric", "by_group", "compare_metrics", "match", "outcome"]
 
 Pair = tuple[Result, Result]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Results of equal questions: `pairs` that the policies decided on both sides, and `lost` ones."""
+
+    pairs: list[Pair]
+    lost: list[Pair]
+
+    @property
+    def everything(self) -> list[Pair]:
+        """All pairs, the lost ones last."""
+        return self.pairs + self.lost
 
 
 @dataclass(frozen=True)
@@ -24,21 +40,23 @@ class PairedMetric:
     difference: Difference
 
 
-def match(before: Sequence[Result], after: Sequence[Result]) -> list[Pair]:
-    """Return the pairs of results of equal questions, in the order of `before`."""
-    found = {_key(result): result for result in after}
-    return [(result, found[_key(result)]) for result in before if _key(result) in found]
+def match(before: Sequence[Result], after: Sequence[Result]) -> Matched:
+    """Pair the results of equal questions, in the order of `before`."""
+    later = {_key(result): result for result in after}
+    pairs = [(result, later[_key(result)]) for result in before if _key(result) in later]
+    return Matched([pair for pair in pairs if not _is_lost(pair)], [pair for pair in pairs if _is_lost(pair)])
 
 
 def compare_metrics(pairs: Sequence[Pair], resamples: int, seed: int) -> list[PairedMetric]:
     """Return every metric that at least one pair defines on both sides."""
-    found: list[PairedMetric] = []
+    compared: list[PairedMetric] = []
     for name, metric in METRICS.items():
         both = [(a, b) for a, b in ((metric(before), metric(after)) for before, after in pairs) if a is not None and b is not None]
         if both:
             first, second = [a for a, _ in both], [b for _, b in both]
-            found.append(PairedMetric(name, sum(first) / len(both), sum(second) / len(both), paired(first, second, resamples, seed)))
-    return found
+            difference = paired(first, second, resamples, seed, bounded=name in SCORES)
+            compared.append(PairedMetric(name, sum(first) / len(both), sum(second) / len(both), difference))
+    return compared
 
 
 def by_group(pairs: Sequence[Pair], key: Callable[[Result], str], resamples: int, seed: int) -> dict[str, list[PairedMetric]]:
@@ -48,9 +66,15 @@ def by_group(pairs: Sequence[Pair], key: Callable[[Result], str], resamples: int
 
 
 def outcome(pair: Pair) -> str:
-    """Return whether F1 rose (win), fell (loss) or stood (tie)."""
+    """Return whether F1 rose (win), fell (loss) or stood (tie), or whether an episode was lost (lost)."""
     before, after = pair
+    if _is_lost(pair):
+        return "lost"
     return "win" if after.f1 > before.f1 else "loss" if after.f1 < before.f1 else "tie"
+
+
+def _is_lost(pair: Pair) -> bool:
+    return pair[0].lost or pair[1].lost
 
 
 def _key(result: Result) -> tuple[str, str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,16 @@ from research_rl.training.run.rollouts import read_lines, rollout_files
 
 __all__ = ["SERIES", "Curves", "read_curves"]
 
-SERIES: dict[str, tuple[str, ...]] = {
-    "reward": ("episode/reward", "critic/score/mean", "critic/rewards/mean", "reward"),
-    "f1": ("episode/f1", "f1"),
-    "em": ("episode/em", "em"),
-    "format": ("episode/format", "format"),
-    "searches": ("episode/searches", "searches", "num_turns/mean"),
-    "tokens": ("episode/model_tokens", "response_length/mean"),
-    "answered": ("episode/stop/answered",),
-    "mixed_groups": ("episode/mixed_groups",),
-    "dev_f1": ("dev/f1",),
+SERIES = {
+    "reward": "episode/reward",
+    "f1": "episode/f1",
+    "em": "episode/em",
+    "format": "episode/format",
+    "searches": "episode/searches",
+    "tokens": "episode/model_tokens",
+    "dev_f1": "dev/f1",
 }
-"""Series by name, with the metric names that may carry it, best first."""
+"""Metric names by series."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +43,16 @@ class Curves:
 
 
 def read_curves(folder: Path) -> Curves:
-    """Read metrics.jsonl of a train artifact: one object per step, its metrics below `metrics` or `data`, or beside `step`."""
-    rows = {int(row["step"]): row for row in read_lines(folder / "metrics.jsonl")}
+    """Read metrics.jsonl of a train artifact: one object per step, with its `metrics` by name."""
+    rows: dict[int, dict[str, Any]] = {int(row["step"]): row["metrics"] for row in read_lines(folder / "metrics.jsonl")}
     series: dict[str, tuple[list[int], list[float]]] = {}
-    for name, keys in SERIES.items():
-        values = {step: _first(_flat(rows[step]), keys) for step in sorted(rows)}
-        found = {step: value for step, value in values.items() if value is not None}
-        if found:
-            series[name] = (list(found), list(found.values()))
+    for name, metric in SERIES.items():
+        steps = [step for step in sorted(rows) if rows[step].get(metric) is not None]
+        if steps:
+            series[name] = (steps, [float(rows[step][metric]) for step in steps])
     start = rollout_files(folder, "dev").get(0)
     before = [float(row["f1"]) for row in read_lines(start)] if start else []
     if before and "dev_f1" in series:  # the first step's line has no room for what was played before it
         steps, values = series["dev_f1"]
         series["dev_f1"] = ([0, *steps], [sum(before) / len(before), *values])
     return Curves(series)
-
-
-def _flat(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    return row.get("metrics") or row.get("data") or row
-
-
-def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
-    return next((float(row[key]) for key in keys if row.get(key) is not None), None)

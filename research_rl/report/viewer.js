@@ -61,24 +61,24 @@ function filters() {
 
 const within = (value, [low, high]) => value >= low - 1e-9 && value <= high + 1e-9;
 
-function accepts(want, group, item) {
-  return within(item.reward, want.reward) && within(item.searches, want.searches) && (!want.stop || item.stop === want.stop) &&
-    (!want.words || (group.question + "\n" + group.golds.join("\n") + "\n" + item.segments.map((s) => s[1]).join("")).toLowerCase().includes(want.words));
+function accepts(filter, group, item) {
+  return within(item.reward, filter.reward) && within(item.searches, filter.searches) && (!filter.stop || item.stop === filter.stop) &&
+    (!filter.words || (group.question + "\n" + group.golds.join("\n") + "\n" + item.segments.map((s) => s[1]).join("")).toLowerCase().includes(filter.words));
 }
 
 function draw() {
-  const want = filters();
+  const filter = filters();
   const list = control("list");
   list.replaceChildren();
-  let found = 0, rollouts = 0;
+  let questions = 0, rollouts = 0;
   for (const group of groups) {
-    if (want.outcome && group.outcome !== want.outcome) continue;
-    const items = group.items.filter((item) => want.phases.has(item.kind));
-    const matching = new Set(items.filter((item) => accepts(want, group, item)));
+    if (filter.outcome && group.outcome !== filter.outcome) continue;
+    const items = group.items.filter((item) => filter.phases.has(item.kind));
+    const matching = new Set(items.filter((item) => accepts(filter, group, item)));
     if (matching.size === 0) continue;
-    found += 1;
+    questions += 1;
     rollouts += matching.size;
-    if (found > shown) continue;
+    if (questions > shown) continue;
     const node = element("section", "group");
     node.append(element("h3", "", group.question));
     node.append(element("div", "about", "gold: " + group.golds.join(" | ") + " · " + group.source +
@@ -88,8 +88,8 @@ function draw() {
     node.append(row);
     list.append(node);
   }
-  control("count").textContent = `${found} of ${groups.length} questions, ${rollouts} matching trajectories, showing ${Math.min(found, shown)}`;
-  control("more").className = found > shown ? "" : "hidden";
+  control("count").textContent = `${questions} of ${groups.length} questions, ${rollouts} matching trajectories, showing ${Math.min(questions, shown)}`;
+  control("more").className = questions > shown ? "" : "hidden";
 }
 
 function options(select, values) {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.evaluation.results import Result
-from research_rl.report.html import Html, data_block, heading, page, paragraph
+from research_rl.report import html
 from research_rl.report.pairs import Pair, outcome
 
 __all__ = ["evaluated", "rolled_out", "spread", "validated", "viewer"]
@@ -25,37 +25,16 @@ SEGMENT_CHARS = 4000
 
 Group = dict[str, Any]
 
-_CONTROLS = """
-<div class="bar">
-<fieldset>show<span class="chips" id="phases"></span></fieldset>
-<label>F1 after against before<select id="outcome"><option value="">all</option></select></label>
-<label>reward<span class="pair"><input type="number" step="0.1" id="reward-low" aria-label="least reward" placeholder="from">
-<input type="number" step="0.1" id="reward-high" aria-label="largest reward" placeholder="to"></span></label>
-<label>searches<span class="pair"><input type="number" min="0" id="searches-low" aria-label="fewest searches" placeholder="from">
-<input type="number" min="0" id="searches-high" aria-label="most searches" placeholder="to"></span></label>
-<label>stop reason<select id="stop"><option value="">all</option></select></label>
-<label>text<input type="search" id="words" placeholder="in question, answer or trajectory"></label>
-</div>
-<p class="soft" id="count"></p>
-<div class="legend">written by the model: <span class="think">think</span><span class="search">search</span>
-<span class="answer">answer</span><span class="forged">a result tag of its own</span>
-written by search: <span class="result">result</span></div>
-<div id="list"></div>
-<button id="more" type="button">show more</button>
-<noscript><p>This page lists its trajectories with a script that is part of it.</p></noscript>
-"""
-
 
 def viewer(groups: Sequence[Group], title: str) -> str:
     """Return the page of the groups that `evaluated` and `rolled_out` made."""
-    text = f"Trajectories of {len(groups)} questions. Dimmed ones miss the filters; the same question stands in one row."
-    body = heading(title, 1) + paragraph(text, "lead") + Html(_CONTROLS) + data_block("trajectories", groups)
-    return page(title, body, (Path(__file__).parent / "viewer.js").read_text(encoding="utf-8"))
+    script = (Path(__file__).parent / "viewer.js").read_text(encoding="utf-8")
+    return html.render("trajectories.html.j2", title, script=script, groups=groups)
 
 
 def evaluated(pairs: Sequence[Pair], limit: int = QUESTIONS) -> list[Group]:
-    """Return one group a question with its trajectories before and after; wins, losses and ties in equal parts if there are."""
-    kinds = {name: [pair for pair in pairs if outcome(pair) == name] for name in ("win", "loss", "tie")}
+    """Return one group a question with its trajectories before and after; wins, losses, ties and lost ones in equal parts if there are."""
+    kinds = {name: [pair for pair in pairs if outcome(pair) == name] for name in ("win", "loss", "tie", "lost")}
     return [_pair_group(pair) for pair in _interleave(list(kinds.values()), limit)]
 
 

@@ -6,38 +6,48 @@ Great Expectations' own pages, linked from here, hold each suite in full; their 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from research_rl.report import html
+from research_rl.report.html import Cell
+from research_rl.terminal import printable
+
 __all__ = ["SUMMARY", "named", "rank", "write_summary"]
 
 SUMMARY = "summary.html"
-_HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data quality</title><style>
-body{font:15px/1.4 sans-serif;margin:2em} table{border-collapse:collapse} td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;
-vertical-align:top} .critical td:first-child{color:#b00;font-weight:bold} .warning td:first-child{color:#b60}
-.passed td:first-child{color:#070}
-ul{margin:0;padding-left:1.2em}</style></head><body>"""
-# Great Expectations' pages show what passed by an icon font from the network.
-_STYLE = """<style>body{font-family:sans-serif} td,th{border:1px solid #ccc;padding:.2em .5em;text-align:left}
+_INDEX = "index.html"
+_TEMPLATES = Path(__file__).parent / "templates"
+_KINDS = {"passed": "good", "critical": "bad", "warning": "warning"}
+# Without a script, and where there is no network without its fonts, a page of Great Expectations still shows what passed.
+_HEAD = """<head>
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline' https:; font-src https: data:; img-src data: https://greatexpectations.io">
+<style>body{font-family:sans-serif} td,th{border:1px solid #ccc;padding:.2em .5em;text-align:left}
 i.fa-check-circle::before{content:"\\2713";color:#080} i.fa-times::before{content:"\\2717";color:#c00}
-i.fa-exclamation-triangle::before{content:"!";color:#c60}</style></body>"""
+i.fa-exclamation-triangle::before{content:"!";color:#c60}</style>"""
 
 
 def write_summary(checks: Sequence[Mapping[str, Any]], docs: Path) -> None:
-    """Write the summary into the folder of Great Expectations' pages, and give those a style that needs no network."""
+    """Write the summary into the folder of Great Expectations' pages, in place of their index too, which needs the network.
+
+    Those pages get a style that needs no network and a policy that lets no script run.
+    """
     pages = {page.parts[len(docs.parts) + 1]: page for page in sorted(docs.glob("validations/**/*.html"))}
     for page in docs.rglob("*.html"):
-        page.write_text(page.read_text(encoding="utf-8").replace("</body>", _STYLE), encoding="utf-8")
+        page.write_text(page.read_text(encoding="utf-8").replace("<head>", _HEAD, 1), encoding="utf-8")
     failed = [item for item in checks if not item["passed"]]
     stopped = sum(item["severity"] == "critical" for item in failed)
-    title = f"Data quality: {len(checks)} checks, {stopped} critical failed, {len(failed) - stopped} warnings"
-    links = " · ".join(f'<a href="{quote(page.relative_to(docs).as_posix())}">{escape(suite)}</a>' for suite, page in pages.items())
-    head = "<tr><th>result<th>suite<th>column<th>expectation<th>limit<th>observed<th>first rows</tr>"
-    rows = "\n".join(map(_row, sorted(checks, key=rank)))
-    text = f"{_HEAD}<h1>{title}</h1><p>Suites in full: {links}</p><table>{head}\n{rows}\n</table></body></html>\n"
-    (docs / SUMMARY).write_text(text, encoding="utf-8")
+    text = html.render(
+        "quality.html.j2",
+        f"Data quality: {len(checks)} checks, {stopped} critical failed, {len(failed) - stopped} warnings",
+        folder=_TEMPLATES,
+        suites=[(suite, quote(page.relative_to(docs).as_posix())) for suite, page in pages.items()],
+        rows=[_row(item) for item in sorted(checks, key=rank)],
+    )
+    for name in (SUMMARY, _INDEX):
+        (docs / name).write_text(text, encoding="utf-8")
 
 
 def rank(item: Mapping[str, Any]) -> int:
@@ -46,12 +56,12 @@ def rank(item: Mapping[str, Any]) -> int:
 
 
 def named(row: Mapping[str, Any]) -> str:
-    """Return an offending row in one line: line, id, shortened text; for drift the set, the measure, before and after."""
-    return ", ".join(f"{name} {value}" for name, value in row.items())
+    """Return an offending row in one line that is safe to print: line, id, shortened text; for drift what moved, before and after."""
+    return printable(", ".join(f"{name} {value}" for name, value in row.items()))
 
 
-def _row(item: Mapping[str, Any]) -> str:
+def _row(item: Mapping[str, Any]) -> list[str | Cell]:
     result = "passed" if item["passed"] else item["severity"]
-    shown = "".join(f"<li>{escape(named(row))}</li>" for row in item["rows"])
-    cells = (result, item["suite"], item["column"], item["expectation"].replace("_", " "), item["limit"], item["observed"])
-    return f'<tr class="{result}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + f"<td><ul>{shown}</ul></td></tr>"
+    shown = "\n".join(map(named, item["rows"]))
+    expectation = item["expectation"].removeprefix("expect_").replace("_", " ")
+    return [Cell(result, _KINDS[result]), item["suite"], item["column"], expectation, item["limit"], item["observed"], shown]

@@ -213,6 +213,9 @@ def _site(docs: Path) -> Any:
         "class_name": "SiteBuilder",
         "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)},
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+        "site_section_builders": {
+            "validations": {"renderer": {"module_name": f"{__package__}.escaped", "class_name": "EscapedResultsRenderer"}}
+        },
     }
 
 

@@ -25,6 +25,7 @@ from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, reap, require_free, spawn, wait_healthy
+from research_rl.report import markdown
 from research_rl.retriever import read_token
 from tasks.artifacts import showing
 
@@ -121,8 +122,8 @@ def _show(workspace: Workspace, url: str, starts: int) -> None:
     with showing("the retriever's address"):
         facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, trust_env=False).raise_for_status().json()
         rows += [(name, f"`{json.dumps(value)}`") for name, value in facts.items()]
-        table = "\n".join(["# Retriever", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-        create_markdown_artifact(f"{table}\n\nWorkspace {workspace.root}", key="retriever", description=f"Retriever at {url}")
+        text = f"# Retriever\n\n{markdown.table(('', ''), rows)}\n\nWorkspace {workspace.root}"
+        create_markdown_artifact(text, key="retriever", description=f"Retriever at {url}")
 
 
 def stop_serving(flow: Any, flow_run: Any, state: Any) -> None:

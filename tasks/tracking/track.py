@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 import uuid
@@ -24,6 +23,7 @@ from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, spawn
+from research_rl.report.version import commit
 from tasks.tracking.journal import Journal, Place
 
 __all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "tracking_uri"]
@@ -268,9 +268,5 @@ def _page(place: Place) -> str:
 
 def _git() -> dict[str, str]:
     """Return commit and state of the checkout; nothing where there is no git."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return {}
-    return {"git_commit": commit, "git_changed": str(bool(changed.strip())).lower()}
+    checkout = commit()
+    return {"git_commit": checkout.hash, "git_changed": str(checkout.changed).lower()} if checkout else {}

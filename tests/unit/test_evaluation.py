@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +27,8 @@ from research_rl.evaluation.summary import headline, summarise
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace
+from research_rl.serving.serve import served_name
+from tests.contract import chain_model
 
 EOS = "<eos>"
 
@@ -31,14 +36,18 @@ EOS = "<eos>"
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FolderTokenizer:
     """A real tokenizer with one token a byte."""
-    folder = tmp_path_factory.mktemp("tokenizer")
+    return FolderTokenizer(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer with one token a byte into a folder."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     tokenizer.add_special_tokens([EOS])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
-    return FolderTokenizer(folder)
+    return folder
 
 
 class Engine:
@@ -143,7 +152,7 @@ def test_a_search_that_failed_is_told_apart_from_one_that_found_nothing(tokenize
 def test_metrics_have_intervals_by_source_and_by_hops(tokenizer: FolderTokenizer) -> None:
     metrics = summarise(play(tokenizer, Engine(tokenizer), questions(16)), 500, 1)
     assert metrics["f1"]["low"] <= metrics["f1"]["mean"] == 0.75 <= metrics["f1"]["high"]
-    assert metrics["by_data_source"]["odd"]["f1"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 8}
+    assert metrics["by_data_source"]["odd"]["f1"] == {"mean": 1.0, "low": 0.630583, "high": 1.0, "n": 8}
     assert {hops: group["recall"]["mean"] for hops, group in metrics["by_hops"].items()} == {"1": 1.0, "2": 0.5}
     assert sum(share["mean"] for share in metrics["stop"].values()) == pytest.approx(1.0)
     assert headline(metrics) == {"n": 16, "em": 0.75, "f1": 0.75, "format": 1.0, "searches": 1.0, "recall": 0.75}
@@ -201,72 +210,139 @@ def test_questions_are_read_from_the_prepared_file(tmp_path: Path) -> None:
         read_questions(tmp_path / "test.parquet", None)
 
 
+class Services:
+    """A model server and a retriever on loopback, over HTTP; the model refuses prompts that hold `broken` as often as `failures` says."""
+
+    def __init__(self, tokenizer: FolderTokenizer, model: str) -> None:
+        self.tokenizer, self.model = tokenizer, model
+        self.broken, self.failures = "\0", 0
+        self.asked: list[int] = []
+        services = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._reply(200, {"data": [{"id": services.model}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/v1/completions":
+                    self._reply(*services.complete(services.tokenizer.decode(body["prompt"])))
+                else:
+                    hits = [[{"id": "p1", "contents": "Ada wrote it"}] for _ in body["query"]]
+                    self._reply(200, [hits, [[1.0]] * len(hits)] if body.get("return_score") else hits)
+
+            def _reply(self, status: int, tree: object) -> None:
+                content = json.dumps(tree).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def complete(self, prompt: str) -> tuple[int, object]:
+        """Return status and body: first a search, after its result an answer."""
+        searched = prompt.endswith("</result>")
+        if not searched:
+            self.asked.append(int(re.findall(r"question number (\d+)\.", prompt)[-1]))
+        if self.broken in prompt and self.failures > 0:
+            self.failures -= 1
+            return 400, {"detail": "the engine is gone"}
+        text = "<think>so</think><answer>\\boxed{Ada}</answer>" + EOS if searched else "<think>hm</think><search>who</search>"
+        ids = self.tokenizer.encode(text)
+        stop = None if searched else "</search>"
+        choice = {"token_ids": ids, "logprobs": {"token_logprobs": [0.0] * len(ids)}, "finish_reason": "stop", "stop_reason": stop}
+        return 200, {"choices": [choice]}
+
+
 class Stage:
-    """The stage `baseline` in a workspace, with engine and searcher put in place of served ones."""
+    """The stage `baseline` in a workspace, played against services that are already running."""
 
-    def __init__(self, root: Path, tokenizer: FolderTokenizer, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-        self.workspace = Workspace(root)
+    def __init__(self, root: Path, services: Services, count: int) -> None:
+        self.workspace, self.services = Workspace(root), services
         prepared(self.workspace.folder("prepare"), count)
-        self.asked: list[list[int]] = []
-        self.engine, self.shelf = Engine(tokenizer), Shelf()
-        monkeypatch.setattr(module, "_evaluate_served", self._served(tokenizer))
 
-    def _served(self, tokenizer: FolderTokenizer) -> Callable[..., None]:
-        def served(context: Context, model: Path, missing: list[Question], journal: Journal, total: int) -> None:
-            self.asked.append([question.row for question in missing])
-            results = asyncio.run(evaluate(context.config, missing, self.engine, self.shelf, tokenizer, lambda r: r.lost or journal.add(r)))
-            module._accept([result for result in results if result.lost], total, context.config.evaluation.max_failures)
-
-        return served
-
-    def run(self, config: Config = CONFIG) -> None:
+    def run(self, **evaluation: object) -> list[int]:
+        """Run the stage and return the rows of the questions that the model was asked, in order."""
+        tree = CONFIG.model_dump(mode="json")
+        tree["evaluation"] |= evaluation
+        tree["serving"]["url"] = tree["retriever"]["url"] = self.services.url
         parents = {
             name: Manifest(stage=name, config_hash="", parents={}, code_version="", counts={}, facts={}, files=()) for name in PARENTS
         }
-        module.run_baseline(Context(STAGES["baseline"], config, self.workspace, parents, lambda text, share: None))
+        self.services.asked.clear()
+        module.run_baseline(Context(STAGES["baseline"], Config.model_validate(tree), self.workspace, parents, lambda text, share: None))
+        return sorted(self.services.asked)
 
     @property
     def folder(self) -> Path:
         return self.workspace.folder("baseline")
 
 
+@pytest.fixture
+def stage(tmp_path: Path, tokenizer: FolderTokenizer) -> Iterator[Stage]:
+    """The stage with ten questions and a policy folder that the real checks accept."""
+    folder = chain_model.build(tmp_path / "artifacts/policy", {}, tuple(f"w{n}" for n in range(300)))
+    save_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    services = Services(tokenizer, served_name(folder))
+    thread = Thread(target=services.server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield Stage(tmp_path, services, 10)
+    services.server.shutdown()
+    services.server.server_close()
+    thread.join()
+
+
 PARENTS = STAGES["baseline"].parents
 
 
-def test_failures_past_the_limit_publish_nothing_and_the_next_run_asks_only_what_is_missing(
-    tokenizer: FolderTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = Stage(tmp_path, tokenizer, monkeypatch, 10)
-    stage.engine = Engine(tokenizer, broken="number 7.", failures=1)
-    with pytest.raises(ServiceError, match=r"1 of 10 questions were lost .* evaluation.max_failures=0.02; the first: .*the engine is gone"):
+def test_a_question_that_was_lost_is_played_once_more(stage: Stage) -> None:
+    stage.services.broken, stage.services.failures = "number 7.", 1
+    assert stage.run() == [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
+    published = manifest.load(stage.folder)
+    assert published.counts == {"questions": 10, "lost": 0}
+    assert published.facts["f1"] == pytest.approx(0.7)
+
+
+def test_few_questions_that_stay_lost_are_published_as_lost(stage: Stage) -> None:
+    stage.services.broken, stage.services.failures = "number 7.", 10**9
+    assert stage.run(max_failures=0.1).count(7) == 2
+    assert manifest.load(stage.folder).counts == {"questions": 10, "lost": 1}
+    results = read_results(stage.folder)
+    assert [result.row for result in results] == list(range(10))
+    assert [(result.row, result.stop) for result in results if result.lost] == [(7, "engine_failure")]
+
+
+def test_failures_past_the_limit_publish_nothing_and_the_next_run_asks_only_what_is_missing(stage: Stage) -> None:
+    stage.services.broken, stage.services.failures = "number 7.", 2
+    with pytest.raises(
+        ServiceError, match=r"(?s)1 of 10 questions were lost .* evaluation.max_failures=0.02; the first: .*the engine is gone"
+    ):
         stage.run()
     assert not stage.folder.exists()
-    stage.run()
-    assert stage.asked == [list(range(10)), [7]]
-    found = manifest.load(stage.folder)
-    assert found.counts == {"questions": 10, "lost": 0}
-    assert found.facts["f1"] == pytest.approx(0.7)
-    assert not list((tmp_path / "artifacts" / ".work").glob("baseline*"))
+    assert stage.run() == [7]
+    assert manifest.load(stage.folder).counts == {"questions": 10, "lost": 0}
+    assert not list((stage.workspace.root / "artifacts" / ".work").glob("baseline*"))
 
 
-def test_unfinished_work_of_other_parameters_is_not_reused(
-    tokenizer: FolderTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = Stage(tmp_path, tokenizer, monkeypatch, 4)
-    stage.engine = Engine(tokenizer, broken="number 3.")
+def test_unfinished_work_of_other_parameters_is_not_reused(stage: Stage) -> None:
+    stage.services.broken, stage.services.failures = "number 3.", 2
     with pytest.raises(ServiceError):
         stage.run()
-    stage.engine = Engine(tokenizer)
-    stage.run(CONFIG.model_copy(update={"episode": CONFIG.episode.model_copy(update={"top_k": 1})}))
-    assert stage.asked[1] == [0, 1, 2, 3]
+    assert stage.run(seed=CONFIG.evaluation.seed + 1) == list(range(10))
 
 
-def test_the_parameters_of_an_evaluation_are_those_that_decided_it(
-    tokenizer: FolderTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = Stage(tmp_path, tokenizer, monkeypatch, 2)
+def test_the_parameters_of_an_evaluation_are_those_that_decided_it(stage: Stage) -> None:
     stage.run()
     parameters = json.loads((stage.folder / "parameters.json").read_text())
     assert {"episode", "evaluation", "policy", "prompt", "data"} <= set(parameters)
     assert not {"train", "retriever", "serving", "tracking"} & set(parameters)
-    assert json.loads((stage.folder / "metrics.json").read_text())["n"] == 2
+    assert json.loads((stage.folder / "metrics.json").read_text())["n"] == 10

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from research_rl.report import html
 from research_rl.report.build import run
 from research_rl.report.compare import compare, load
 from research_rl.report.pairs import compare_metrics, match, outcome
-from research_rl.report.training import read_curves
+from research_rl.report.training import SERIES, read_curves
 from research_rl.report.viewer import QUESTIONS, SEGMENT_CHARS, evaluated, rolled_out, spread, validated
+from research_rl.reward.rules import grade
+from research_rl.training.run.episodes import record, summarise
 from research_rl.training.run.rollouts import read_rollouts, rollout_files
 
+EMPTY_PAGE = {"html", "head", "meta", "title", "style", "body", "h1", "script"}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028"
 
 
@@ -83,8 +87,7 @@ def context(tmp_path: Path) -> Context:
 def test_the_numbers_of_a_report(context: Context) -> None:
     run(context)
     folder = context.workspace.folder("report")
-    found = manifest.load(folder)
-    assert found.counts == {"questions": 10, "steps": 20, "wins": 8, "losses": 1, "ties": 1}
+    assert manifest.load(folder).counts == {"questions": 10, "steps": 20, "wins": 8, "losses": 1, "ties": 1, "lost": 0}
     numbers = json.loads((folder / "metrics.json").read_text())
     assert (numbers["before"]["f1"], numbers["after"]["f1"]) == (0.2, 0.9)
     assert numbers["difference"]["f1"]["mean"] == pytest.approx(0.7)
@@ -115,13 +118,13 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
+        attributes = dict(attrs)
         self.tags.append(tag)
         self.addresses += [value or "" for name, value in attrs if name in {"src", "href", "action"} or name.startswith("on")]
         if tag == "script":
-            self.scripts.append((found.get("type"), ""))
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found.get("content") or ""
+            self.scripts.append((attributes.get("type"), ""))
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes.get("content") or ""
 
     def handle_data(self, data: str) -> None:
         if self.lasttag == "script" and self.scripts and not self.scripts[-1][1]:
@@ -167,8 +170,14 @@ def test_the_viewer_is_bounded() -> None:
     assert spread(range(1, 1001), 5) == [1, 251, 501, 750, 1000]
 
 
-def test_a_wide_window_of_metric_names_is_understood(tmp_path: Path) -> None:
-    rows = [{"step": 2, "data": {"critic/score/mean": 0.5}}, {"step": 1, "critic/rewards/mean": 0.25, "response_length/mean": 7}]
+def test_every_curve_of_a_step_is_drawn_from_a_metric_that_training_writes() -> None:
+    trajectory = Trajectory((1, 2), stop=StopReason.ANSWERED)
+    row = {"uid": "u", "rollout": 0, **record(trajectory, grade(trajectory, ["Ada"], "repository", "<eos>"))}
+    assert {name for name in SERIES.values() if name.startswith("episode/")} <= set(summarise([row]))
+
+
+def test_a_curve_holds_the_steps_that_have_its_metric_in_order(tmp_path: Path) -> None:
+    rows = [{"step": 2, "metrics": {"episode/reward": 0.5}}, {"step": 1, "metrics": {"episode/reward": 0.25, "episode/model_tokens": 7}}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     curves = read_curves(tmp_path)
     assert curves.series == {"reward": ([1, 2], [0.25, 0.5]), "tokens": ([1], [7.0])}
@@ -192,10 +201,46 @@ def test_rollouts_are_read_in_the_order_of_steps(tmp_path: Path) -> None:
 
 def test_pairs_are_matched_by_question_not_by_place() -> None:
     before, after = [result(n, "Bob") for n in range(4)], [result(n, "Ada") for n in (3, 1, 9)]
-    pairs = match(before, after)
+    pairs = match(before, after).pairs
     assert [(a.id, b.id) for a, b in pairs] == [("q1", "q1"), ("q3", "q3")]
     assert [outcome(pair) for pair in pairs] == ["win", "win"]
     assert {metric.name: metric.difference.n for metric in compare_metrics(pairs, 200, 1)}["f1"] == 2
+
+
+def lost(row: int) -> Result:
+    """A question whose episode the model server ended."""
+    question = Question(row, f"q{row}", "made", f"Question {row}? {EVIL}", ("Ada",), ("p0", "p1")[: 1 + row % 2])
+    return to_result(question, Trajectory((1, 2), stop=StopReason.ENGINE_FAILURE, error="gone"), "<eos>", 0.1)
+
+
+def test_an_outage_during_one_evaluation_is_neither_a_gain_nor_a_loss(tmp_path: Path) -> None:
+    before = [lost(n) if n < 3 else result(n, "Ada") for n in range(40)]
+    after = [lost(n) if n == 2 else result(n, "Ada") for n in range(40)]
+    matched = match(before, after)
+    f1 = next(metric for metric in compare_metrics(matched.pairs, 200, 1) if metric.name == "f1")
+    assert (f1.before, f1.after, f1.difference.mean, f1.difference.n) == (1.0, 1.0, 0.0, 37)
+    assert [outcome(pair) for pair in matched.lost] == ["lost"] * 3
+    evaluation(tmp_path / "baseline", before)
+    evaluation(tmp_path / "evaluate", after)
+    text = compare(tmp_path / "baseline", tmp_path / "evaluate", tmp_path / "page.html")
+    said = "3 of 40 questions are in no difference, because the model server or the retriever failed in their episodes: 3 in A, 1 in B."
+    assert said in text and said in (tmp_path / "page.html").read_text()
+
+
+def test_the_report_counts_the_questions_it_leaves_out(context: Context) -> None:
+    parents = context.parents | {
+        "baseline": evaluation(context.workspace.folder("baseline"), [lost(n) if n < 2 else result(n, "Bob") for n in range(20)]),
+        "evaluate": evaluation(context.workspace.folder("evaluate"), [result(n, "Ada") for n in range(20)]),
+    }
+    run(replace(context, parents=parents))
+    folder = context.workspace.folder("report")
+    report = manifest.load(folder)
+    assert report.counts == {"questions": 20, "steps": 20, "wins": 18, "losses": 0, "ties": 0, "lost": 2}
+    assert (report.facts["difference"]["f1"]["n"], report.facts["before"]["f1"]) == (18, 0.0)
+    page = (folder / "report.html").read_text()
+    assert "2 of 20 questions are in no difference" in page and "engine failure" in page
+    groups = json.loads(next(text for kind, text in Page((folder / "trajectories.html").read_text()).scripts if kind))
+    assert [group["outcome"] for group in groups].count("lost") == 2
 
 
 def test_compare_names_what_was_set_differently_and_what_came_of_it(tmp_path: Path) -> None:
@@ -206,9 +251,10 @@ def test_compare_names_what_was_set_differently_and_what_came_of_it(tmp_path: Pa
     assert "5 questions in both, 1 only in A, 0 only in B." in text
     assert "| episode.top_k | 3 | 5 |" in text and "wall_s" not in text
     assert "| train (all) | not used | used |" in text
-    assert "| F1 | 0.000 | 1.000 | +1.000 | +1.000 to +1.000 | 5 | 0 | 0 | 5 |" in text
+    assert "| F1 | 0.000 | 1.000 | +1.000 | -0.044 to +1.000 | 5 | 0 | 0 | 5 |" in text
+    assert "5 questions decide nothing, it takes 10." in text
     assert "F1 0.000 in A, 1.000 in B" in (tmp_path / "page.html").read_text()
-    assert len(load(tmp_path / "a", tmp_path / "b").pairs) == 5
+    assert len(load(tmp_path / "a", tmp_path / "b").matched.pairs) == 5
 
 
 def test_compare_refuses_evaluations_of_different_questions(tmp_path: Path) -> None:
@@ -223,11 +269,17 @@ def test_compare_refuses_other_artifacts(context: Context) -> None:
         compare(context.parent("baseline"), context.parent("train"))
 
 
-def test_plain_text_is_escaped_everywhere() -> None:
-    made = html.heading(EVIL) + html.paragraph(EVIL) + html.table([EVIL], [[EVIL, EVIL]]) + html.data_block("data", [EVIL])
-    assert set(Page(made.text).tags) == {"h2", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "script"}
-    data = re.search(r'id="data">(.*)</script>', made.text)
-    assert data and json.loads(data[1]) == [EVIL]
+def test_plain_text_is_escaped_everywhere(tmp_path: Path) -> None:
+    (tmp_path / "all.html.j2").write_text(
+        '{% extends "page.html.j2" %}{% from "macros.html.j2" import table %}{% block body %}'
+        '<p title="{{ text }}">{{ text }}</p>{{ table((text, text), [(cell, text)]) }}'
+        '<script type="application/json">{{ [text] | tojson }}</script>'
+        "{% endblock %}"
+    )
+    text = EVIL + "\" onclick='x'"
+    page = Page(html.render("all.html.j2", text, folder=tmp_path, text=text, cell=html.Cell(text, "good")))
+    assert set(page.tags) == EMPTY_PAGE | {"p", "div", "table", "thead", "tbody", "tr", "th", "td", "span"}
+    assert page.addresses == [] and json.loads(page.scripts[0][1]) == [text]
 
 
 def test_a_dev_question_stands_in_one_row_over_all_validated_steps() -> None:

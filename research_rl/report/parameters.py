@@ -1,0 +1,58 @@
+"""Parameters of an evaluation, flat and side by side. Knows trees of values; knows no artifact but the evaluation's.
+
+Addresses are shown without what may be secret in them: a user and a password, and the query of a signed address.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Row", "differences", "flat", "public", "read"]
+
+Row = tuple[str, str, str]
+
+_USER = re.compile(r"(?<=://)[^/?#\s\"]*@")
+_QUERY = re.compile(r"(://[^?#\s\"]*)\?[^\s\"]*")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return the sections of the configuration that decided an evaluation artifact."""
+    return json.loads((folder / "parameters.json").read_text(encoding="utf-8"))
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested parameters by dotted name."""
+    return dict(_leaves(tree, ""))
+
+
+def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
+    """Return (name, in A, in B) of each differing parameter; a section that only one of the two trees has is one row."""
+    alone = {*a} ^ {*b}
+    left, right = flat(a), flat(b)
+    names = [
+        name for name in sorted({*left, *right}) if name.partition(".")[0] not in alone and left.get(name, ...) != right.get(name, ...)
+    ]
+    rows = [(name, _value(left, name), _value(right, name)) for name in names]
+    used = ("not used", "used")
+    return rows + [(f"{name} (all)", used[name in a], used[name in b]) for name in sorted(alone)]
+
+
+def public(text: str) -> str:
+    """Return a text in which every address lacks its user, password and query."""
+    return _QUERY.sub(r"\1?…", _USER.sub("…@", text))
+
+
+def _value(parameters: Mapping[str, Any], name: str) -> str:
+    return public(json.dumps(parameters[name], ensure_ascii=False)) if name in parameters else "absent"
