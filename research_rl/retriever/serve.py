@@ -17,7 +17,8 @@ import httpx
 
 from research_rl.config import Config, RetrieverConfig, load
 from research_rl.errors import ConfigError, ResearchError, ServiceError
-from research_rl.paths import CHECKOUT
+from research_rl.extras import missing_extras
+from research_rl.paths import python_path
 from research_rl.pipeline.stages import Workspace
 from research_rl.process import services
 from research_rl.process.services import Endpoint
@@ -45,7 +46,7 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
     url = f"http://{wanted.host}:{port}"
     command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--port", str(port)]
     command += ["--config", wanted.model_dump_json()]
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
+    env = python_path(os.environ.get("PYTHONPATH"))
     with services.guarded(
         "retriever", command, folder=workspace.services, health_url=f"{url}/readyz", deadline_s=wanted.start_deadline_s, env=env
     ):
@@ -100,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _config(arguments)
         token = arguments.token_file.read_text().strip() if arguments.token_file else os.environ.get(TOKEN)
-        _serve(config, Workspace(arguments.workspace.resolve()), token or None, _part(arguments.part))
+        with missing_extras():
+            _serve(config, Workspace(arguments.workspace.resolve()), token or None, _part(arguments.part))
     except ResearchError as error:
         print(f"retriever: {error}", file=sys.stderr)
         return 1

@@ -22,6 +22,7 @@ from research_rl import __version__
 from research_rl.config import RetrieverConfig
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import ResearchError
+from research_rl.extras import missing_extras
 from research_rl.retriever import wire
 from research_rl.retriever.batching import Busy, Late, MicroBatcher
 from research_rl.retriever.cache import ResultCache
@@ -111,7 +112,8 @@ class Service:
 
     def _start(self) -> None:
         try:
-            retriever = self._open()
+            with missing_extras():
+                retriever = self._open()
         except ResearchError as error:
             self.failure = error
             return
