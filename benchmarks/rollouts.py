@@ -20,7 +20,7 @@ from benchmarks.duel import Duel, alternate
 from benchmarks.peers import lockstep
 from research_rl.config import Config, load, load_profile
 from research_rl.episode.agent import Completion, Limits, run_episode
-from research_rl.episode.prompts import FolderTokenizer, encode_prompt
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt, located
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.run import current, run_stage
 from research_rl.pipeline.stages import Workspace
@@ -157,7 +157,8 @@ def _on_vllm(
 
     tokenizer = FolderTokenizer(workspace.folder("policy"))
     questions = read_questions(workspace.folder("prepare") / "test.parquet", 64)
-    prompts = [encode_prompt(tokenizer, question.question, config.prompt) for question in questions]
+    prompt = located(config, workspace.root).prompt
+    prompts = [encode_prompt(tokenizer, question.question, prompt) for question in questions]
 
     async def once() -> float:
         async with AsyncExitStack() as clients:

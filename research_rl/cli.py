@@ -35,11 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     arguments = _parse(argv)
     from research_rl.errors import ResearchError
+    from research_rl.pipeline.extras import missing_extras
 
     # Told to end, a verb first ends what it started elsewhere.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        arguments.verb(arguments)
+        with missing_extras():
+            arguments.verb(arguments)
     except ResearchError as error:
         _print(f"research: {error}", sys.stderr)
         return 1
@@ -57,7 +59,11 @@ def _print(text: str, stream: TextIO | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; parameters may stand anywhere after the verb, which argparse alone does not allow behind options."""
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(_stages(argv))
+    if not argv:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     arguments, rest = parser.parse_known_args(argv)
     strange = [item for item in rest if item.startswith("-") or "=" not in item]
     if strange or (rest and "overrides" not in arguments):
@@ -67,7 +73,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def _stages(argv: Sequence[str]) -> str:
+    """Return the names of all stages for the help of `run`; other verbs are spared the import that this takes."""
+    if "run" not in argv:
+        return "STAGE"
+    from research_rl.pipeline.stages import STAGES
+
+    return f"{{{','.join((*STAGES, 'all'))}}}"
+
+
+def _parser(stages: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("research", description="Train a language model to reason with search.", epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"research-rl {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -80,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         return verb
 
     run = add("run", _run, "build one stage, or all of them in order")
-    run.add_argument("stage", help="a stage as `research status` names it, or all")
+    run.add_argument("stage", metavar=stages, help="the stage to build, or all")
     run.add_argument("--force", action="store_true", help="build even when nothing changed")
     config = add("config", _config, "show or describe the parameters")
     config.add_argument("action", choices=["show", "describe"], help="show: resolved values; describe: type and meaning of each")
@@ -101,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         add("status", _status, "show every stage: current, stale, missing or torn"),
     )
     for verb in (run, config, model, ask, retriever, *others):
-        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="parameters for this call")
+        verb.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="parameters for this call")
     return parser
 
 

@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import PromptConfig
+from research_rl.config import Config, PromptConfig
 from research_rl.errors import ConfigError, ModelError
-from research_rl.paths import CHECKOUT
+from research_rl.paths import shipped_file
 
-__all__ = ["FolderTokenizer", "encode_prompt", "load_tokenizer", "render"]
+__all__ = ["FolderTokenizer", "encode_prompt", "load_tokenizer", "located", "render"]
 
 _FOLDER = Path(__file__).parent / "templates"
 
@@ -62,6 +62,17 @@ def load_tokenizer(folder: Path) -> FolderTokenizer:
     return FolderTokenizer(folder)
 
 
+def located(config: Config, workspace: Path) -> Config:
+    """Return `config` with `prompt.path` made absolute where the workspace has that file, so that any process can read it.
+
+    A path that the workspace does not have stays as it is: it names a file of the project, which every machine has in its own folder.
+    """
+    path = config.prompt.path
+    if path is None or not (workspace / path).is_file():
+        return config
+    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"path": str(workspace / path)})})
+
+
 def render(question: str, config: PromptConfig, chat_template: str | None = None) -> str:
     """Return the prompt text. `chat_template` is the model's Jinja template, needed by `instruct`. Raises ConfigError."""
     template = _template(config.template, config.path)
@@ -88,9 +99,11 @@ def _template(name: str, path: str | None) -> str:
         return (_FOLDER / f"{name}.txt").read_text(encoding="utf-8")
     if path is None:
         raise ConfigError("prompt.template='file' needs prompt.path; name a text file with one {question}")
-    file = Path(path) if Path(path).is_absolute() else CHECKOUT / path
+    file = shipped_file(path)
     if not file.is_file():
-        raise ConfigError(f"prompt.path={path!r} does not exist (looked for {file}); name a text file with one {{question}}")
+        raise ConfigError(
+            f"prompt.path={path!r} does not exist (looked in the workspace and for {file}); name a text file with one {{question}}"
+        )
     text = file.read_text(encoding="utf-8").rstrip("\n")
     if text.count("{question}") != 1:
         raise ConfigError(f"prompt.path={path!r} holds {{question}} {text.count('{question}')} times; exactly one is needed")

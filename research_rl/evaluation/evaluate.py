@@ -19,7 +19,7 @@ from typing import Any
 
 from research_rl.config import Config, parameters
 from research_rl.episode.agent import Engine, Limits, Searcher, run_episode
-from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer, located
 from research_rl.episode.trajectory import StopReason, Trajectory
 from research_rl.errors import ConfigError, ServiceError
 from research_rl.evaluation.results import Journal, Question, Result, read_questions, to_result, write_results
@@ -97,7 +97,7 @@ def _evaluate_served(context: Context, model: Path, missing: list[Question], jou
     from research_rl.retriever.command import running as retriever_running
     from research_rl.serving.serve import running as model_running
 
-    config, tokenizer = context.config, load_tokenizer(model)
+    config, tokenizer = located(context.config, context.workspace.root), load_tokenizer(model)
     context.progress(f"starting the servers for {len(missing):,} of {total:,} questions", 0.0)
 
     def note(result: Result) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from research_rl.config import Config, config_hash
 from research_rl.errors import ConfigError, ManifestError, StorageError
 from research_rl.pipeline import manifest
+from research_rl.pipeline.extras import missing_extras
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Progress, Workspace, silent
 
@@ -53,11 +54,11 @@ def run_stage(
     """Build the artifact of `name` unless it is current; return its manifest and whether it was built.
 
     `function` does the stage's work in place of the table's, for drivers that watch it. Raises ConfigError for an unknown stage
-    and ManifestError when a parent is missing, torn or stale.
+    or a missing optional library, and ManifestError when a parent is missing, torn or stale.
     """
     if name not in STAGES:
         raise ConfigError(f"stage={name!r} is not one of {list(STAGES)}")
-    with _alone(name, workspace, progress), _room(name, workspace):
+    with _alone(name, workspace, progress), _room(name, workspace), missing_extras():
         manifest.sweep(workspace.folder(name))
         if not force and (found := current(name, config, workspace)):
             return found, False

@@ -17,8 +17,9 @@ import yaml
 
 from research_rl import config as configuration
 from research_rl.config import Config
+from research_rl.episode.prompts import located
 from research_rl.errors import TrainingError
-from research_rl.paths import CHECKOUT
+from research_rl.paths import RUN_FROM, python_path
 from research_rl.pipeline.stages import Workspace
 from research_rl.planning import paper
 from research_rl.planning.paper import Comparison
@@ -71,15 +72,16 @@ def dry_run(config: Config, workspace: Workspace) -> DryRun:
     paths = overrides.Paths(workspace.folder("policy"), prepared / "train.parquet", prepared / "dev.parquet", work, ray_folder(work))
     arguments = overrides.render(config, paths)
     hydra = compose(config, {config.profile: arguments})[config.profile]
-    agent = yaml.safe_dump(overrides.agent_settings(config, paths, config.retriever.url or "<the retriever's address>"), sort_keys=False)
+    settings = overrides.agent_settings(located(config, workspace.root), paths, config.retriever.url or "<the retriever's address>")
+    agent = yaml.safe_dump(settings, sort_keys=False)
     return DryRun(config, plan, arguments, agent, hydra, paper.compare(config, hydra))
 
 
 def compose(config: Config, cases: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """Return verl's resolved configuration for each list of overrides. Raises TrainingError with verl's words."""
     command = [str(interpreter(config)), "-m", "research_rl.training.policy_env.compose"]
-    env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HYDRA_FULL_ERROR": "1"}
-    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, cwd=CHECKOUT, env=env)
+    env = {**os.environ, **python_path(), "HYDRA_FULL_ERROR": "1"}
+    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, cwd=RUN_FROM, env=env)
     if done.returncode:
         raise TrainingError(f"verl refuses the configuration; its log ends with:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -24,6 +24,7 @@ from research_rl import __version__
 from research_rl.config import RetrieverConfig
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import ManifestError, ResearchError, ServiceError
+from research_rl.pipeline.extras import missing_extras
 from research_rl.retriever import wire
 from research_rl.retriever.batching import Busy, Late, MicroBatcher
 from research_rl.retriever.cache import ResultCache
@@ -143,7 +144,8 @@ class Service:
 
     def _start(self) -> None:
         try:
-            retriever = self._open()
+            with missing_extras():
+                retriever = self._open()
         except ResearchError as error:
             self.failure = error
             return

@@ -20,8 +20,9 @@ from research_rl.config import Config, RetrieverConfig, load
 from research_rl.episode.agent import SearchFailure
 from research_rl.episode.trajectory import Passage, SearchFault
 from research_rl.errors import ConfigError, ResearchError, ServiceError
-from research_rl.paths import CHECKOUT
+from research_rl.paths import python_path
 from research_rl.pipeline import manifest
+from research_rl.pipeline.extras import missing_extras
 from research_rl.pipeline.stages import Workspace
 from research_rl.process import services
 from research_rl.process.services import Endpoint
@@ -54,7 +55,7 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
     url = f"http://{settings.host}:{port}"
     command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--port", str(port)]
     command += ["--config", settings.model_dump_json()]
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
+    env = python_path(os.environ.get("PYTHONPATH"))
     with services.guarded(
         "retriever", command, folder=workspace.services, health_url=f"{url}/readyz", deadline_s=settings.start_deadline_s, env=env
     ):
@@ -151,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _config(arguments)
         path = arguments.token_file
         token = checked_token(path.read_text(errors="replace"), str(path)) if path else read_token()
-        _serve(config, Workspace(arguments.workspace.resolve()), token, _part(arguments.part))
+        with missing_extras():
+            _serve(config, Workspace(arguments.workspace.resolve()), token, _part(arguments.part))
     except ResearchError as error:
         print(f"retriever: {error}", file=sys.stderr)
         return 1

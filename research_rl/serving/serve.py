@@ -18,7 +18,7 @@ import httpx
 
 from research_rl.config import Config
 from research_rl.errors import ServiceError
-from research_rl.paths import CHECKOUT
+from research_rl.paths import interpreter_path
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Endpoint, guarded, require_free
 from research_rl.serving import launch
@@ -104,10 +104,10 @@ def _existing(url: str, wanted: str) -> Endpoint:
 
 
 def _interpreter(config: Config) -> str:
-    """Return the interpreter of the serving environment. Raises ServiceError when it is not there."""
+    """Return the interpreter of the serving environment. Raises ServiceError when it is not there, ConfigError when it cannot be."""
     environments = config.environments
-    chosen = environments.serve or environments.policy
-    path = Path(chosen) if Path(chosen).is_absolute() else CHECKOUT / chosen
+    name = "serve" if environments.serve else "policy"
+    path = interpreter_path(environments.serve or environments.policy, f"environments.{name}")
     if not path.is_file():
         raise ServiceError(f"interpreter {path} does not exist; run `make setup`, or set environments.serve or environments.policy")
     return str(path)

@@ -21,7 +21,7 @@ import psutil
 
 from research_rl.episode.prompts import load_tokenizer
 from research_rl.errors import ModelError
-from research_rl.paths import CHECKOUT
+from research_rl.paths import python_path
 from research_rl.pipeline.stages import Context
 from research_rl.training import lora
 from research_rl.training.run.run import interpreter
@@ -66,7 +66,7 @@ def load(folder: Path, python: Path) -> str:
     if 2 * need > free:
         return f"not tried: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB of memory free"
     command = [str(python), "-m", "research_rl.training.policy_env.load_check", str(folder)]
-    env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, **python_path(), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]

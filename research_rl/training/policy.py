@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.embedding.models import wheel_folder
-from research_rl.episode.prompts import FolderTokenizer
+from research_rl.episode.prompts import FolderTokenizer, located
 from research_rl.errors import ModelError, TrainingError
-from research_rl.paths import CHECKOUT, cache_folder
+from research_rl.paths import RUN_FROM, cache_folder, python_path
 from research_rl.pipeline.stages import Context
 from research_rl.process import services
 from research_rl.training.run.run import interpreter
@@ -73,7 +73,8 @@ def _warmed(context: Context, base: Path | None) -> tuple[Path, dict[str, Any]]:
     model = work / "model"
     model.mkdir(parents=True)
     config = context.config
-    spec = {"policy": config.policy.model_dump(mode="json"), "prompt": config.prompt.model_dump(mode="json")}
+    prompt = located(config, context.workspace.root).prompt
+    spec = {"policy": config.policy.model_dump(mode="json"), "prompt": prompt.model_dump(mode="json")}
     folders = {"folder": str(model), "base": str(base.resolve()) if base else None}
     (work / "spec.json").write_text(json.dumps({**spec, "seed": config.seed, **folders}))
     facts: dict[str, Any] = {}
@@ -151,14 +152,14 @@ def _process(
     log = folder / f"{name}.log"
     log.unlink(missing_ok=True)
     env = {
-        "PYTHONPATH": str(CHECKOUT),
+        **python_path(),
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)) if wide else 1),
     }
     if not wide or context.config.train.hardware == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     command = [str(interpreter(context.config)), "-m", module, *arguments]
-    process = services.spawn(name, command, folder=context.workspace.services / "policy", env=env, cwd=CHECKOUT, log=log)
+    process = services.spawn(name, command, folder=context.workspace.services / "policy", env=env, cwd=RUN_FROM, log=log)
     try:
         _follow(process, log, read)
         code = process.poll()

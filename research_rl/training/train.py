@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.config import Config, config_hash
-from research_rl.episode.prompts import load_tokenizer, render
+from research_rl.episode.prompts import load_tokenizer, located, render
 from research_rl.errors import ConfigError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context
@@ -34,8 +34,9 @@ def run(context: Context) -> None:
 
 def run_with(context: Context, hooks: TrainHooks) -> None:
     """Do what `run` does and tell `hooks` of every step, its rollouts and every checkpoint as they happen."""
-    config, model, prepared = context.config, context.parent("policy"), context.parent("prepare")
-    work = context.workspace.work(f"train-{work_key(config, context.parents)}")
+    config = located(context.config, context.workspace.root)
+    model, prepared = context.parent("policy"), context.parent("prepare")
+    work = context.workspace.work(f"train-{work_key(context.config, context.parents)}")
     work.mkdir(parents=True, exist_ok=True)
     train, dropped = _fitting(config, model, prepared / "train.parquet", work / "train.parquet")
     dev, _ = _fitting(config, model, prepared / "dev.parquet", work / "dev.parquet")

@@ -17,6 +17,7 @@ from research_rl.data.download import CORPUS, SPLITS
 from research_rl.data.flashrag import Question, read_questions, supporting_ids
 from research_rl.errors import DataError, ManifestError
 from research_rl.pipeline import manifest
+from research_rl.pipeline.extras import require
 from research_rl.pipeline.stages import Context
 from research_rl.validation import drift
 from research_rl.validation.answers import Sought
@@ -41,7 +42,8 @@ class QualityError(DataError):
 
 
 def run_stage(context: Context) -> None:
-    """Publish the data-quality report. Raises QualityError naming the broken critical expectations and the first rows."""
+    """Publish the data-quality report. Raises QualityError naming the broken critical expectations and the first rows, or ConfigError."""
+    require("great_expectations", "pandas")
     folder, docs = context.parent("download"), context.workspace.work(DOCS)
     shutil.rmtree(docs, ignore_errors=True)
     questions = _questions(folder, docs)

@@ -61,6 +61,23 @@ def test_bad_input_is_one_message_and_exit_code_1(
     assert sorted(path.name for path in workspace.iterdir()) in (["params.yaml"], ["artifacts", "params.yaml"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"), [([], ["serve-retriever", "init", "plan"]), (["run"], ["required: {download,", *STAGES, "all}"])]
+)
+def test_an_incomplete_command_says_what_may_follow(capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in named)
+    assert "required" not in printed or "section.key=value" not in printed.partition("required")[2]
+
+
+def test_help_of_run_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    assert f"{{{','.join(STAGES)},all}}" in capsys.readouterr().out
+
+
 def test_download_is_skipped_when_nothing_changed_and_redone_when_a_parameter_did(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from research_rl.config import PromptConfig
-from research_rl.episode.prompts import FolderTokenizer, encode_prompt, render
+from research_rl.config import Config, PromptConfig
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt, located, render
 from research_rl.errors import ConfigError, ModelError
+from research_rl.paths import CHECKOUT
 
 CHAT = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
@@ -74,6 +75,18 @@ def test_a_template_file_holds_the_question_exactly_once(tmp_path: Path, text: s
 def test_a_missing_template_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"prompt\.path=.* does not exist"):
         render("Who?", PromptConfig(template="file", path=str(tmp_path / "none.txt")))
+
+
+def test_a_template_of_the_workspace_comes_before_the_projects(tmp_path: Path) -> None:
+    name = "configs/prompts/laptop.txt"
+    config = Config.model_validate({"prompt": {"template": "file", "path": name}})
+    assert located(config, tmp_path) == config
+    assert render("Who?", located(config, tmp_path).prompt) == (CHECKOUT / name).read_text().rstrip("\n").replace("{question}", "Who?")
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.write_text("Mine: {question}")
+    assert located(config, tmp_path).prompt.path == str(own)
+    assert render("Who?", located(config, tmp_path).prompt) == "Mine: Who?"
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:

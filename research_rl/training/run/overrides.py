@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from research_rl.config import Config
-from research_rl.paths import CHECKOUT
+from research_rl.paths import python_path
 from research_rl.serving.launch import threads
 from research_rl.training.run.variables import ENGINE_THREADS_VARIABLE, TOKEN_VARIABLE
 
@@ -112,7 +112,7 @@ def agent_settings(config: Config, paths: Paths, retriever_url: str) -> dict[str
 def environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
     """Return variables for the trainer's process tree; `token` is this attempt's secret, never written to disk."""
     common = {
-        "PYTHONPATH": str(CHECKOUT),
+        **python_path(),
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",
         "TOKENIZERS_PARALLELISM": "false",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from research_rl.config import Config
 from research_rl.errors import TrainingError
-from research_rl.paths import CHECKOUT
+from research_rl.paths import interpreter_path
 from research_rl.training.run import launch
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.overrides import Paths
@@ -66,7 +66,7 @@ class Run:
         """The policy environment's interpreter; on a cluster only its nodes need to have it."""
         if self.config.cluster.launcher == "local":
             return interpreter(self.config)
-        return CHECKOUT / self.config.environments.policy
+        return interpreter_path(self.config.environments.policy, "environments.policy")
 
     @property
     def metrics(self) -> Path:
@@ -94,9 +94,8 @@ class Outcome:
 
 
 def interpreter(config: Config) -> Path:
-    """Return the policy environment's interpreter. Raises TrainingError when it is not there."""
-    path = Path(config.environments.policy)
-    path = path if path.is_absolute() else CHECKOUT / path
+    """Return the policy environment's interpreter. Raises TrainingError when it is not there, ConfigError when it cannot be."""
+    path = interpreter_path(config.environments.policy, "environments.policy")
     if not path.is_file():
         raise TrainingError(f"environments.policy={config.environments.policy!r} does not exist ({path}); run `make setup` or set it")
     return path
