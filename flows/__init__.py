@@ -2,4 +2,4 @@
 
 from tasks.local import settings
 
-settings.apply()
+settings.apply()  # before any import of prefect, which reads its settings then

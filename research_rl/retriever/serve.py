@@ -21,11 +21,14 @@ from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import Workspace
 from research_rl.process import services
 from research_rl.process.services import Endpoint
+from research_rl.process.tokens import checked_token, token_from
 from research_rl.retriever import TOKEN, fleet
 
-__all__ = ["TOKEN", "main", "running", "serve"]
+__all__ = ["TOKEN", "launch", "main", "running", "serve"]
 
 _ANSWER_S = 10.0
+_CLOSE_S = 5.0
+"""What a retriever needs after `retriever.drain_s` to close its index and end."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -35,21 +38,28 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
 
     Raises ServiceError when the given one does not answer, or the started one not within `retriever.start_deadline_s`.
     """
-    wanted, token = config.retriever, os.environ.get(TOKEN)
-    if given := wanted.url or fleet.address(wanted.urls):
+    retriever, token = config.retriever, token_from(TOKEN)
+    if given := retriever.url or fleet.address(retriever.urls):
         for part in fleet.parts(given):
             _answers(part)
         yield Endpoint(given, token)
         return
-    port = services.require_free(wanted.host, wanted.port, "retriever.port")
-    url = f"http://{wanted.host}:{port}"
-    command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--port", str(port)]
-    command += ["--config", wanted.model_dump_json()]
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
-    with services.guarded(
-        "retriever", command, folder=workspace.services, health_url=f"{url}/readyz", deadline_s=wanted.start_deadline_s, env=env
-    ):
+    port = services.require_free(retriever.host, retriever.port, "retriever.port")
+    process = launch(config, workspace, port, folder=workspace.services)
+    try:
+        url = services.base_url(retriever.host, port)
+        services.wait_healthy(process, f"{url}/readyz", retriever.start_deadline_s)
         yield Endpoint(url, token)
+    finally:
+        process.stop()
+
+
+def launch(config: Config, workspace: Workspace, port: int, *, folder: Path, part: str = "1/1") -> services.Process:
+    """Start the retriever of a workspace on `port` as a guarded process; `folder` gets its pid file and log. Raises ServiceError."""
+    command = [sys.executable, "-m", "research_rl.retriever.serve", "--workspace", str(workspace.root), "--port", str(port)]
+    command += ["--part", part, "--config", config.retriever.model_dump_json()]
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
+    return services.spawn("retriever", command, folder=folder, env=env, grace_s=config.retriever.drain_s + _CLOSE_S)
 
 
 def _answers(replicas: Sequence[str]) -> None:
@@ -72,7 +82,7 @@ def serve(config: Config, workspace: Workspace, part: str = "1/1") -> None:
 
     Raises ServiceError, ManifestError or ConfigError.
     """
-    _serve(config.retriever, workspace, os.environ.get(TOKEN), _part(part))
+    _serve(config.retriever, workspace, token_from(TOKEN), _part(part))
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -99,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         config = _config(arguments)
-        token = arguments.token_file.read_text().strip() if arguments.token_file else os.environ.get(TOKEN)
-        _serve(config, Workspace(arguments.workspace.resolve()), token or None, _part(arguments.part))
+        token = checked_token(file.read_text(), str(file)) if (file := arguments.token_file) else token_from(TOKEN)
+        _serve(config, Workspace(arguments.workspace.resolve()), token, _part(arguments.part))
     except ResearchError as error:
         print(f"retriever: {error}", file=sys.stderr)
         return 1
