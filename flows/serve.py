@@ -17,7 +17,7 @@ __all__ = ["research_serve"]
 
 @flow(name="research-serve", on_failure=[stop_serving], on_cancellation=[stop_serving], on_crashed=[stop_serving], log_prints=True)
 def research_serve(workspace: str = ".", overrides: dict[str, Any] = {}, part: str = "1/1") -> None:  # noqa: B006
-    """Serve the workspace's index over HTTP; watch the service, start it again when it ends, is deaf, or the index was rebuilt.
+    """Serve the workspace's index over HTTP; watch it, start it again when it ends, fails its health checks, or the index is rebuilt.
 
     Runs until it is cancelled. The artifact `retriever` says where it answers. Training in the same workspace goes on beside it:
     set retriever.url to the address to use it there.

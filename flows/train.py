@@ -78,13 +78,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-p", "--profile", help="profile to start from; this folder's params.yaml when left out")
     parser.add_argument("--dry-run", action="store_true", help="only show the resolved run, its plan and how it differs from the paper")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="parameters for this run")
-    found = parser.parse_intermixed_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
-        overrides = assignments(found.overrides)
-        resolve(Path(), found.profile, overrides)
+        overrides = assignments(given.overrides)
+        resolve(Path(), given.profile, overrides)
         server()
-        research_train(profile=found.profile, overrides=overrides, dry_run=found.dry_run)
-        if not found.dry_run:
+        research_train(profile=given.profile, overrides=overrides, dry_run=given.dry_run)
+        if not given.dry_run:
             print("\n".join(closing(Workspace(Path().resolve()))))
     except ResearchError as error:
         print(f"research-train: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ from research_rl.errors import ServiceError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import reap
-from tasks.local.settings import stack_folder
+from tasks.settings import stack_folder
 from tasks.tracking.track import Tracker
 
 __all__ = ["Job", "Outcome", "assignments", "locked", "opened", "resolve", "stop_services"]

@@ -14,7 +14,8 @@ import sys
 import time
 
 PR_SET_CHILD_SUBREAPER = 36
-GRACE_S = float(os.environ.get("RESEARCH_GRACE_S", "10"))
+# The command's own environment must not have it: a guardian that the command starts has a grace period of its own.
+GRACE_S = float(os.environ.pop("RESEARCH_GRACE_S", "10"))
 
 
 def descendants(root: int) -> list[int]:
@@ -30,13 +31,13 @@ def descendants(root: int) -> list[int]:
             continue
         if fields[0] != b"Z":
             children.setdefault(int(fields[1]), []).append(int(name))
-    found: list[int] = []
+    pids: list[int] = []
     queue = [root]
     while queue:
         below = children.get(queue.pop(), [])
-        found += below
+        pids += below
         queue += below
-    return found
+    return pids
 
 
 def signal_all(number: int) -> None:

@@ -51,8 +51,8 @@ def main(lease: str, seconds: float, log_path: str, folder: str, command: list[s
     thread.start()
     text, seen, code = read(lease), time.monotonic(), None
     while (code := child.poll()) is None and not stop:
-        if (found := read(lease)) != text:
-            text, seen = found, time.monotonic()
+        if (current := read(lease)) != text:
+            text, seen = current, time.monotonic()
         elif time.monotonic() - seen > seconds:
             os.write(log, f"research: no sign of life in {lease} for {seconds:g} s; the trainer is ended\n".encode())
             child.terminate()

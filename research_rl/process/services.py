@@ -1,8 +1,9 @@
 """Start, watch and stop the processes a run needs. Knows processes, ports and health addresses; knows no service.
 
 Invariants: (1) a started process and all its descendants end with the process that started them, even when that one
-is killed (`_guardian.py`); (2) every running process has a pid file, written before it is waited for and removed after
-its end; (3) `reap` ends what an earlier run left behind and never touches a process it did not start.
+is killed (`_guardian.py`), unless it was started `detached`; (2) every running process has a pid file, written before it is waited
+for and removed after its end; (3) `reap` ends what a process that is gone left behind: never what a living one still owns, never
+a process that was not started here.
 """
 
 from __future__ import annotations
@@ -19,17 +20,39 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import psutil
 
 from research_rl.errors import ServiceError
+from research_rl.process.identity import Identity
+from research_rl.process.private import write_private
+from research_rl.process.proxies import bypass_loopback
 
-__all__ = ["Endpoint", "Process", "free_port", "guarded", "reap", "require_free", "spawn", "wait_healthy"]
+__all__ = [
+    "Endpoint",
+    "Process",
+    "Recorded",
+    "Watched",
+    "base_url",
+    "find",
+    "free_port",
+    "guarded",
+    "reap",
+    "require_free",
+    "running",
+    "spawn",
+    "wait_healthy",
+]
 
 _GUARDIAN = Path(__file__).with_name("_guardian.py")
 _MARKER = "RESEARCH_SERVICE_ID"
-_KILL_AFTER_S = 20.0
+_GRACE = "RESEARCH_GRACE_S"
+_GRACE_S = 10.0
+_KILL_AFTER_S = 10.0
+"""How long after its grace period a guardian itself is given before it is killed."""
+_ANY = ("", "0.0.0.0", "::")
 
 
 @dataclass(frozen=True)
@@ -41,14 +64,30 @@ class Endpoint:
     model: str | None = None
 
 
+class Watched(Protocol):
+    """A process whose end and log can be read."""
+
+    name: str
+    log: Path
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while running."""
+        ...
+
+    def tail(self, lines: int = 20) -> str:
+        """Return the last lines of the log."""
+        ...
+
+
 @dataclass
 class Process:
-    """A started command: `popen` is its guardian, `log` holds its output."""
+    """A command that this process started: `popen` is its guardian (or itself when detached), `log` holds its output."""
 
     name: str
     popen: subprocess.Popen[bytes]
     log: Path
     pid_file: Path
+    grace_s: float
 
     def poll(self) -> int | None:
         """Return the exit code, None while running."""
@@ -56,21 +95,40 @@ class Process:
 
     def tail(self, lines: int = 20) -> str:
         """Return the last lines of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.is_file() else ""
+        return _tail(self.log, lines)
 
     def stop(self) -> int:
         """End the command and all its descendants; return the exit code."""
         if self.popen.poll() is None:
             self.popen.terminate()
         try:
-            code = self.popen.wait(_KILL_AFTER_S)
+            code = self.popen.wait(self.grace_s + _KILL_AFTER_S)
         except subprocess.TimeoutExpired:
-            end(_identity(self.pid_file))
+            if record := _read(self.pid_file):
+                _end(record)
+            self.popen.kill()
             code = self.popen.wait()
         if self.popen.stdin:
             self.popen.stdin.close()
         self.pid_file.unlink(missing_ok=True)
         return code
+
+
+@dataclass
+class Recorded:
+    """A running command that another process started, known by its pid file. Its exit code cannot be read: -1 stands for ended."""
+
+    name: str
+    identity: Identity
+    log: Path
+
+    def poll(self) -> int | None:
+        """Return -1 once it has ended, None while running."""
+        return None if self.identity.alive() else -1
+
+    def tail(self, lines: int = 20) -> str:
+        """Return the last lines of the log."""
+        return _tail(self.log, lines)
 
 
 def spawn(
@@ -81,43 +139,56 @@ def spawn(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     log: Path | None = None,
+    grace_s: float | None = None,
+    detached: bool = False,
 ) -> Process:
-    """Start `command` under a guardian in its own session; its output is appended to `log` (`folder/<name>.log`).
+    """Start `command` in its own session under a guardian; its output is appended to `log` (`folder/<name>.log`).
 
-    `env` is added to this process's environment. Raises ServiceError when a process of that name already runs.
+    `env` is added to this process's environment. `grace_s` is the time from SIGTERM to SIGKILL, by default RESEARCH_GRACE_S, else
+    10 s. A detached command has no guardian and outlives this process. Raises ServiceError when a process of that name already runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pid_file = folder / f"{name}.pid"
-    if _alive(_identity(pid_file)):
+    if find(folder, name):
         raise ServiceError(f"{name} already runs ({pid_file}); stop it with `make down` or use another workspace")
-    marker = uuid.uuid4().hex
-    log = log or folder / f"{name}.log"
+    marker, log = uuid.uuid4().hex, log or folder / f"{name}.log"
+    whole_env = {**os.environ, **(env or {}), _MARKER: marker}
+    grace_s = float(whole_env.get(_GRACE, _GRACE_S)) if grace_s is None else grace_s
+    whole_env |= bypass_loopback(whole_env) | ({} if detached else {_GRACE: str(grace_s)})
     with log.open("ab") as output:
         popen = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_GUARDIAN), *command],
-            stdin=subprocess.PIPE,
+            command if detached else [sys.executable, "-I", "-S", str(_GUARDIAN), *command],
+            stdin=subprocess.DEVNULL if detached else subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=cwd,
-            env={**os.environ, **(env or {}), _MARKER: marker},
+            env=whole_env,
         )
-    record = {"pid": popen.pid, "started": psutil.Process(popen.pid).create_time(), "marker": marker, "command": list(command)}
-    temporary = pid_file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record))
-    temporary.replace(pid_file)
-    return Process(name, popen, log, pid_file)
+    owner = None if detached else Identity.own().to_json()
+    # A command that ended at once has no identity any more; its record must still name its marker, by which its orphans are known.
+    started = Identity.of(popen.pid) or Identity(popen.pid, 0, "")
+    record = {**started.to_json(), "marker": marker, "grace_s": grace_s, "owner": owner, "command": list(command)}
+    write_private(pid_file, json.dumps(record))
+    return Process(name, popen, log, pid_file, grace_s)
 
 
 @contextmanager
 def guarded(
-    name: str, command: Sequence[str], *, folder: Path, health_url: str, deadline_s: float, env: Mapping[str, str] | None = None
+    name: str,
+    command: Sequence[str],
+    *,
+    folder: Path,
+    health_url: str,
+    deadline_s: float,
+    env: Mapping[str, str] | None = None,
+    grace_s: float | None = None,
 ) -> Generator[Process]:
     """Run a service for the length of a block: start, wait until `health_url` answers 200, stop on any exit.
 
     Raises ServiceError with the last log lines when it ends or stays silent until the deadline.
     """
-    process = spawn(name, command, folder=folder, env=env)
+    process = spawn(name, command, folder=folder, env=env, grace_s=grace_s)
     try:
         wait_healthy(process, health_url, deadline_s)
         yield process
@@ -125,7 +196,7 @@ def guarded(
         process.stop()
 
 
-def wait_healthy(process: Process, health_url: str, deadline_s: float) -> None:
+def wait_healthy(process: Watched, health_url: str, deadline_s: float) -> None:
     """Return once `health_url` answers 200. Raises ServiceError."""
     deadline = time.monotonic() + deadline_s
     while process.poll() is None and time.monotonic() < deadline:
@@ -139,18 +210,23 @@ def wait_healthy(process: Process, health_url: str, deadline_s: float) -> None:
     raise ServiceError(f"{process.name} {why}; its log {process.log} ends with:\n{process.tail()}")
 
 
+def base_url(host: str, port: int) -> str:
+    """Return the address at which this machine reaches a server that binds `host`."""
+    if host in _ANY:
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """Return a TCP port that was free a moment ago."""
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def require_free(host: str, port: int, setting: str) -> int:
     """Return `port`, or a free one for 0. Raises ServiceError when something listens there already."""
-    if port == 0:
-        return free_port(host)
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -158,70 +234,94 @@ def require_free(host: str, port: int, setting: str) -> int:
             raise ServiceError(
                 f"{setting}={port} on {host} cannot be bound ({error.strerror}); set {setting} to a free port or to 0"
             ) from None
-    return port
+        return int(probe.getsockname()[1])
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def find(folder: Path, name: str) -> Recorded | None:
+    """Return the running process of that name, None when there is none."""
+    record = _read(folder / f"{name}.pid")
+    return Recorded(name, record.process, folder / f"{name}.log") if record and record.process.alive() else None
+
+
+def running(folder: Path) -> set[str]:
+    """Return the names of the processes with a pid file in `folder` that run now."""
+    return {path.stem for path in folder.glob("*.pid") if find(folder, path.stem)}
 
 
 def reap(folder: Path) -> list[str]:
-    """End every process named by a pid file in `folder`; return the names of those that still ran."""
+    """End every process named by a pid file in `folder` whose owner is gone; return the names of those that still ran.
+
+    What a living process owns is left alone, together with its pid file; only when its guardian was killed are its orphans ended.
+    """
     ended: list[str] = []
     for pid_file in sorted(folder.glob("*.pid")):
-        identity = _identity(pid_file)
-        if end(identity):
+        record = _read(pid_file)
+        if record and record.owned():
+            continue
+        if record and _end(record):
             ended.append(pid_file.stem)
         pid_file.unlink(missing_ok=True)
     return ended
 
 
 @dataclass(frozen=True)
-class _Identity:
-    pid: int
-    started: float
+class _Record:
+    """A pid file: the guardian or detached command, the marker of all its descendants, and who answers for it."""
+
+    process: Identity
     marker: str
+    grace_s: float
+    owner: Identity | None
+
+    def owned(self) -> bool:
+        """Return whether it runs for a process that lives."""
+        return self.owner is not None and self.owner.alive() and self.process.alive()
 
 
-def _identity(pid_file: Path) -> _Identity | None:
+def _read(pid_file: Path) -> _Record | None:
+    """Return what a pid file says, None when it is absent or torn."""
     try:
         record = json.loads(pid_file.read_text())
-        return _Identity(int(record["pid"]), float(record["started"]), str(record["marker"]))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        owner = Identity.from_json(record["owner"]) if record.get("owner") else None
+        return _Record(Identity.from_json(record), str(record["marker"]), float(record.get("grace_s", _GRACE_S)), owner)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _alive(identity: _Identity | None) -> bool:
-    if identity is None:
-        return False
-    try:
-        process = psutil.Process(identity.pid)
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - identity.started) < 1.0
-    except psutil.NoSuchProcess:
-        return False
+def _tail(log: Path, lines: int) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.is_file() else ""
 
 
-def end(identity: _Identity | None) -> bool:
-    """Kill a guardian and all processes that carry its marker or descend from it; return whether any ran."""
-    members = _members(identity) if identity else []
+def _end(record: _Record) -> bool:
+    """Ask a guardian and all processes that carry its marker or descend from it to end, then kill; return whether any ran."""
+    members = _members(record)
     for process in members:
         _send(process, signal.SIGTERM)
-    _, stubborn = psutil.wait_procs(members, timeout=5.0)
+    _, stubborn = psutil.wait_procs(members, timeout=record.grace_s)
     for process in stubborn:
         _send(process, signal.SIGKILL)
     psutil.wait_procs(stubborn, timeout=5.0)
     return bool(members)
 
 
-def _members(identity: _Identity) -> list[psutil.Process]:
-    found: dict[int, psutil.Process] = {}
+def _members(record: _Record) -> list[psutil.Process]:
+    members: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
-            if process.environ().get(_MARKER) == identity.marker:
-                found[process.pid] = process
+            if process.environ().get(_MARKER) == record.marker:
+                members[process.pid] = process
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-    if _alive(identity):
-        guardian = psutil.Process(identity.pid)
-        found[guardian.pid] = guardian
-        found.update({child.pid: child for child in guardian.children(recursive=True)})
-    return list(found.values())
+    if record.process.alive():
+        with suppress(psutil.NoSuchProcess):
+            guardian = psutil.Process(record.process.pid)
+            members[guardian.pid] = guardian
+            members.update({child.pid: child for child in guardian.children(recursive=True)})
+    return list(members.values())
 
 
 def _send(process: psutil.Process, number: signal.Signals) -> None:

@@ -26,13 +26,15 @@ from research_rl.pipeline.extras import missing_extras
 from research_rl.pipeline.stages import Workspace
 from research_rl.process import services
 from research_rl.process.services import Endpoint
-from research_rl.retriever import LOOPBACK, TOKEN, checked_token, fleet, read_token
+from research_rl.process.tokens import checked_token, token_from
+from research_rl.retriever import LOOPBACK, TOKEN, fleet
 from research_rl.retriever.client import RetrieverClient
 
-__all__ = ["TOKEN", "main", "require_same_index", "running", "serve"]
+__all__ = ["TOKEN", "launch", "main", "require_same_index", "running", "serve"]
 
 _ANSWER_S = 10.0
-
+_CLOSE_S = 5.0
+"""What a retriever needs after `retriever.drain_s` to close its index and end."""
 _LOG = logging.getLogger("research_rl.retriever")
 
 
@@ -43,23 +45,30 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
     Raises ServiceError when the given one does not answer a search or serves another index than the workspace's, or when the
     started one does not answer within `retriever.start_deadline_s`.
     """
-    settings, token = config.retriever, read_token()
-    if given := settings.url or fleet.address(settings.urls):
+    retriever, token = config.retriever, token_from(TOKEN)
+    if given := retriever.url or fleet.address(retriever.urls):
         for part in fleet.parts(given):
             _require_answer(",".join(part), token)
         endpoint = Endpoint(given, token)
         require_same_index(endpoint, workspace)
         yield endpoint
         return
-    port = services.require_free(settings.host, settings.port, "retriever.port")
-    url = f"http://{settings.host}:{port}"
-    command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--port", str(port)]
-    command += ["--config", settings.model_dump_json()]
-    env = python_path(os.environ.get("PYTHONPATH"))
-    with services.guarded(
-        "retriever", command, folder=workspace.services, health_url=f"{url}/readyz", deadline_s=settings.start_deadline_s, env=env
-    ):
+    port = services.require_free(retriever.host, retriever.port, "retriever.port")
+    process = launch(config, workspace, port, folder=workspace.services)
+    try:
+        url = services.base_url(retriever.host, port)
+        services.wait_healthy(process, f"{url}/readyz", retriever.start_deadline_s)
         yield Endpoint(url, token)
+    finally:
+        process.stop()
+
+
+def launch(config: Config, workspace: Workspace, port: int, *, folder: Path, part: str = "1/1") -> services.Process:
+    """Start the retriever of a workspace on `port` as a guarded process; `folder` gets its pid file and log. Raises ServiceError."""
+    command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--port", str(port)]
+    command += ["--part", part, "--config", config.retriever.model_dump_json()]
+    env = python_path(os.environ.get("PYTHONPATH"))
+    return services.spawn("retriever", command, folder=folder, env=env, grace_s=config.retriever.drain_s + _CLOSE_S)
 
 
 def require_same_index(endpoint: Endpoint, workspace: Workspace) -> None:
@@ -112,7 +121,7 @@ def serve(config: Config, workspace: Workspace, part: str = "1/1") -> None:
 
     Raises ServiceError, ManifestError or ConfigError.
     """
-    _serve(config.retriever, workspace, read_token(), _part(part))
+    _serve(config.retriever, workspace, token_from(TOKEN), _part(part))
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -151,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _config(arguments)
         path = arguments.token_file
-        token = checked_token(path.read_text(errors="replace"), str(path)) if path else read_token()
+        token = checked_token(path.read_text(errors="replace"), str(path)) if path else token_from(TOKEN)
         with missing_extras():
             _serve(config, Workspace(arguments.workspace.resolve()), token, _part(arguments.part))
     except ResearchError as error:

@@ -56,6 +56,8 @@ def _vllm(config: ServingConfig, model: ModelFolder, served_name: str, interpret
         *("--max-model-len", str(context)),
         *("--max-num-seqs", str(config.max_sequences)),
         *("--tensor-parallel-size", str(config.tensor_parallel)),
+        # Its default lets pages of every origin read the answers.
+        *("--allowed-origins", "[]"),
         "--disable-uvicorn-access-log",
     ]
     env = {**_OFFLINE, "VLLM_API_KEY": token, "VLLM_LOGGING_COLOR": "0"}

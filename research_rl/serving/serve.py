@@ -7,7 +7,6 @@ when it serves this very model, which its served name proves.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import threading
 from collections.abc import Generator
@@ -20,7 +19,9 @@ from research_rl.config import Config
 from research_rl.errors import ServiceError
 from research_rl.paths import interpreter_path
 from research_rl.pipeline.stages import Workspace
-from research_rl.process.services import Endpoint, guarded, require_free
+from research_rl.process.private import write_private
+from research_rl.process.services import Endpoint, base_url, guarded, require_free
+from research_rl.process.tokens import token_from
 from research_rl.serving import launch
 from research_rl.serving.model import ModelFolder, check, served_name
 
@@ -60,9 +61,9 @@ def serve(config: Config, workspace: Workspace, folder: Path | None = None) -> N
 @contextmanager
 def _started(config: Config, workspace: Workspace, model: ModelFolder, name: str) -> Generator[Endpoint]:
     serving = config.serving
-    token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+    token = token_from(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
     port = require_free(serving.host, serving.port, "serving.port")
-    endpoint = Endpoint(f"http://{_reachable(serving.host)}:{port}", token, served_name(model.path))
+    endpoint = Endpoint(base_url(serving.host, port), token, served_name(model.path))
     plan = launch.render(
         serving,
         model,
@@ -82,25 +83,36 @@ def _started(config: Config, workspace: Workspace, model: ModelFolder, name: str
         env=plan.env,
     )
     with _files(plan.files), service:
+        # A health check asks for no token: another server that took the port in between would pass it.
+        if endpoint.model not in (names := _served(endpoint.url, token)):
+            raise ServiceError(
+                f"{endpoint.url} serves {names}, not {endpoint.model!r}; another server took serving.port={port}, name another"
+            )
         yield endpoint
 
 
-def _existing(url: str, wanted: str) -> Endpoint:
-    """Return the endpoint of a server started by others, after asking what it serves."""
-    base, token = url.removesuffix("/").removesuffix("/v1"), os.environ.get(TOKEN_VARIABLE)
-    try:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        reply = httpx.get(f"{base}/v1/models", headers=headers, timeout=10.0, trust_env=False).raise_for_status()
-        names = [str(item["id"]) for item in reply.json()["data"]]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+def _existing(url: str, model: str) -> Endpoint:
+    """Return the endpoint of a server started by others, after asking what it serves. Raises ServiceError."""
+    base, token = url.removesuffix("/").removesuffix("/v1"), token_from(TOKEN_VARIABLE)
+    if model not in (names := _served(base, token)):
         raise ServiceError(
-            f"serving.url={url!r} does not answer /v1/models ({error}); start it, set {TOKEN_VARIABLE}, or clear serving.url"
-        ) from None
-    if wanted not in names:
-        raise ServiceError(
-            f"serving.url={url!r} serves {names}, this stage needs {wanted!r}; start it with `research serve-model --model FOLDER`"
+            f"serving.url={url!r} serves {names}, this stage needs {model!r}; start it with `research serve-model --model FOLDER`"
         )
-    return Endpoint(base, token, wanted)
+    return Endpoint(base, token, model)
+
+
+def _served(url: str, token: str | None) -> list[str]:
+    """Return the names of the models that a server has. Raises ServiceError."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        reply = httpx.get(f"{url}/v1/models", headers=headers, timeout=10.0, trust_env=False)
+        if reply.status_code in (401, 403):
+            raise ServiceError(f"{url} refuses the token (HTTP {reply.status_code}); set {TOKEN_VARIABLE} to the server's")
+        return [str(model["id"]) for model in reply.raise_for_status().json()["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        raise ServiceError(
+            f"{url} does not answer /v1/models ({error}); start the server of serving.url, or clear serving.url to have one started"
+        ) from None
 
 
 def _interpreter(config: Config) -> str:
@@ -113,25 +125,13 @@ def _interpreter(config: Config) -> str:
     return str(path)
 
 
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in {"0.0.0.0", ""} else host
-
-
 @contextmanager
 def _files(files: dict[Path, str]) -> Generator[None]:
     try:
         for path, text in files.items():
-            _write_private(path, text)
+            write_private(path, text)
         yield
     finally:
         for path in files:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write a file that its owner alone can read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
-        stream.write(text)

@@ -7,8 +7,6 @@ retriever; (4) a retriever that keeps failing is started ever more rarely, at mo
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -21,19 +19,19 @@ from prefect.artifacts import create_markdown_artifact
 
 from research_rl.config import Config
 from research_rl.errors import ServiceError
-from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
-from research_rl.process.services import Process, reap, require_free, spawn, wait_healthy
+from research_rl.process.services import Process, base_url, reap, require_free, wait_healthy
+from research_rl.process.tokens import token_from
 from research_rl.report import markdown
-from research_rl.retriever import read_token
+from research_rl.retriever import TOKEN
+from research_rl.retriever.command import launch
 from tasks.artifacts import showing
 
 __all__ = ["keep", "stop_serving"]
 
-_NAME = "retriever"
 _EVERY_S = 2.0
-_DEAF = 5
+_FAILED_CHECKS = 5
 """Failed health checks in a row after which a retriever that still runs is started again."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _STABLE_S = 60.0
@@ -50,8 +48,7 @@ def keep(config: Config, workspace: Workspace, part: str = "1/1", until: Callabl
     Raises ServiceError when the first start fails; later failures are answered by another start.
     """
     port = require_free(config.retriever.host, config.retriever.port, "retriever.port")
-    host = f"[{config.retriever.host}]" if ":" in config.retriever.host else config.retriever.host
-    url, starts, pause = f"http://{host}:{port}", 0, _FIRST_PAUSE_S
+    url, starts, pause = base_url(config.retriever.host, port), 0, _FIRST_PAUSE_S
     while not until():
         began = time.monotonic()
         try:
@@ -73,10 +70,7 @@ def keep(config: Config, workspace: Workspace, part: str = "1/1", until: Callabl
 
 @contextmanager
 def _started(config: Config, workspace: Workspace, port: int, url: str, part: str) -> Generator[Process]:
-    command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--port", str(port)]
-    command += ["--part", part, "--config", config.retriever.model_dump_json()]
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
-    process = spawn(_NAME, command, folder=_folder(workspace), env=env)
+    process = launch(config, workspace, port, folder=_folder(workspace), part=part)
     try:
         wait_healthy(process, f"{url}/readyz", config.retriever.start_deadline_s)
         get_run_logger().info("retriever at %s, log %s", url, process.log)
@@ -87,14 +81,14 @@ def _started(config: Config, workspace: Workspace, port: int, url: str, part: st
 
 def _watched(process: Process, workspace: Workspace, url: str, until: Callable[[], bool]) -> str:
     """Return why the retriever has to be started again, or nothing of interest once `until` says so."""
-    deaf, edition = 0, _edition(workspace)
+    failed, edition = 0, _edition(workspace)
     while not until():
         time.sleep(_EVERY_S)
         if (code := process.poll()) is not None:
             return f"ended with code {code}"
-        deaf = 0 if _answers(url) else deaf + 1
-        if deaf >= _DEAF:
-            return f"did not answer {deaf} times"
+        failed = 0 if _answers(url) else failed + 1
+        if failed >= _FAILED_CHECKS:
+            return f"failed {failed} health checks in a row"
         if (now := _edition(workspace)) and now != edition:
             return "serves an index that was built anew since"
     return "was told to end"
@@ -117,7 +111,8 @@ def _answers(url: str) -> bool:
 
 def _show(workspace: Workspace, url: str, starts: int) -> None:
     """Publish the address and what is served as an artifact; each start is a new version of it."""
-    headers = {"Authorization": f"Bearer {token}"} if (token := read_token()) else {}
+    token = token_from(TOKEN)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     rows = [("address", url), ("description", f"{url}/openapi.json"), ("metrics", f"{url}/metrics"), ("start", str(starts))]
     with showing("the retriever's address"):
         facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, trust_env=False).raise_for_status().json()

@@ -40,8 +40,8 @@ def memory_mib(workspace: Workspace, parts: int = 1) -> int:
     return round(_PROCESS_MIB + torch + (2 * encoder + mapped) / _MIB)
 
 
-def _bytes(found: Manifest, prefix: str) -> int:
-    return sum(entry.size for entry in found.files if entry.path.startswith(prefix))
+def _bytes(artifact: Manifest, prefix: str) -> int:
+    return sum(entry.size for entry in artifact.files if entry.path.startswith(prefix))
 
 
 def rendered(workspace: Workspace, image: str | None = None, parts: int = 1) -> str:

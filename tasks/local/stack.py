@@ -12,35 +12,35 @@ import os
 import secrets
 import subprocess
 import sys
-import time
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import httpx
-import psutil
 
 from research_rl.errors import ResearchError, ServiceError
 from research_rl.paths import CHECKOUT
+from research_rl.process import proxies, services
+from research_rl.process.private import write_private
 from research_rl.process.services import reap, require_free
-from tasks.local import settings
-from tasks.local.settings import ADDRESSES
+from tasks import settings
+from tasks.local import apps
+from tasks.settings import ADDRESSES
 
 __all__ = ["Stack", "main"]
 
 BUCKET = "research-rl"
-_HOST = "127.0.0.1"
 _START_S = 240.0
+_GRACE_S = 5.0
 _BIN = Path(sys.executable).parent
+_SERVERS = ("prefect-server", "mlflow-server", "prefect-worker")
 
 
 @dataclass(frozen=True)
 class Service:
-    """One background process: its command, and the address that answers 200 once it is ready (None: ready when started)."""
+    """One background process: its command, its environment, and the address that answers 200 once it is ready (None: at once)."""
 
     name: str
     command: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict[str, str])
     health: str | None = None
 
 
@@ -56,19 +56,23 @@ class Stack:
         self.folder = settings.stack_folder(self.state)
 
     def up(self) -> dict[str, str]:
-        """Start what does not run, deploy everything, return the addresses. Raises ServiceError."""
-        if self.running() >= {"prefect-server", "mlflow-server", "prefect-worker"}:
-            return self.addresses()
+        """Start what does not run, deploy everything, return the variables of clients. Raises ServiceError."""
+        proxies.require_usable()
+        running = self.running()
+        if running and not (self.folder / settings.KEYS).is_file():
+            raise ServiceError(f"{', '.join(sorted(running))} of an earlier release run without a key; run `make down`, then `make up`")
+        if running >= set(_SERVERS):
+            return self.variables()
         addresses = self._choose()
-        env = self._environment(addresses)
-        self._start(self._prefect(addresses), env)
-        self._start(self._mlflow(addresses), env)
-        for name, service in (("prefect-server", self._prefect(addresses)), ("mlflow-server", self._mlflow(addresses))):
-            self._wait(name, service.health or "")
+        env = {**self._environment(), **self.variables()}
+        servers = self._prefect(addresses), self._mlflow(addresses)
+        for service, process in [(service, self._start(service)) for service in servers]:
+            services.wait_healthy(process, service.health or "", _START_S)
         self._deploy(env)
-        settings.point_prefect_at(self.state, addresses["PREFECT_API_URL"])
-        self._start(Service("prefect-worker", (str(_BIN / "prefect"), "worker", "start", "--pool", "laptop", "--type", "process")), env)
-        return addresses
+        settings.point_prefect_at(self.state, env)
+        worker = (str(_BIN / "prefect"), "worker", "start", "--pool", "laptop", "--type", "process")
+        self._start(Service("prefect-worker", worker, env))
+        return self.variables()
 
     def down(self) -> list[str]:
         """Stop everything `up` or `s3` started; return the names of what ran."""
@@ -79,29 +83,32 @@ class Stack:
 
     def running(self) -> set[str]:
         """Return the names of the services that run now."""
-        return {path.stem for path in self.folder.glob("*.pid") if _alive(path)}
+        return services.running(self.folder)
 
     def addresses(self) -> dict[str, str]:
         """Return the addresses of the last `up` by environment variable; empty when nothing was started."""
-        path = self.folder / ADDRESSES
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return settings.recorded(self.state)
+
+    def variables(self) -> dict[str, str]:
+        """Return what a client needs in its environment: the addresses of the last `up`, and the keys."""
+        return {**self.addresses(), **settings.keys(self.state)}
 
     def s3(self) -> dict[str, str]:
         """Start an S3 server for DVC remotes and return the variables its clients need. Raises ServiceError."""
         known = self.addresses()
         if "s3" in self.running() and "AWS_ENDPOINT_URL" in known:
             return known
-        ports = [require_free(_HOST, int(os.environ.get("RESEARCH_S3_PORT", "8333")), "RESEARCH_S3_PORT")]
-        ports += [require_free(_HOST, 0, "") for _ in range(7)]
+        ports = [require_free(apps.HOST, int(os.environ.get("RESEARCH_S3_PORT", "8333")), "RESEARCH_S3_PORT")]
+        ports += [require_free(apps.HOST, 0, "") for _ in range(7)]
         known |= {
-            "AWS_ENDPOINT_URL": f"http://{_HOST}:{ports[0]}",
-            "AWS_ACCESS_KEY_ID": "research",
+            "AWS_ENDPOINT_URL": f"http://{apps.HOST}:{ports[0]}",
+            "AWS_ACCESS_KEY_ID": settings.USER,
             "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         self._write(known)
-        self._start(Service("s3", s3_command(self.state / ".services" / "s3", ports, known)), {})
-        self._wait("s3", known["AWS_ENDPOINT_URL"] + "/status")
+        process = self._start(Service("s3", s3_command(self.state / ".services" / "s3", ports, known)))
+        services.wait_healthy(process, known["AWS_ENDPOINT_URL"] + "/status", _START_S)
         _make_bucket(known)
         return known
 
@@ -113,27 +120,20 @@ class Stack:
             ("MLFLOW_TRACKING_URI", "RESEARCH_MLFLOW_PORT", "5000", "mlflow-server", ""),
         ):
             if service not in running or name not in known:
-                port = require_free(_HOST, int(os.environ.get(variable, default)), variable)
-                known[name] = f"http://{_HOST}:{port}{path}"
+                port = require_free(apps.HOST, int(os.environ.get(variable, default)), variable)
+                known[name] = f"http://{apps.HOST}:{port}{path}"
         self._write(known)
         return known
 
     def _write(self, addresses: Mapping[str, str]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / ADDRESSES
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(dict(addresses), indent=1))
+        write_private(self.folder / ADDRESSES, json.dumps(dict(addresses), indent=1))
 
-    def _environment(self, addresses: Mapping[str, str]) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         return {
-            **addresses,
             "PREFECT_HOME": self.home,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_UI_API_URL": addresses["PREFECT_API_URL"],
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "DO_NOT_TRACK": "1",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "RESEARCH_CHECKOUT": str(CHECKOUT),
             "PYTHONPATH": str(CHECKOUT),
             "PATH": f"{_BIN}:{os.environ.get('PATH', os.defpath)}",
@@ -141,59 +141,22 @@ class Stack:
 
     def _prefect(self, addresses: Mapping[str, str]) -> Service:
         url = addresses["PREFECT_API_URL"]
-        port = url.removesuffix("/api").rpartition(":")[2]
-        return Service("prefect-server", (str(_BIN / "prefect"), "server", "start", "--host", _HOST, "--port", port), url + "/health")
+        port = _port(url.removesuffix("/api"))
+        env = apps.prefect_environment(port, settings.keys(self.state)["PREFECT_API_AUTH_STRING"])
+        return Service("prefect-server", apps.command("prefect", port), {**self._environment(), **env}, url + "/health")
 
     def _mlflow(self, addresses: Mapping[str, str]) -> Service:
         uri = addresses["MLFLOW_TRACKING_URI"]
-        root = self.state
-        store = ("--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--default-artifact-root", (root / "mlartifacts").as_uri())
-        command = (
-            str(_BIN / "mlflow"),
-            "server",
-            "--host",
-            _HOST,
-            "--port",
-            uri.rpartition(":")[2],
-            "--workers",
-            "1",
-            "--no-serve-artifacts",
+        env = apps.mlflow_environment(_port(uri), self.state, settings.keys(self.state))
+        return Service("mlflow-server", apps.command("mlflow", _port(uri)), {**self._environment(), **env}, uri + "/health")
+
+    def _start(self, service: Service) -> services.Watched:
+        """Start a service unless it runs; it outlives this process. Raises ServiceError."""
+        if process := services.find(self.folder, service.name):
+            return process
+        return services.spawn(
+            service.name, service.command, folder=self.folder, env=service.env, cwd=CHECKOUT, grace_s=_GRACE_S, detached=True
         )
-        return Service("mlflow-server", (*command, *store), uri + "/health")
-
-    def _start(self, service: Service, env: Mapping[str, str]) -> None:
-        """Start a service in its own session unless it runs; it outlives this process."""
-        pid_file = self.folder / f"{service.name}.pid"
-        if _alive(pid_file):
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        marker = uuid.uuid4().hex
-        with (self.folder / f"{service.name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                service.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                cwd=CHECKOUT,
-                env={**os.environ, **env, "RESEARCH_SERVICE_ID": marker},
-            )
-        record = {"pid": process.pid, "started": psutil.Process(process.pid).create_time(), "marker": marker, "command": service.command}
-        pid_file.write_text(json.dumps(record))
-
-    def _wait(self, name: str, health: str) -> None:
-        deadline = time.monotonic() + _START_S
-        while _alive(self.folder / f"{name}.pid") and time.monotonic() < deadline:
-            try:
-                if httpx.get(health, timeout=5.0, trust_env=False).is_success:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.3)
-        log = self.folder / f"{name}.log"
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        why = "is silent" if _alive(self.folder / f"{name}.pid") else "ended"
-        raise ServiceError(f"{name} {why} after at most {_START_S:g} s at {health}; its log {log} ends with:\n{tail}")
 
     def _deploy(self, env: Mapping[str, str]) -> None:
         """Make the work pools and deploy everything in prefect.yaml. Raises ServiceError."""
@@ -203,11 +166,17 @@ class Stack:
 
     def _run(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
         command = [str(_BIN / "prefect"), "--no-prompt", *arguments]
-        done = subprocess.run(command, cwd=CHECKOUT, env={**os.environ, **env}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        whole_env = {**os.environ, **env}
+        whole_env |= proxies.bypass_loopback(whole_env)
+        done = subprocess.run(command, cwd=CHECKOUT, env=whole_env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise ServiceError(
                 f"`{' '.join(command[1:])}` ended with code {done.returncode}: {(done.stdout + done.stderr).strip()[-1500:]}"
             )
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 def s3_command(folder: Path, ports: Sequence[int], keys: Mapping[str, str]) -> tuple[str, ...]:
@@ -215,9 +184,8 @@ def s3_command(folder: Path, ports: Sequence[int], keys: Mapping[str, str]) -> t
     folder.mkdir(parents=True, exist_ok=True)
     access = {"accessKey": keys["AWS_ACCESS_KEY_ID"], "secretKey": keys["AWS_SECRET_ACCESS_KEY"]}
     config = folder / "s3.json"
-    config.touch(mode=0o600)
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    config.write_text(json.dumps({"identities": [{"name": "research", "credentials": [access], "actions": actions}]}))
+    write_private(config, json.dumps({"identities": [{"name": settings.USER, "credentials": [access], "actions": actions}]}))
     names = ("s3.port", "master.port", "volume.port", "filer.port")
     names += tuple(f"{name}.grpc" for name in names)
     flags = tuple(f"-{name}={port}" for name, port in zip(names, ports, strict=True))
@@ -226,8 +194,8 @@ def s3_command(folder: Path, ports: Sequence[int], keys: Mapping[str, str]) -> t
         weed,
         "server",
         f"-dir={folder}",
-        f"-ip={_HOST}",
-        f"-ip.bind={_HOST}",
+        f"-ip={apps.HOST}",
+        f"-ip.bind={apps.HOST}",
         "-s3",
         f"-s3.config={config}",
         "-s3.port.iceberg=0",
@@ -250,21 +218,20 @@ def _make_bucket(keys: Mapping[str, str]) -> None:
         client.create_bucket(Bucket=BUCKET)
 
 
-def _alive(pid_file: Path) -> bool:
-    try:
-        record = json.loads(pid_file.read_text())
-        process = psutil.Process(int(record["pid"]))
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(record["started"])) < 1.0
-    except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
-        return False
-
-
 def _up(stack: Stack) -> None:
-    addresses = stack.up()
-    interface = addresses["PREFECT_API_URL"].removesuffix("/api")
-    print(f"Prefect  {interface}\nMLflow   {addresses['MLFLOW_TRACKING_URI']}\nlogs     {stack.folder}")
-    print("\nStart a run with:\n")
-    print(f"  PREFECT_API_URL={addresses['PREFECT_API_URL']} .venv/bin/prefect deployment run research-train/laptop --watch\n")
+    variables = stack.up()
+    interface = variables["PREFECT_API_URL"].removesuffix("/api")
+    print(f"Prefect  {interface}\nMLflow   {variables['MLFLOW_TRACKING_URI']}\nlogs     {stack.folder}")
+    print(f"keys     {stack.folder / settings.KEYS}: Prefect's page asks once for the value of PREFECT_API_AUTH_STRING,")
+    print(f"         MLflow's for the user {settings.USER} and the value of MLFLOW_TRACKING_PASSWORD")
+    print("\nStart a run, in the checkout, with:\n")
+    print("  .venv/bin/prefect deployment run research-train/laptop --watch\n")
+    if (proxied := sorted(name for name in os.environ if name.lower() in ("http_proxy", "all_proxy"))) and "127.0.0.1" not in _no_proxy():
+        print(f"{', '.join(proxied)} is set; `prefect` reaches this server with NO_PROXY=127.0.0.1,localhost in its environment\n")
+
+
+def _no_proxy() -> str:
+    return os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
 
 
 def _down(stack: Stack) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.settings import sign_in
 from tasks.tracking.journal import Place, read
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class _Sender:
         from mlflow import MlflowClient
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or str(event["uri"])
+        sign_in(uri)
         self.client = MlflowClient(tracking_uri=uri)
         self.place.uri = uri
         self.place.experiment = _experiment(self.client, str(event["experiment"]), str(event["artifacts"]))
@@ -188,6 +190,7 @@ class _Sender:
         from mlflow import MlflowClient
 
         if self.client is None:
+            sign_in(self.place.uri)
             self.client = MlflowClient(tracking_uri=self.place.uri)
         return self.client
 

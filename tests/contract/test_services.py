@@ -15,7 +15,7 @@ import pytest
 
 from research_rl.errors import ServiceError
 from research_rl.paths import CHECKOUT
-from research_rl.process.services import free_port, guarded, reap, require_free, spawn
+from research_rl.process.services import free_port, guarded, reap, require_free, running, spawn
 
 
 def _http(port: int) -> list[str]:
@@ -94,6 +94,72 @@ def test_reap_ends_orphans_of_a_killed_guardian(tmp_path: Path) -> None:
     assert psutil.pid_exists(child)
     assert reap(tmp_path) == ["orphan"]
     assert _gone(child)
+
+
+def test_reap_leaves_alone_what_a_living_process_owns(tmp_path: Path) -> None:
+    """`research run` in another terminal holds no lock; a flow that opens the same workspace must not end its services."""
+    owner = "import sys; from pathlib import Path; from research_rl.process.services import spawn;"
+    owner += "spawn('svc', ['sleep', '600'], folder=Path(sys.argv[1])); print('up', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", owner, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CHECKOUT) as process:
+        assert process.stdout and process.stdout.readline() == b"up\n"
+        assert reap(tmp_path) == [] and running(tmp_path) == {"svc"}
+    assert running(tmp_path) == set(), "it ends with its owner"
+
+
+def test_a_detached_process_has_no_owner_and_is_ended_by_reap(tmp_path: Path) -> None:
+    process = spawn("server", ["sleep", "600"], folder=tmp_path, detached=True)
+    assert reap(tmp_path) == ["server"]
+    assert process.popen.wait(5) is not None and not (tmp_path / "server.pid").exists()
+
+
+def test_a_clock_that_is_set_changes_no_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds since 1970 are computed from the time of boot, which moves when the clock is set by 5 s."""
+    process = spawn("svc", ["sleep", "600"], folder=tmp_path)
+    boot = psutil.boot_time()
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot - 5)
+    try:
+        with pytest.raises(ServiceError, match="svc already runs"):
+            spawn("svc", ["sleep", "600"], folder=tmp_path)
+        assert running(tmp_path) == {"svc"}
+    finally:
+        process.stop()
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "7", "{}", '{"pid": 1', ""])
+def test_a_torn_pid_file_is_nobodys_process(tmp_path: Path, text: str) -> None:
+    (tmp_path / "svc.pid").write_text(text)
+    assert running(tmp_path) == set() and reap(tmp_path) == []
+    assert not (tmp_path / "svc.pid").exists()
+
+
+def test_a_service_gets_the_time_it_asked_for_to_end(tmp_path: Path) -> None:
+    """A retriever that answers waiting requests for `drain_s` must not be killed before."""
+    slow = "import pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]);"
+    slow += "end = lambda *_: (time.sleep(2), (folder / 'done').touch(), sys.exit(3)); signal.signal(signal.SIGTERM, end);"
+    slow += "(folder / 'up').touch(); time.sleep(600)"
+    for name, grace_s, code in (("patient", 30.0, 3), ("hasty", 0.2, 137)):
+        folder = tmp_path / name
+        folder.mkdir()
+        process = spawn(name, [sys.executable, "-c", slow, str(folder)], folder=folder, grace_s=grace_s)
+        while not (folder / "up").exists():
+            assert process.poll() is None, process.tail()
+            time.sleep(0.02)
+        process.stop()
+        assert (folder / "done").exists() is (code == 3)
+
+
+def test_what_is_started_sends_no_loopback_traffic_to_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    port = free_port()
+    asks = f"import httpx, time; r = httpx.get('http://127.0.0.1:{port}/'); print('answered', r.status_code, flush=True); time.sleep(600)"
+    with guarded("web", _http(port), folder=tmp_path, health_url=f"http://127.0.0.1:{port}/", deadline_s=30):
+        client = spawn("client", [sys.executable, "-c", asks], folder=tmp_path)
+        while client.poll() is None and "answered 200" not in client.tail():
+            time.sleep(0.05)
+        assert client.poll() is None, client.tail()
+        client.stop()
 
 
 def test_reap_leaves_a_reused_pid_alone(tmp_path: Path) -> None:

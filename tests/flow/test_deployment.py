@@ -47,12 +47,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Generator[Stack]:
 
 
 def prefect(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **stack.addresses(), "PREFECT_HOME": stack.home}
+    env = {**os.environ, **stack.variables(), "PREFECT_HOME": stack.home}
     return subprocess.run([PREFECT, "--no-prompt", *arguments], env=env, capture_output=True, text=True, cwd=CHECKOUT)
 
 
 def api(stack: Stack, path: str, **body: object) -> list[dict[str, object]]:
-    return httpx.post(f"{stack.addresses()['PREFECT_API_URL']}/{path}", json=body, timeout=30, trust_env=False).raise_for_status().json()
+    variables = stack.variables()
+    user, _, key = variables["PREFECT_API_AUTH_STRING"].partition(":")
+    url = f"{variables['PREFECT_API_URL']}/{path}"
+    return httpx.post(url, json=body, auth=(user, key), timeout=30, trust_env=False).raise_for_status().json()
 
 
 def until(true: Callable[[], bool], deadline_s: float) -> bool:
@@ -66,9 +69,9 @@ def until(true: Callable[[], bool], deadline_s: float) -> bool:
 
 def test_up_deploys_everything_and_twice_is_once(stack: Stack) -> None:
     flows = {str(flow["id"]): flow["name"] for flow in api(stack, "flows/filter")}
-    found = api(stack, "deployments/filter")
-    assert {f"{flows[str(item['flow_id'])]}/{item['name']}" for item in found} == DEPLOYMENTS
-    schedules = {str(item["name"]): item["schedules"] for item in found}
+    deployments = api(stack, "deployments/filter")
+    assert {f"{flows[str(item['flow_id'])]}/{item['name']}" for item in deployments} == DEPLOYMENTS
+    schedules = {str(item["name"]): item["schedules"] for item in deployments}
     assert [schedule["active"] for name in ("nightly", "weekly") for schedule in schedules[name]] == [False, False]  # type: ignore[index, union-attr]
     assert stack.running() == {"prefect-server", "mlflow-server", "prefect-worker"}
     pids = {path.name: path.read_text() for path in stack.folder.glob("*.pid")}

@@ -8,7 +8,8 @@ import pytest
 
 from research_rl.config import RetrieverConfig
 from research_rl.errors import ConfigError
-from research_rl.retriever import checked_token, command
+from research_rl.process.tokens import checked_token
+from research_rl.retriever import command
 from research_rl.retriever.access import Access
 
 
@@ -68,6 +69,6 @@ def test_a_service_for_others_needs_a_token_or_says_that_it_has_none(capsys: pyt
 def test_a_token_is_taken_without_line_end_and_refused_when_no_header_carries_it() -> None:
     assert checked_token("secret\n", "the file") == "secret" and checked_token(" \n", "the file") is None
     for token in ("gehéim", "two words", "a\nb", "a\x00b"):
-        with pytest.raises(ConfigError, match="the file holds a blank, a control character or one outside ASCII") as refused:
+        with pytest.raises(ConfigError, match=r"the file has the character U\+[0-9A-F]{4} at position \d+") as refused:
             checked_token(token, "the file")
         assert token not in str(refused.value)

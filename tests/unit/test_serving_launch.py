@@ -54,6 +54,7 @@ def test_vllm_on_cpu_compiles_nothing_and_keeps_the_engine_in_one_process(tmp_pa
     assert option(plan.command, "--served-model-name") == "policy-x"
     assert option(plan.command, "--dtype") == "bfloat16"
     assert option(plan.command, "--host") == "127.0.0.1"
+    assert option(plan.command, "--allowed-origins") == "[]", "no web page may read the answers"
     assert "--enforce-eager" in plan.command
     wanted = {"TORCH_COMPILE_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": "1"}
     assert wanted.items() <= plan.env.items()

@@ -12,8 +12,9 @@ import yaml
 
 from research_rl.errors import ServiceError
 from research_rl.paths import CHECKOUT
-from tasks.local.settings import ADDRESSES
+from research_rl.process.services import spawn
 from tasks.local.stack import Stack, main, s3_command
+from tasks.settings import ADDRESSES
 
 
 def test_a_port_in_use_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +33,24 @@ def test_a_pid_file_of_another_process_is_not_ours(tmp_path: Path) -> None:
     (stack.folder / "prefect-server.pid").write_text(json.dumps({"pid": os.getpid(), "started": 1.0, "marker": "x", "command": []}))
     assert stack.running() == set()
     assert stack.down() == []
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{"])
+def test_a_torn_pid_file_is_no_running_service(tmp_path: Path, text: str) -> None:
+    stack = Stack(tmp_path)
+    stack.folder.mkdir(parents=True)
+    (stack.folder / "prefect-server.pid").write_text(text)
+    assert stack.running() == set() and stack.down() == []
+
+
+def test_servers_that_an_earlier_release_started_without_a_key_are_not_taken_over(tmp_path: Path) -> None:
+    stack = Stack(tmp_path)
+    spawn("prefect-server", ["sleep", "60"], folder=stack.folder, detached=True)
+    try:
+        with pytest.raises(ServiceError, match=r"prefect-server .* without a key; run `make down`"):
+            stack.up()
+    finally:
+        assert stack.down() == ["prefect-server"]
 
 
 def test_keys_of_the_s3_server_are_readable_by_their_owner_alone(tmp_path: Path) -> None:

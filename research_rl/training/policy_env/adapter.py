@@ -24,7 +24,8 @@ from research_rl.config import JudgeConfig, PromptConfig, RewardConfig
 from research_rl.episode.agent import Completion, Limits, run_episode
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer
 from research_rl.episode.trajectory import Trajectory
-from research_rl.retriever import read_token
+from research_rl.process.tokens import token_from
+from research_rl.retriever import TOKEN
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Patience, PauseGate
 from research_rl.reward.grader import Case, Grader
@@ -154,7 +155,7 @@ def _shared(settings: str, model: str) -> _Shared:
     """Return what this process's episodes share: verl makes a loop per episode, and reading all this takes longer than a turn."""
     told, tokenizer = json.loads(settings), load_tokenizer(Path(model))
     limits = Limits(**told["limits"])
-    client = RetrieverClient(told["retriever_url"], read_token(), limits.search_timeout_s, connections=told["in_flight"])
+    client = RetrieverClient(told["retriever_url"], token_from(TOKEN), limits.search_timeout_s, connections=told["in_flight"])
     return _Shared(
         tokenizer,
         eos_ids(Path(model), tokenizer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from pathlib import Path
 from research_rl.config import Config
 from research_rl.errors import TrainingError
 from research_rl.paths import interpreter_path
+from research_rl.process.private import private_folder
 from research_rl.training.run import launch
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.overrides import Paths
@@ -102,5 +104,9 @@ def interpreter(config: Config) -> Path:
 
 
 def ray_folder(work: Path) -> Path:
-    """Return Ray's private folder for a work folder: short, since a socket's path may have 107 bytes only."""
-    return Path(tempfile.gettempdir()) / f"rr-{hashlib.sha256(str(work).encode()).hexdigest()[:10]}"
+    """Return Ray's folder for a work folder: short, since a socket's path may have 107 bytes only, and below one of this user alone.
+
+    Ray gives its own folder mode 0777, and everybody can tell its name. Raises ServiceError when the user's folder is another's.
+    """
+    own = private_folder(Path(tempfile.gettempdir()) / f"rr-{os.getuid()}")
+    return own / hashlib.sha256(str(work).encode()).hexdigest()[:10]
