@@ -1,6 +1,6 @@
 """The one configuration tree, its files and its command line. Frozen, no unknown keys, every field described; knows no stage."""
 
-from research_rl.config.files import apply_overrides, config_hash, describe, dump, load, load_profile, profiles, save
+from research_rl.config.files import apply_overrides, config_hash, content_tree, describe, dump, load, load_profile, profiles, save
 from research_rl.config.sections import (
     Config,
     CorpusConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "WatchRule",
     "apply_overrides",
     "config_hash",
+    "content_tree",
     "describe",
     "dump",
     "load",

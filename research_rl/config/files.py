@@ -16,10 +16,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from research_rl.config.sections import Config
+from research_rl.episode import template_text
 from research_rl.errors import ConfigError
 from research_rl.paths import PROFILES
 
-__all__ = ["apply_overrides", "config_hash", "describe", "dump", "load", "load_profile", "profiles", "save"]
+__all__ = ["apply_overrides", "config_hash", "content_tree", "describe", "dump", "load", "load_profile", "profiles", "save"]
 
 
 def profiles() -> list[str]:
@@ -91,9 +92,15 @@ def _describe(model: type[BaseModel], prefix: str) -> list[str]:
     return lines
 
 
-def config_hash(config: Config, sections: Iterable[str]) -> str:
-    """Return the sha256 of the named top-level sections in canonical JSON."""
+def content_tree(config: Config) -> dict[str, Any]:
+    """Return the resolved tree with the content's sha256 in the place of each file that shapes results."""
     tree = config.model_dump(mode="json")
+    return {**tree, "prompt": template_text.by_content(tree["prompt"])}
+
+
+def config_hash(config: Config, sections: Iterable[str]) -> str:
+    """Return the sha256 of the named top-level sections in canonical JSON; a file counts by its content."""
+    tree = content_tree(config)
     part = {name: tree[name] for name in sorted(sections)}
     return hashlib.sha256(json.dumps(part, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
