@@ -15,6 +15,7 @@ from typing import Any, cast, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from research_rl.config import template_text
 from research_rl.config.sections import Config
 from research_rl.errors import ConfigError
 from research_rl.paths import PROFILES
@@ -138,9 +139,13 @@ def dump(config: Config) -> str:
 
 
 def parameters(config: Config, sections: Iterable[str]) -> dict[str, Any]:
-    """Return the values of the named sections or single parameters (`serving.dtype`) as they take effect: no seed is empty."""
+    """Return the values of the named sections or single parameters (`serving.dtype`) as they take effect.
+
+    No seed is empty, and a prompt file stands there by its content.
+    """
     tree = config.model_dump(mode="json")
     tree["data"]["seed"], tree["train"]["seed"] = config.data_seed, config.train_seed
+    tree["prompt"] = template_text.by_content(tree["prompt"])
     return {name: _at(tree, name) for name in sorted(sections)}
 
 

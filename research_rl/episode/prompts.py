@@ -8,44 +8,56 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from research_rl.config import Config, PromptConfig
+from research_rl.config.template_text import PLACE, template_text
+from research_rl.episode.chat import ChatTemplate, read_template, special_tokens
 from research_rl.errors import ConfigError, ModelError
-from research_rl.paths import shipped_file
 
-__all__ = ["FolderTokenizer", "encode_prompt", "load_tokenizer", "located", "render"]
+__all__ = ["FolderTokenizer", "encode_prompt", "load_tokenizer", "located", "prompt_text", "render"]
 
-_FOLDER = Path(__file__).parent / "templates"
+_IN_USE = ("bos_token", "eos_token", "pad_token")
+"""Named tokens whose ids the trainer or the prompt needs."""
 
 
 class FolderTokenizer:
     """The tokenizer of a Hugging Face model folder, read with the `tokenizers` library alone (no torch).
 
-    `eos_id` ends a turn. Special tokens are never added by `encode` and always shown by `decode`.
+    `eos_id` ends a turn; `pad_token` is None where the folder names none, and verl then pads with `eos_token`. Special tokens are
+    never added by `encode` and always shown by `decode`. Raises ModelError for a folder whose tokenizer cannot be used.
     """
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
 
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError(f"{folder} has no tokenizer.json; give a Hugging Face model folder with a fast tokenizer")
-        self._tokenizer = Tokenizer.from_file(str(path))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder} has no {name}; give a Hugging Face model folder with a fast tokenizer")
+        self.folder = folder
+        self.settings: dict[str, Any] = _object(folder / "tokenizer_config.json")
+        try:
+            self._tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exception
+            raise ModelError(f"{folder / 'tokenizer.json'} is no tokenizer ({error}); download the model again") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.settings: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        self.chat_template = _chat_template(folder, self.settings)
-        self.eos_token = _token_text(self.settings.get("eos_token"))
-        eos_id = self._tokenizer.token_to_id(self.eos_token)
-        if eos_id is None:
-            raise ModelError(f"{folder}: eos_token={self.eos_token!r} is not in the vocabulary; repair tokenizer_config.json")
-        self.eos_id: int = eos_id
+        self._special_tokens = special_tokens(folder, self.settings)
+        self._require_known_tokens()
+        self.eos_token = self._special_tokens["eos_token"]
+        self.eos_id: int = self._tokenizer.token_to_id(self.eos_token)
+        self.pad_token = self._special_tokens.get("pad_token")
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The model's own chat template, None where it has none. Raises ModelError when there is no default one."""
+        source = read_template(self.folder, self.settings)
+        return None if source is None else ChatTemplate(source, self._special_tokens, str(self.folder))
 
     def encode(self, text: str) -> list[int]:
         """Return ids without special tokens added."""
@@ -54,6 +66,15 @@ class FolderTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return text with special tokens shown."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _require_known_tokens(self) -> None:
+        """Raise ModelError for a token that transformers would add to the vocabulary, beyond the model's last row."""
+        if "eos_token" not in self._special_tokens:
+            raise ModelError(f"{self.folder} names no eos_token, so that no turn would end; name it in tokenizer_config.json")
+        for name in _IN_USE:
+            token = self._special_tokens.get(name)
+            if token is not None and self._tokenizer.token_to_id(token) is None:
+                raise ModelError(f"{self.folder}: {name}={token!r} is not in the vocabulary; repair tokenizer_config.json")
 
 
 @cache
@@ -73,54 +94,34 @@ def located(config: Config, workspace: Path) -> Config:
     return config.model_copy(update={"prompt": config.prompt.model_copy(update={"path": str(workspace / path)})})
 
 
-def render(question: str, config: PromptConfig, chat_template: str | None = None) -> str:
-    """Return the prompt text. `chat_template` is the model's Jinja template, needed by `instruct`. Raises ConfigError."""
-    template = _template(config.template, config.path)
+def render(question: str, config: PromptConfig, chat_template: ChatTemplate | None = None) -> str:
+    """Return the prompt text. `chat_template` is the model's, needed by `instruct`. Raises ConfigError or ModelError."""
+    text = template_text(config.template, config.path)
     if config.template != "instruct":
-        return template.replace("{{", "{").replace("}}", "}").replace("{question}", question)
+        return text.replace(PLACE, question)
     if chat_template is None:
         raise ConfigError("prompt.template='instruct' needs a model with a chat template; use base or file for this model")
-    system = template.replace("{{", "{").replace("}}", "}")
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-    return _chat(chat_template).render(messages=messages, add_generation_prompt=True)
+    return chat_template.render(text, question)
+
+
+def prompt_text(tokenizer: FolderTokenizer, question: str, config: PromptConfig) -> str:
+    """Return the prompt text for the model of `tokenizer`. Raises ConfigError or ModelError."""
+    return render(question, config, tokenizer.chat_template if config.template == "instruct" else None)
 
 
 def encode_prompt(tokenizer: FolderTokenizer, question: str, config: PromptConfig) -> list[int]:
-    """Return prompt ids. Raises ConfigError when they exceed `prompt.max_tokens`."""
-    ids = tokenizer.encode(render(question, config, tokenizer.chat_template))
+    """Return prompt ids. Raises ConfigError when they exceed `prompt.max_tokens`, ModelError when the chat template makes none."""
+    ids = tokenizer.encode(prompt_text(tokenizer, question, config))
     if len(ids) > config.max_tokens:
         raise ConfigError(f"the prompt of {question[:60]!r} has {len(ids)} tokens, prompt.max_tokens is {config.max_tokens}; raise it")
     return ids
 
 
-@cache
-def _template(name: str, path: str | None) -> str:
-    if name != "file":
-        return (_FOLDER / f"{name}.txt").read_text(encoding="utf-8")
-    if path is None:
-        raise ConfigError("prompt.template='file' needs prompt.path; name a text file with one {question}")
-    file = shipped_file(path)
-    if not file.is_file():
-        raise ConfigError(
-            f"prompt.path={path!r} does not exist (looked in the workspace and for {file}); name a text file with one {{question}}"
-        )
-    text = file.read_text(encoding="utf-8").rstrip("\n")
-    if text.count("{question}") != 1:
-        raise ConfigError(f"prompt.path={path!r} holds {{question}} {text.count('{question}')} times; exactly one is needed")
-    return text
-
-
-@cache
-def _chat(template: str) -> Any:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-
-
-def _token_text(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, dict) else str(token)
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}); download the model again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, not an object; download the model again")
+    return cast(dict[str, Any], value)

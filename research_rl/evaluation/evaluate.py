@@ -21,7 +21,7 @@ from research_rl.config import Config, parameters
 from research_rl.episode.agent import Engine, Limits, Searcher, run_episode
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer, located
 from research_rl.episode.trajectory import StopReason, Trajectory
-from research_rl.errors import ConfigError, ServiceError
+from research_rl.errors import ConfigError, ModelError, ServiceError
 from research_rl.evaluation.results import Journal, Question, Result, read_questions, to_result, write_results
 from research_rl.evaluation.summary import headline, summarise
 from research_rl.pipeline.stages import STAGES, Context
@@ -73,7 +73,7 @@ async def _play(config: Config, question: Question, engine: Engine, searcher: Se
 async def _trajectory(config: Config, question: Question, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer) -> Trajectory:
     try:
         prompt = encode_prompt(tokenizer, question.question, config.prompt)
-    except ConfigError as error:  # one question that is too long must not end the evaluation of the others
+    except (ConfigError, ModelError) as error:  # one question without a prompt must not end the others
         return Trajectory((), stop=StopReason.ENGINE_FAILURE, error=str(error))
     return await run_episode(prompt, engine, searcher, tokenizer, Limits(**config.episode.model_dump()))
 

@@ -1,28 +1,54 @@
-"""Check a Hugging Face model folder before anything is started with it. Reads files; loads no weights, needs no torch."""
+"""Check a Hugging Face model folder before anything is published, started or trained with it. Reads files and headers; needs no torch.
+
+One rule for every stage: a configuration that names an architecture, a fast tokenizer whose tokens fit the model's rows, and all
+weights, in safetensors files that are whole.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from research_rl.episode.prompts import FolderTokenizer
 from research_rl.errors import ManifestError, ModelError
 from research_rl.pipeline import manifest
+from research_rl.serving.tensors import LFS_POINTER, tensors, weight_bytes
 
-__all__ = ["ModelFolder", "check", "served_name"]
+__all__ = ["ModelFolder", "check", "inspect", "served_name"]
 
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+"""The number of a layer in a tensor's name, as transformers' decoder models write it."""
+_HEAD = re.compile(r"lm_head|embed_out|output")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A usable model folder: its size on disk, architecture and longest sequence (None when it states none)."""
+    """A usable model folder: architecture, size of its weights in bytes, longest sequence (None when it states none), tokens."""
 
     path: Path
     architecture: str
     weight_bytes: int
     positions: int | None
+    vocabulary: int = 0
+    pad_token: str | None = None
+
+
+def inspect(folder: Path) -> ModelFolder:
+    """Return what `folder` holds. Raises ModelError naming what is missing, cut or does not fit."""
+    _require_files(folder)
+    config = _read(folder / "config.json")
+    if not config.get("architectures"):
+        raise ModelError(f"{folder / 'config.json'} names no architectures; export the model with save_pretrained")
+    size = weight_bytes(folder)
+    _require_weights(folder, config)
+    tokenizer = FolderTokenizer(folder)
+    _require_rows(folder, config, len(tokenizer))
+    positions = _text_config(config).get("max_position_embeddings")
+    return ModelFolder(folder, str(config["architectures"][0]), size, positions, len(tokenizer), tokenizer.pad_token)
 
 
 def check(folder: Path, context: int) -> ModelFolder:
@@ -31,20 +57,13 @@ def check(folder: Path, context: int) -> ModelFolder:
         raise ModelError(
             f"model folder {folder} does not exist; build it with `research run policy` or `research run export`, or name another folder"
         )
-    missing = [name for name in _NEEDED if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(f"model folder {folder} has no {', '.join(missing)}; give a Hugging Face folder with a fast tokenizer")
-    config = _read(folder / "config.json")
-    architectures = config.get("architectures")
-    if not architectures:
-        raise ModelError(f"{folder / 'config.json'} names no architectures; export the model with save_pretrained")
-    positions = config.get("max_position_embeddings")
-    if positions is not None and positions < context:
+    model = inspect(folder)
+    if model.positions is not None and model.positions < context:
         raise ModelError(
-            f"{folder} reads {positions} tokens, prompt.max_tokens + episode.max_response_tokens = {context}; "
+            f"{folder} reads {model.positions} tokens, prompt.max_tokens + episode.max_response_tokens = {context}; "
             "lower one of them or take a model with a longer context"
         )
-    return ModelFolder(folder, str(architectures[0]), sum(path.stat().st_size for path in _weights(folder)), positions)
+    return model
 
 
 def served_name(folder: Path) -> str:
@@ -55,22 +74,53 @@ def served_name(folder: Path) -> str:
         return f"policy-{folder.resolve().name}"
 
 
-def _weights(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read(index)["weight_map"].values())) if index.is_file() else [p.name for p in folder.glob("*.safetensors")]
-    if not names:
-        raise ModelError(f"model folder {folder} has no *.safetensors; export the model with save_pretrained")
-    lost = [name for name in names if not (folder / name).is_file()]
+def _require_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder; give a Hugging Face model folder")
+    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"model folder {folder} has no {', '.join(missing)}; give a Hugging Face folder with a fast tokenizer")
+    for name in _NEEDED:
+        with (folder / name).open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ModelError(f"{folder / name} is a Git LFS pointer and not the file itself; run `git lfs pull` in {folder}")
+
+
+def _require_weights(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ModelError unless the tensors that index and configuration speak of are in the files."""
+    present, index = tensors(folder), folder / "model.safetensors.index.json"
+    listed: dict[str, str] = _read(index)["weight_map"] if index.is_file() else {}
+    lost = sorted(name for name, file in listed.items() if name not in present or present[name].file.name != file)
     if lost:
-        raise ModelError(f"{index} lists {len(names)} shards, {', '.join(lost)} missing; export the model again")
-    return [folder / name for name in names]
+        raise ModelError(
+            f"{index} lists {len(listed)} tensors, {len(lost)} are not where it says, {lost[0]!r} first; download the model again"
+        )
+    numbers = {int(match[1]) for name in present if (match := _LAYER.search(name))}
+    layers = int(_text_config(config).get("num_hidden_layers") or 0)
+    if numbers and (absent := sorted(set(range(layers)) - numbers)):
+        raise ModelError(
+            f"{folder} has weights for {layers - len(absent)} of {layers} layers, layer {absent[0]} has none; download the model again"
+        )
+    if config.get("tie_word_embeddings") is False and numbers and not any(_HEAD.search(name) for name in present):
+        raise ModelError(f"{folder} has no output weights (lm_head) and its config.json ties none; download the model again")
+
+
+def _require_rows(folder: Path, config: dict[str, Any], vocabulary: int) -> None:
+    rows = int(_text_config(config).get("vocab_size") or 0)
+    if vocabulary > rows:
+        raise ModelError(f"{folder}: the tokenizer has {vocabulary} tokens, the model only {rows} rows; they belong to different models")
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part that describes the language model: a model of text and images has one of its own."""
+    return cast(dict[str, Any], config.get("text_config") or config)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); export the model again") from None
+        raise ModelError(f"{path} is not JSON ({error}); download or export the model again") from None
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a {type(content).__name__}, not an object; export the model again")
-    return content
+        raise ModelError(f"{path} holds a {type(content).__name__}, not an object; download or export the model again")
+    return cast(dict[str, Any], content)

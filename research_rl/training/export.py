@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-from research_rl.episode.prompts import load_tokenizer
 from research_rl.errors import ModelError
 from research_rl.paths import python_path
 from research_rl.pipeline.stages import Context
+from research_rl.serving.model import inspect
+from research_rl.serving.tensors import Bytes, Output, Tensor, blocks, content, read, tensors, to_bfloat16, weight_bytes, write
 from research_rl.training import lora
 from research_rl.training.run.run import interpreter
-from research_rl.training.tensors import Bytes, Output, Tensor, blocks, content, read, tensors, to_bfloat16, write
 
 __all__ = ["load", "run", "verify", "write_like"]
 
@@ -51,6 +51,7 @@ def run(context: Context) -> None:
             if (policy / name).is_file():
                 shutil.copyfile(policy / name, staging.path / name)
         write_like(trained, policy, staging.path)
+        inspect(staging.path)
         staging.counts.update(verify(staging.path, policy), step=context.parents["train"].counts["steps"])
         context.progress("every tensor is there; loading the model and generating", 0.7)
         staging.facts["loaded"] = load(staging.path, interpreter(context.config))
@@ -61,7 +62,7 @@ def load(folder: Path, python: Path) -> str:
 
     A model that needs more than half of this machine's free memory is left to the server that will load it anyway.
     """
-    need = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    need = 2 * weight_bytes(folder)
     free = psutil.virtual_memory().available
     if 2 * need > free:
         return f"not tried: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB of memory free"
@@ -79,8 +80,8 @@ def write_like(trained: Path, policy: Path, target: Path) -> None:
     formats, adapters = {name: tensor.dtype for name, tensor in tensors(policy).items()}, lora.adapters(trained)
     places: dict[str, str] = {}
     for path in sorted(trained.glob("*.safetensors")):
-        found = [tensor for tensor in sorted(read(path), key=lambda tensor: tensor.start) if not lora.is_factor(tensor.name)]
-        outputs = [_output(tensor, adapters, formats) for tensor in found]
+        in_file_order = sorted(read(path), key=lambda tensor: tensor.start)
+        outputs = [_output(tensor, adapters, formats) for tensor in in_file_order if not lora.is_factor(tensor.name)]
         write(target / path.name, outputs)
         places |= {output.name: path.name for output in outputs}
     for index in trained.glob("*.safetensors.index.json"):
@@ -104,23 +105,20 @@ def _output(tensor: Tensor, adapters: Mapping[str, lora.Adapter], formats: Mappi
 def verify(folder: Path, policy: Path) -> dict[str, int]:
     """Compare an exported model with the policy it came from; return the counts of tensors and parameters.
 
-    Raises ModelError for a missing or foreign tensor, another shape, a number that is not finite, or another vocabulary.
+    Raises ModelError for a missing or foreign tensor, another shape, or a number that is not finite.
     """
-    found, wanted = tensors(folder), tensors(policy)
+    exported, original = tensors(folder), tensors(policy)
     tied = _tied(folder)
-    if missing := sorted(set(wanted) - set(found) - tied):
-        raise ModelError(f"{folder} lacks {len(missing)} of the policy's {len(wanted)} tensors, the first {missing[0]!r}; export again")
-    if foreign := sorted(set(found) - set(wanted) - tied):
+    if missing := sorted(set(original) - set(exported) - tied):
+        raise ModelError(f"{folder} lacks {len(missing)} of the policy's {len(original)} tensors, the first {missing[0]!r}; export again")
+    if foreign := sorted(set(exported) - set(original) - tied):
         raise ModelError(f"{folder} holds {len(foreign)} tensors the policy does not have, the first {foreign[0]!r}; export again")
-    for name, tensor in found.items():
-        if name in wanted and tensor.shape != wanted[name].shape:
-            raise ModelError(f"{name} has shape {tensor.shape} in {folder}, {wanted[name].shape} in the policy; export again")
+    for name, tensor in exported.items():
+        if name in original and tensor.shape != original[name].shape:
+            raise ModelError(f"{name} has shape {tensor.shape} in {folder}, {original[name].shape} in the policy; export again")
         if not _finite(tensor):
             raise ModelError(f"{name} in {tensor.file} holds numbers that are not finite; train again with a lower train.lr")
-    config, tokenizer = _config(folder), load_tokenizer(folder)
-    if len(tokenizer) > config["vocab_size"]:
-        raise ModelError(f"the tokenizer of {folder} has {len(tokenizer)} tokens, the model {config['vocab_size']}; export again")
-    return {"tensors": len(found), "parameters": sum(int(np.prod(t.shape)) for t in found.values())}
+    return {"tensors": len(exported), "parameters": sum(int(np.prod(t.shape)) for t in exported.values())}
 
 
 def _tied(folder: Path) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from research_rl.errors import ModelError
-from research_rl.training.tensors import Tensor, floats, tensors
+from research_rl.serving.tensors import Tensor, floats, tensors
 
 __all__ = ["META", "Adapter", "adapters", "is_factor", "plain"]
 

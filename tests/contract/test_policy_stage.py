@@ -47,9 +47,9 @@ def test_a_tiny_policy_is_warmed_up_and_fixed_by_its_seed(tmp_path: Path) -> Non
     assert FolderTokenizer(warmed).eos_token == FolderTokenizer(folder).eos_token
 
 
-def test_a_failing_warm_up_says_its_last_words_and_publishes_nothing(tmp_path: Path) -> None:
+def test_a_failing_warm_up_shows_the_logs_tail_and_publishes_nothing(tmp_path: Path) -> None:
     world = ("policy.warmup_world.entities=4000", "policy.warmup_world.name_words=8")
-    with pytest.raises(TrainingError, match=r"research_rl\.training\.warmup ended with code 1(.|\n)*raise name_words"):
+    with pytest.raises(TrainingError, match=r"research_rl\.training\.policy_env\.warmup ended with code 1(.|\n)*raise name_words"):
         build(tmp_path, load_profile("laptop", (*SMALL, *world)))
     assert not (tmp_path / "artifacts" / "policy").exists()
 

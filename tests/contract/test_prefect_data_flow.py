@@ -16,11 +16,16 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows.data import research_data
 from research_rl import config
+from research_rl.data import download
+from research_rl.errors import ConfigError, ServiceError
 from research_rl.pipeline import manifest
-from research_rl.pipeline.stages import Workspace
+from research_rl.pipeline.stages import Context, Workspace
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.watch import Finding
 from research_rl.validation.stage import QualityError
+from tasks import stage
+from tasks.job import opened
+from tasks.stage import stage_task
 from tasks.tracking.journal import Journal, read
 from tasks.tracking.track import StageRun, Tracker
 from tasks.train import Watcher
@@ -134,3 +139,44 @@ def test_a_finding_of_the_watch_is_an_artifact_and_tags(tmp_path: Path) -> None:
     assert "collapse-watch" in artifacts(last_run())
     tags = {name: value for _, event in read(tmp_path, 0) if event["op"] == "tags" for name, value in event["values"].items()}
     assert tags == {"watch.kl_step": f"step 9: {finding.text}", "collapse": f"step 9: {finding.text}", "collapse.good_step": "4"}
+
+
+def run_one_stage(folder: Path, errors: list[Exception]) -> FlowRun:
+    """Run the stage `download` as a real Prefect task whose first tries fail with `errors`, one each."""
+    remaining = list(errors)
+
+    def build(context: Context, run: StageRun) -> None:
+        if remaining:
+            raise remaining.pop(0)
+        download.run(context)
+
+    task = stage_task("download", build=build)
+
+    @prefect.flow
+    def one_stage() -> None:
+        with opened(str(folder), "laptop", SMALL, flow="one-stage", run_id="one-stage") as job:
+            task(job)
+
+    one_stage(return_state=True)
+    return last_run()
+
+
+@pytest.mark.parametrize(
+    ("errors", "state", "tries"),
+    [
+        ([ServiceError("the store restarts"), ConnectionResetError("cut")], "Completed", 3),
+        ([ServiceError("the store is gone")] * 4, "Failed", 3),
+        ([ConfigError("data.folder='x' does not exist")], "Failed", 1),
+        ([KeyError("a fault of the program")], "Failed", 1),
+    ],
+    ids=["passing trouble", "lasting trouble", "wrong parameter", "fault of the program"],
+)
+def test_a_task_is_tried_again_after_a_services_failure_alone(
+    errors: list[Exception], state: str, tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "BACKOFF_S", 0.01)
+    run = run_one_stage(tmp_path / "work", errors)
+    with get_client(sync_client=True) as client:
+        (attempt,) = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    assert (run.state_name, attempt.state_name, attempt.run_count) == (state, state, tries)
+    assert (tmp_path / "work" / "data" / "manifest.json").is_file() == (state == "Completed")

@@ -144,6 +144,25 @@ def test_wall_time_ends_the_episode() -> None:
     assert play(Script(ASK, DONE), Shelf("one", failure=3.0), limits).stop is StopReason.TIME_LIMIT
 
 
+def expected_stop(trajectory: Trajectory, budget: int, turns_left: int) -> StopReason:
+    """Return the one reason that what is left of an episode allows: how its last turn ended, or what it had used up by then."""
+    last = trajectory.segments[-1]
+    if trajectory.error is not None:
+        assert "pop from empty list" in trajectory.error and turns_left == 0
+        return StopReason.ENGINE_FAILURE
+    if trajectory.ended_by_eos:
+        assert last.ids[-1] == EOS
+        return StopReason.ANSWERED if "<answer>" in model_text(trajectory) else StopReason.MALFORMED
+    if len(trajectory.response_ids) < budget and last.author is Author.MODEL and last.text.endswith(protocol.SEARCH_CLOSE):
+        assert len(trajectory.searches) == LIMITS.max_searches
+        return StopReason.SEARCH_LIMIT
+    return StopReason.TOKEN_LIMIT
+
+
+def model_text(trajectory: Trajectory) -> str:
+    return "".join(segment.text for segment in trajectory.segments if segment.author is Author.MODEL)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     turns=st.lists(st.sampled_from([ASK, DONE, "<search></search>", "plain text$", "never ending", "é</search>"]), min_size=1, max_size=8),
@@ -151,11 +170,11 @@ def test_wall_time_ends_the_episode() -> None:
     budget=st.integers(1, 300),
 )
 def test_any_episode_fits_its_budget_and_stops_once(turns: list[str], contents: list[str], budget: int) -> None:
-    limits = Limits(2, 2, 40, budget, 5.0, 1.0)
-    trajectory = play(Script(*turns), Shelf(*contents), limits)
+    limits, engine = Limits(2, 2, 40, budget, 5.0, 1.0), Script(*turns)
+    trajectory = play(engine, Shelf(*contents), limits)
     assert len(trajectory.response_ids) <= budget
     assert len(trajectory.response_mask) == len(trajectory.response_logprobs) == len(trajectory.response_ids)
-    assert isinstance(trajectory.stop, StopReason)
+    assert trajectory.stop is expected_stop(trajectory, budget, turns_left=len(engine.turns))
 
 
 def test_last_query_takes_the_last_pair() -> None:

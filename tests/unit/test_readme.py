@@ -46,7 +46,3 @@ def test_deployments_exist(words: list[str]) -> None:
 def test_links_and_images_lead_somewhere() -> None:
     targets = re.findall(r"\]\(((?!http)[^)]+)\)", README)
     assert [target for target in targets if not (ROOT / target).exists()] == []
-
-
-def test_no_figure_is_left_open() -> None:
-    assert re.findall(r"@[A-Z]+@", README) == []

@@ -15,14 +15,17 @@ from research_rl.pipeline.stages import Workspace
 from research_rl.serving import client, launch, model
 from research_rl.serving.client import Sampling
 from research_rl.serving.serve import running
+from research_rl.serving.tensors import Output, write
 
 
-def folder(path: Path, *, weights: bytes = b"0" * 100, **config: object) -> Path:
+def folder(path: Path, **config: object) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 2048, **config}))
-    (path / "tokenizer.json").write_text("{}")
-    (path / "tokenizer_config.json").write_text("{}")
-    (path / "model.safetensors").write_bytes(weights)
+    settings = {"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 2048, "vocab_size": 2, **config}
+    (path / "config.json").write_text(json.dumps(settings))
+    words = {"type": "WordLevel", "vocab": {"<unk>": 0, "</s>": 1}, "unk_token": "<unk>"}
+    (path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    write(path / "model.safetensors", [Output("embed.weight", "F32", (2, 4), 32, lambda: iter([b"0" * 32]))])
     return path
 
 
@@ -115,13 +118,13 @@ def test_sglang_command(tmp_path: Path) -> None:
             lambda path: (path / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"a": "model.safetensors", "b": "x-2.safetensors"}}'
             ),
-            "x-2.safetensors missing",
+            "lacks 1 of 2 weight files, x-2.safetensors first",
         ),
     ],
 )
 def test_a_spoilt_model_folder_is_named(tmp_path: Path, spoil: object, message: str) -> None:
     path = folder(tmp_path / "m")
-    assert model.check(path, 1024).weight_bytes == 100
+    assert model.check(path, 1024).weight_bytes == (path / "model.safetensors").stat().st_size
     spoil(path)  # type: ignore[operator]
     with pytest.raises(ModelError, match=message):
         model.check(path, 1024)

@@ -43,9 +43,3 @@ def test_every_public_function_is_described_and_annotated(path: Path) -> None:
 def test_the_median_function_is_short() -> None:
     lengths = [length(function) for path in FILES for function in functions(path)]
     assert statistics.median(lengths) < 10
-
-
-def test_the_project_speaks_of_itself_alone() -> None:
-    words = ("/work/", "shared/", "helper-", "this session", "pypi/simple")
-    found = [(str(path.relative_to(ROOT)), word) for path in FILES for word in words if word in path.read_text()]
-    assert found == []

@@ -1,10 +1,9 @@
-"""The tiny policy's tokenizer and model, the traces it is warmed up on, and the check of model folders."""
+"""The tiny policy's tokenizer and model, and the traces it is warmed up on."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from research_rl.episode import protocol
 from research_rl.episode.agent import Completion, Limits, run_episode
 from research_rl.episode.prompts import FolderTokenizer, render
 from research_rl.episode.trajectory import Passage, StopReason
-from research_rl.errors import ModelError
 from research_rl.reward import rules
-from research_rl.training.policy import check_folder
+from research_rl.serving.model import inspect
 from research_rl.training.policy_env import tiny, traces
 from research_rl.training.policy_env.traces import Trace
 
@@ -150,26 +148,6 @@ def test_lessons_are_fixed_by_the_seed(lesson: list[Trace]) -> None:
     assert list(traces.lesson(POLICY, PROMPT, 4)) != lesson
 
 
-def test_a_whole_model_folder_passes(folder: Path, tokenizer: Any) -> None:
-    assert check_folder(folder) == {"architecture": "LlamaForCausalLM", "vocabulary": len(tokenizer)}
-
-
-def test_each_fault_of_a_model_folder_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is not a folder"):
-        check_folder(tmp_path / "absent")
-    with pytest.raises(ModelError, match=r"has no config\.json"):
-        check_folder(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 10}))
-    with pytest.raises(ModelError, match="has no weights"):
-        check_folder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
-        check_folder(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(ModelError, match=r"the tokenizer has \d+ tokens, the model only 10 rows"):
-        check_folder(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="is not JSON"):
-        check_folder(tmp_path)
+def test_a_tiny_policy_is_a_whole_model_folder(folder: Path, tokenizer: Any) -> None:
+    model = inspect(folder)
+    assert (model.architecture, model.vocabulary, model.pad_token) == ("LlamaForCausalLM", len(tokenizer), tiny.PAD)

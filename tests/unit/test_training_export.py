@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from research_rl.errors import ModelError
+from research_rl.serving.tensors import floats, tensors
 from research_rl.training import export
-from research_rl.training.tensors import floats, tensors
 
 Values = Mapping[str, np.ndarray]
 

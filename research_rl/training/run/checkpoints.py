@@ -13,7 +13,6 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,8 +21,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from research_rl.pipeline.manifest import file_sha256
+from research_rl.serving import tensors
 
-__all__ = ["SEAL", "Checkpoint", "complete", "discard_after", "fault", "latest", "link", "prune", "safetensors_fault", "seal"]
+__all__ = ["SEAL", "Checkpoint", "complete", "discard_after", "fault", "latest", "link", "prune", "seal"]
 
 SEAL = "complete.json"
 """Written last into a whole checkpoint: `{"files": {name: {"size", "sha256"}}}`."""
@@ -124,23 +124,7 @@ def _broken_structure(path: Path, verify: bool) -> str | None:
     if not (huggingface / "config.json").is_file():
         return "actor/huggingface/config.json is missing"
     weights = sorted(huggingface.glob("*.safetensors"))
-    return next((why for why in map(safetensors_fault, weights) if why), None) if weights else "actor/huggingface has no *.safetensors"
-
-
-def safetensors_fault(path: Path) -> str | None:
-    """Return why a safetensors file cannot be whole, by its header and its size; None when it can."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            return f"{path.name} is cut in its header"
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            return f"{path.name} has no readable header"
-    end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
-    return None if size == 8 + length + end else f"{path.name} has {size} bytes, its header says {8 + length + end}"
+    return next((why for why in map(tensors.fault, weights) if why), None) if weights else "actor/huggingface has no *.safetensors"
 
 
 def prune(folder: Path, keep: int) -> None:

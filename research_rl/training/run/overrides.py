@@ -20,6 +20,7 @@ import yaml
 from research_rl.config import Config
 from research_rl.paths import python_path
 from research_rl.serving.launch import threads
+from research_rl.serving.tensors import weight_bytes
 from research_rl.training.run.variables import ENGINE_THREADS_VARIABLE, TOKEN_VARIABLE
 
 __all__ = ["Paths", "agent_settings", "agent_yaml", "environment", "render", "resolved"]
@@ -324,14 +325,13 @@ _SHORT: dict[Literal["float32", "bfloat16"], str] = {"float32": "fp32", "bfloat1
 
 def _cpu_environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
     cores = str(os.cpu_count() or 1)
-    weight_bytes = sum(path.stat().st_size for path in paths.model.glob("*.safetensors"))
     return {
         "VERL_USE_EXTERNAL_MODULES": f"{_CPU}.platform",
         TOKEN_VARIABLE: token[:12],
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": str(config.trainer.kv_cache_gib),
         "OMP_NUM_THREADS": cores,
-        ENGINE_THREADS_VARIABLE: str(threads(config.trainer.threads, weight_bytes)),
+        ENGINE_THREADS_VARIABLE: str(threads(config.trainer.threads, weight_bytes(paths.model))),
         # Unset, vLLM would put its only worker into a process of its own, and both would spin while they wait for each other.
         **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.trainer.tensor_parallel == 1 else {}),
         # The sampler and the loss would be compiled at the first step, for longer than a small policy's steps gain by it.

@@ -1,0 +1,58 @@
+"""The text of a prompt template and its identity. Knows files; knows no model and no configuration class.
+
+The text is read once a process, so that what a run renders and what its hash says are one text even when the file is edited meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from research_rl.errors import ConfigError
+from research_rl.paths import shipped_file
+
+__all__ = ["PLACE", "by_content", "template_text"]
+
+PLACE = "{question}"
+"""Where a template takes the question; nothing else in it has a meaning."""
+_SHIPPED = Path(__file__).parents[1] / "episode" / "templates"
+
+
+@cache
+def template_text(template: str, path: str | None) -> str:
+    """Return the text of `prompt.template`, exactly as the file holds it. Raises ConfigError for an unusable `prompt.path`."""
+    if template != "file":
+        return _text(_SHIPPED / f"{template}.txt")
+    if path is None:
+        raise ConfigError(f"prompt.template='file' needs prompt.path; name a text file with one {PLACE}")
+    file = shipped_file(str(Path(path).expanduser()))
+    if not file.is_file():
+        raise ConfigError(
+            f"prompt.path={path!r} does not exist (looked in the workspace and for {file}); name a text file with one {PLACE}"
+        )
+    text = _text(file)
+    if text.count(PLACE) != 1:
+        raise ConfigError(f"prompt.path={path!r} holds {PLACE} {text.count(PLACE)} times; exactly one is needed")
+    return text
+
+
+def by_content(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section `prompt` with the sha256 of its template in the place of the path: what is equal gives equal prompts.
+
+    The hash is None where the file cannot be used: such a section fits no artifact, and building one says what is wrong.
+    """
+    try:
+        text = template_text(prompt["template"], prompt["path"])
+    except ConfigError:
+        return {**prompt, "path": None, "sha256": None}
+    return {**prompt, "path": None, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 ({error}); save the prompt template as UTF-8") from None

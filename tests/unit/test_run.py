@@ -1,0 +1,42 @@
+"""The runner of the tiers: every tier runs although one fails, and its table and exit code tell which."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import run
+
+SUITE = "import pytest\ndef test_right(): pass\ndef test_wrong(): assert {wrong}\n@pytest.mark.skip\ndef test_skipped(): pass\n"
+
+
+def tiers(folder: Path, *, wrong: bool) -> dict[str, list[list[str]]]:
+    for name, text in (("first", SUITE.format(wrong=not wrong)), ("second", SUITE.format(wrong=True))):
+        (folder / name).mkdir()
+        (folder / name / "test_it.py").write_text(text)
+    suites = {name: [[sys.executable, "-m", "pytest", "-c", "/dev/null", str(folder / name)]] for name in ("first", "second")}
+    return {"lint": [[sys.executable, "-c", f"raise SystemExit({int(wrong)})"], [sys.executable, "-c", ""]], **suites}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lines"),
+    [
+        (True, ["lint 1 1 0", "first 1 1 1", "second 2 0 1", "all 4 2 2"]),
+        (False, ["lint 2 0 0", "first 2 0 1", "second 2 0 1", "all 6 0 2"]),
+    ],
+)
+def test_every_tier_runs_and_is_in_the_table(
+    wrong: bool, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "TIERS", tiers(tmp_path, wrong=wrong))
+    assert run.main([]) == int(wrong)
+    written = capfd.readouterr().out.splitlines()
+    assert [" ".join(line.split()[:4]) for line in written[-4:]] == lines
+    assert any("2 passed, 1 skipped" in line for line in written), "pytest's own closing line stays"
+
+
+def test_an_unknown_tier_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["unti"]) == 2
+    assert "unknown tier unti; the tiers are lint, unit" in capsys.readouterr().err
