@@ -119,16 +119,30 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    import math
+
+    from research_rl.pipeline.lock import locked
+
+    _resolve(arguments)  # wrong parameters are refused before anything is waited for
+    workspace = _workspace(arguments)
+    with locked(workspace, math.inf, f"research run {arguments.stage}", _waiting):
+        _build(arguments, _resolve(arguments), workspace)  # the run that was waited for may have written params.yaml
+
+
+def _waiting(owner: str) -> None:
+    print(f"waiting for {owner}, which uses this workspace", file=sys.stderr, flush=True)
+
+
+def _build(arguments: argparse.Namespace, config: Config, workspace: Workspace) -> None:
     from research_rl.pipeline.run import run_stage
     from research_rl.pipeline.stages import STAGES
 
-    config, workspace = _resolve(arguments), _workspace(arguments)
     for name in STAGES if arguments.stage == "all" else (arguments.stage,):
         started = time.perf_counter()
-        found, built = run_stage(name, config, workspace, force=arguments.force, progress=_Printer(name))
+        artifact, built = run_stage(name, config, workspace, force=arguments.force, progress=_Printer(name))
         what = f"built in {time.perf_counter() - started:.1f} s" if built else "current, skipped"
-        counts = ", ".join(f"{key} {value:,}" for key, value in found.counts.items())
-        print(f"{name}: {what}; {counts or 'no counts'}; {found.hash[:12]}", flush=True)
+        counts = ", ".join(f"{key} {value:,}" for key, value in artifact.counts.items())
+        print(f"{name}: {what}; {counts or 'no counts'}; {artifact.hash[:12]}", flush=True)
 
 
 class _Printer:

@@ -1,15 +1,13 @@
 """One run over one workspace: its resolved configuration, its lock, its tracker. Knows no stage and no flow.
 
-Invariants: (1) params.yaml says what runs before anything runs; (2) one run at a time per workspace; (3) services that
-an earlier run left behind are ended before and after, never those of a run that still holds the lock.
+Invariants: (1) params.yaml says what runs before anything runs; (2) one run at a time per workspace, flows and
+`research run` alike; (3) services that an earlier run left behind are ended before and after, never those of a run that still
+holds the lock.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
-import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,16 +18,16 @@ import yaml
 
 from research_rl import config as configuration
 from research_rl.config import Config
-from research_rl.errors import ConfigError, ServiceError
+from research_rl.errors import ConfigError, ServiceError, StorageError
+from research_rl.pipeline.lock import locked
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import reap
 from tasks.local.settings import stack_folder
 from tasks.tracking.track import Tracker
 
-__all__ = ["Job", "Outcome", "assignments", "locked", "opened", "resolve", "stop_services"]
+__all__ = ["Job", "Outcome", "assignments", "opened", "resolve", "stop_services"]
 
-_LOCK = "run.lock"
 _LOCK_WAIT_S = 15.0
 
 
@@ -87,7 +85,7 @@ def opened(
     config = resolve(root, profile, overrides)
     root.mkdir(parents=True, exist_ok=True)
     space = Workspace(root)
-    with locked(space, 0.0):
+    with locked(space, 0.0, f"{flow}, run {run_id[:8]}"):
         reap_all(space)
         configuration.save(config, root / "params.yaml")
         tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
@@ -102,30 +100,9 @@ def opened(
             tracker.close(status)
 
 
-@contextmanager
-def locked(workspace: Workspace, wait_s: float) -> Generator[None]:
-    """Hold the workspace's lock; the system frees it however the holder ends. Raises ServiceError when another run has it."""
-    workspace.services.mkdir(parents=True, exist_ok=True)
-    path, deadline = workspace.services / _LOCK, time.monotonic() + wait_s
-    with path.open("a+") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    holder = path.read_text().strip() or "unknown"
-                    raise ServiceError(f"{workspace.root} is in use by process {holder}; wait for it or use another workspace") from None
-                time.sleep(0.2)
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
-
-
 def reap_all(workspace: Workspace) -> list[str]:
     """End what an earlier run left behind in a workspace, never what `make up` started; return the names."""
-    folders = [workspace.services, *sorted(item for item in workspace.services.iterdir() if item.is_dir())]
+    folders = [workspace.services, *sorted(item for item in workspace.services.glob("*") if item.is_dir())]
     return [name for folder in folders if folder.name != stack_folder().name for name in reap(folder)]
 
 
@@ -135,8 +112,8 @@ def stop_services(flow: Any, flow_run: Any, state: Any) -> None:
     if not workspace.services.is_dir():
         return
     try:
-        with locked(workspace, _LOCK_WAIT_S):
+        with locked(workspace, _LOCK_WAIT_S, f"clean-up after {flow_run.name}"):
             for name in reap_all(workspace):
                 logging.getLogger("prefect.flow_runs").warning("ended %s, left behind by %s", name, flow_run.name)
-    except ServiceError as error:
+    except (ServiceError, StorageError) as error:
         logging.getLogger("prefect.flow_runs").warning("services were left alone: %s", error)
