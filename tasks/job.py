@@ -8,6 +8,7 @@ holds the lock.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,27 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.tasks import Task
 
 from research_rl import config as configuration
 from research_rl.config import Config
-from research_rl.errors import ConfigError, ServiceError, StorageError
+from research_rl.errors import ConfigError, ResearchError, ServiceError, StorageError
 from research_rl.pipeline.lock import locked
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import reap
 from tasks.local.settings import stack_folder
-from tasks.tracking.track import Tracker
+from tasks.tracking.track import Tracker, run_name
 
-__all__ = ["Job", "Outcome", "assignments", "opened", "resolve", "stop_services"]
+__all__ = ["Job", "Outcome", "Stopped", "assignments", "flow_run_name", "opened", "resolve", "stop_services"]
 
 _LOCK_WAIT_S = 15.0
+
+
+class Stopped(ResearchError):
+    """A stage that ran beside others was ended because the run is over: another stage failed, or the run was cancelled."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a stage ended: its artifact, whether it was built, and in how many seconds."""
 
-    found: Manifest
+    manifest: Manifest
     built: bool
     seconds: float
 
@@ -46,11 +55,31 @@ class Job:
     def __init__(self, config: Config, workspace: Workspace, tracker: Tracker, force: frozenset[str] = frozenset()) -> None:
         self.config, self.workspace, self.tracker, self.force = config, workspace, tracker, force
         self.outcomes: dict[str, Outcome] = {}
+        self._beside: list[PrefectFuture[Any]] = []
+        self._over = threading.Event()
+
+    def submit(self, stage: Task[[Job], State[Manifest]], *after: Manifest) -> PrefectFuture[Any]:
+        """Start a stage beside those that follow in the flow. However the run ends, it is waited for before the workspace is given up."""
+        future = stage.submit(self, wait_for=after)
+        self._beside.append(future)
+        return future
+
+    def proceed(self) -> None:
+        """Return while the run goes on. Raises Stopped once it is over; stages ask with every report of progress."""
+        if self._over.is_set():
+            raise Stopped("ended because another stage of this run failed or the run was cancelled; its finished work is used next time")
+
+    def join(self, status: str) -> None:
+        """Wait for the stages that run beside; unless the run has FINISHED they end at their next report of progress."""
+        if status != "FINISHED":
+            self._over.set()
+        for future in self._beside:
+            future.wait()
 
     def using(self, **sections: Any) -> Job:
         """Return the same job with some configuration sections replaced."""
         other = Job(self.config.model_copy(update=sections), self.workspace, self.tracker, self.force)
-        other.outcomes = self.outcomes
+        other.outcomes, other._beside, other._over = self.outcomes, self._beside, self._over
         return other
 
 
@@ -89,15 +118,26 @@ def opened(
         reap_all(space)
         configuration.save(config, root / "params.yaml")
         tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
-        status = "KILLED"
+        job, status = Job(config, space, tracker, force), "KILLED"
         try:
-            yield Job(config, space, tracker, force)
+            yield job
             status = "FINISHED"
         except Exception:
             status = "FAILED"
             raise
         finally:
+            job.join(status)
             tracker.close(status)
+
+
+def flow_run_name() -> str:
+    """Return what a flow run is called: its flow, profile and seed. Prefect calls it before the run starts."""
+    parameters, flow = flow_run.parameters, str(flow_run.flow_name)
+    try:
+        root = Path(str(parameters.get("workspace", "."))).expanduser().resolve()
+        return run_name(flow, resolve(root, parameters.get("profile"), parameters.get("overrides") or {}))
+    except ConfigError:  # the run itself says what is wrong with its parameters
+        return flow
 
 
 def reap_all(workspace: Workspace) -> list[str]:

@@ -11,6 +11,7 @@ from research_rl.episode.trajectory import StopReason
 from research_rl.evaluation.results import read_results
 from research_rl.pipeline.stages import Context
 from research_rl.report import figure, html
+from research_rl.report.files import CURVES, HEADLINE
 from research_rl.report.format import difference_rows, metric_head, verdict
 from research_rl.report.pairs import Pair, PairedMetric, by_group, compare_metrics, match, outcome
 from research_rl.report.training import Curves, read_curves
@@ -21,7 +22,7 @@ __all__ = ["run"]
 
 
 def run(context: Context) -> None:
-    """Publish metrics.json, training.png, report.html and trajectories.html."""
+    """Publish metrics.json, headline.json, curves.csv, training.png, report.html and trajectories.html."""
     settings = context.config.evaluation
     train = context.parent("train")
     curves = read_curves(train)
@@ -31,6 +32,8 @@ def run(context: Context) -> None:
     with context.publish() as staging:
         figure.draw(curves, staging.path / "training.png", f"GRPO, profile {context.config.profile}")
         _write(staging.path / "metrics.json", json.dumps(_numbers(metrics, curves), indent=1, sort_keys=True) + "\n")
+        _write(staging.path / HEADLINE, json.dumps(_headline(metrics, curves), indent=1) + "\n")
+        _write(staging.path / CURVES, curves.to_csv())
         _write(staging.path / "report.html", _page(context.config.profile, staging.path / "training.png", pairs, metrics, hops, curves))
         groups = evaluated(pairs) + validated(_sampled(train, "dev")) + rolled_out(_sampled(train, ""))
         _write(staging.path / "trajectories.html", viewer(groups, "Trajectories"))
@@ -57,6 +60,17 @@ def _numbers(metrics: Sequence[PairedMetric], curves: Curves) -> dict[str, Any]:
         "difference": {metric.name: metric.difference.to_json() for metric in metrics},
         "train": {"steps": curves.steps, "reward_first": round(first, 6), "reward_last": round(last, 6)},
     }
+
+
+def _headline(metrics: Sequence[PairedMetric], curves: Curves) -> dict[str, Any]:
+    """Return the few numbers by which runs are compared, without the groups and counts of metrics.json."""
+    numbers: dict[str, Any] = {"steps": curves.steps}
+    for metric in metrics:
+        if metric.name in ("f1", "em"):
+            change = metric.difference
+            ends = {"difference": change.mean, "low": change.low, "high": change.high, "questions": change.n}
+            numbers[metric.name] = {"before": round(metric.before, 6), "after": round(metric.after, 6), **ends}
+    return numbers
 
 
 def _page(

@@ -19,7 +19,7 @@ from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from research_rl.config import RetrieverConfig
-from research_rl.retriever.observe import ROUTES, Journal, Metrics, Seen
+from research_rl.retriever.observe import ROUTES, Metrics, RequestLog, Seen
 
 __all__ = ["Gateway", "refusal"]
 
@@ -45,7 +45,7 @@ class Gateway:
     def __init__(self, app: ASGIApp, config: RetrieverConfig, token: str | None, metrics: Metrics) -> None:
         self.active = 0
         self.closing = False
-        self.journal: Journal | None = None
+        self.request_log: RequestLog | None = None
         self._app, self._metrics = app, metrics
         self._most = min(_MOST_BYTES, config.max_batch * config.max_query_chars * _BYTES_A_CHAR + 4096)
         self._wanted = f"Bearer {token}".encode() if token else None
@@ -92,8 +92,8 @@ class Gateway:
 
     def _tell(self, seen: Seen, status: int, seconds: float) -> None:
         self._metrics.request(seen, status, seconds)
-        if self.journal:
-            self.journal.request(seen, status, seconds)
+        if self.request_log:
+            self.request_log.request(seen, status, seconds)
 
     def _refused(self, scope: Scope) -> Response | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])

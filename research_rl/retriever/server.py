@@ -16,7 +16,7 @@ import uvicorn
 from research_rl.config import RetrieverConfig
 from research_rl.pipeline.stages import Workspace
 from research_rl.retriever.engine import Retriever
-from research_rl.retriever.observe import Journal
+from research_rl.retriever.observe import RequestLog
 from research_rl.retriever.service import Service
 
 __all__ = ["run"]
@@ -43,11 +43,11 @@ def run(
     say(f"listening at {url}, opening {workspace.folder('index')}")
     service = Service(opened, config, token)
     if config.log_requests:
-        service.gateway.journal = Journal(sys.stdout)
+        service.gateway.request_log = RequestLog(sys.stdout)
     options = uvicorn.Config(service.gateway, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="on")
     _Server(options, service).run(sockets=[listener])
-    if service.gateway.journal:
-        service.gateway.journal.close()
+    if service.gateway.request_log:
+        service.gateway.request_log.close()
     if service.failure:
         raise service.failure
 
