@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -59,9 +60,20 @@ def play(space: Workspace, monkeypatch: pytest.MonkeyPatch, uri: str) -> Tracker
     return tracker
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; making its tables takes longer than most of these tests."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def space(tmp_path: Path) -> Workspace:
+def space(tmp_path: Path, database: Path) -> Workspace:
     config.save(config.load_profile("laptop"), tmp_path / "params.yaml")
+    shutil.copy(database, tmp_path / "mlflow.db")
     journals(Workspace(tmp_path)).mkdir(parents=True)
     return Workspace(tmp_path)
 
@@ -348,9 +360,13 @@ def test_a_journal_damaged_by_a_full_disk_stops_no_other(space: Workspace, monke
 
 
 @pytest.mark.parametrize("name", ["a%20b", "what?", "é [x] #1 & ;=", "100%"])
-def test_the_database_lies_in_the_workspace_whatever_its_path_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_database_lies_in_the_workspace_whatever_its_path_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, database: Path
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     space = Workspace(tmp_path / name)
+    space.root.mkdir()
+    shutil.copy(database, space.root / "mlflow.db")
     tracker = opened(space, "1-run")
     (space.root / "file.txt").write_text("x")
     tracker.journal.write("artifact", key="flow", path=str(space.root / "file.txt"), folder="")
@@ -359,7 +375,9 @@ def test_the_database_lies_in_the_workspace_whatever_its_path_is(tmp_path: Path,
     assert sender.send_all(journals(space), live=None) == 0
     place = Place.load(tracker.journal.folder)
     assert (place.done, place.refused) == (True, 0)
-    assert (space.root / "mlflow.db").is_file() and list(space.root.glob("mlartifacts/*/artifacts/file.txt"))
+    with sqlite3.connect(space.root / "mlflow.db") as stored:
+        assert stored.execute("select count(*) from runs").fetchone() == (1,)
+    assert list(space.root.glob("mlartifacts/*/artifacts/file.txt"))
     assert [path.name for path in tmp_path.iterdir()] == [name], "nothing may come into being beside the workspace"
 
 
