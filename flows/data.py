@@ -8,8 +8,9 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from tasks.download import download
+from tasks.forms import Profile, StageName
 from tasks.index import corpus, embed, index
-from tasks.job import opened, stop_services
+from tasks.job import flow_run_name, opened, stop_services
 from tasks.local.server import server
 from tasks.prepare import prepare
 from tasks.summary import summary
@@ -19,12 +20,19 @@ from tasks.versioning.commit import commit
 __all__ = ["research_data"]
 
 
-@flow(name="research-data", on_failure=[stop_services], on_cancellation=[stop_services], on_crashed=[stop_services], log_prints=True)
+@flow(
+    name="research-data",
+    flow_run_name=flow_run_name,
+    on_failure=[stop_services],
+    on_cancellation=[stop_services],
+    on_crashed=[stop_services],
+    log_prints=True,
+)
 def research_data(
     workspace: str = ".",
-    profile: str | None = None,
+    profile: Profile | None = None,
     overrides: dict[str, Any] = {},  # noqa: B006
-    force: list[str] = [],  # noqa: B006
+    force: list[StageName] = [],  # noqa: B006
 ) -> None:
     """Download, validate and prepare the questions; store, encode and index the passages; commit to DVC.
 
@@ -35,15 +43,15 @@ def research_data(
         force: Stages to build even when nothing changed.
     """
     with opened(workspace, profile, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=frozenset(force)) as job:
-        download(job)
-        validate(job)
-        questions = prepare.submit(job)
-        corpus(job)
-        embed(job)
-        index(job)
-        questions.result()
-        commit(job)
-        summary(job)
+        raw = download(job)
+        checked = validate(job, wait_for=[raw])
+        questions = job.submit(prepare, raw, checked)
+        passages = corpus(job, wait_for=[raw, checked])
+        vectors = embed(job, wait_for=[passages])
+        searchable = index(job, wait_for=[passages, vectors])
+        finished = [questions.result(), searchable]
+        commit(job, wait_for=finished)
+        summary(job, wait_for=finished)
 
 
 if __name__ == "__main__":

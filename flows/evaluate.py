@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from tasks.evaluate import baseline, evaluate, report
-from tasks.job import opened, stop_services
+from tasks.job import flow_run_name, opened, stop_services
 from tasks.local.server import server
 from tasks.retriever import retriever
 from tasks.summary import summary
@@ -17,7 +17,14 @@ from tasks.versioning.commit import commit
 __all__ = ["research_eval"]
 
 
-@flow(name="research-eval", on_failure=[stop_services], on_cancellation=[stop_services], on_crashed=[stop_services], log_prints=True)
+@flow(
+    name="research-eval",
+    flow_run_name=flow_run_name,
+    on_failure=[stop_services],
+    on_cancellation=[stop_services],
+    on_crashed=[stop_services],
+    log_prints=True,
+)
 def research_eval(
     workspace: str = ".",
     overrides: dict[str, Any] = {},  # noqa: B006
@@ -33,11 +40,11 @@ def research_eval(
     force = frozenset({"baseline", "evaluate"} if again else ())
     with opened(workspace, None, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=force) as job:
         with retriever(job, ("baseline", "evaluate")) as searching:
-            baseline(searching)
-            evaluate(searching)
-        report(job)
-        commit(job)
-        summary(job)
+            before = baseline(searching)
+            after = evaluate(searching)
+        compared = report(job, wait_for=[before, after])
+        commit(job, wait_for=[compared])
+        summary(job, wait_for=[compared])
 
 
 if __name__ == "__main__":

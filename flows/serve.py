@@ -8,14 +8,21 @@ from typing import Any
 from prefect import flow
 
 from research_rl.pipeline.stages import Workspace
-from tasks.job import resolve
+from tasks.job import flow_run_name, resolve
 from tasks.local.keeper import keep, stop_serving
 from tasks.local.server import server
 
 __all__ = ["research_serve"]
 
 
-@flow(name="research-serve", on_failure=[stop_serving], on_cancellation=[stop_serving], on_crashed=[stop_serving], log_prints=True)
+@flow(
+    name="research-serve",
+    flow_run_name=flow_run_name,
+    on_failure=[stop_serving],
+    on_cancellation=[stop_serving],
+    on_crashed=[stop_serving],
+    log_prints=True,
+)
 def research_serve(workspace: str = ".", overrides: dict[str, Any] = {}, part: str = "1/1") -> None:  # noqa: B006
     """Serve the workspace's index over HTTP; watch it, start it again when it ends, fails its health checks, or the index is rebuilt.
 

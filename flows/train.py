@@ -15,8 +15,9 @@ from research_rl.pipeline.stages import Workspace
 from research_rl.report.closing import closing
 from tasks.download import download
 from tasks.evaluate import baseline, evaluate, report
+from tasks.forms import Profile, StageName
 from tasks.index import corpus, embed, index
-from tasks.job import assignments, opened, resolve, stop_services
+from tasks.job import assignments, flow_run_name, opened, resolve, stop_services
 from tasks.local.server import server
 from tasks.policy import policy
 from tasks.prepare import prepare
@@ -30,12 +31,19 @@ from tasks.versioning.commit import commit
 __all__ = ["research_train"]
 
 
-@flow(name="research-train", on_failure=[stop_services], on_cancellation=[stop_services], on_crashed=[stop_services], log_prints=True)
+@flow(
+    name="research-train",
+    flow_run_name=flow_run_name,
+    on_failure=[stop_services],
+    on_cancellation=[stop_services],
+    on_crashed=[stop_services],
+    log_prints=True,
+)
 def research_train(
     workspace: str = ".",
-    profile: str | None = None,
+    profile: Profile | None = None,
     overrides: dict[str, Any] = {},  # noqa: B006
-    force: list[str] = [],  # noqa: B006
+    force: list[StageName] = [],  # noqa: B006
     dry_run: bool = False,
 ) -> None:
     """Build data, index and initial policy, train it by GRPO with search in the rollout, and evaluate it before and after.
@@ -53,23 +61,22 @@ def research_train(
         preview(workspace, profile, overrides)
         return
     with opened(workspace, profile, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=frozenset(force)) as job:
-        initial = policy.submit(job)
-        download(job)
-        validate(job)
-        questions = prepare.submit(job)
-        corpus(job)
-        embed(job)
-        index(job)
-        questions.result()
-        initial.result()
+        initial = job.submit(policy)
+        raw = download(job)
+        checked = validate(job, wait_for=[raw])
+        questions = job.submit(prepare, raw, checked)
+        passages = corpus(job, wait_for=[raw, checked])
+        vectors = embed(job, wait_for=[passages])
+        searchable = index(job, wait_for=[passages, vectors])
+        parents = [questions.result(), initial.result(), searchable]
         with retriever(job, ("baseline", "train", "evaluate")) as searching:
-            baseline(searching)
-            train(searching)
-            export(searching)
-            evaluate(searching)
-        report(job)
-        commit(job)
-        summary(job)
+            before = baseline(searching, wait_for=parents)
+            trained = train(searching, wait_for=parents)
+            exported = export(searching, wait_for=[trained])
+            after = evaluate(searching, wait_for=[exported, *parents])
+        compared = report(job, wait_for=[trained, before, after])
+        commit(job, wait_for=[compared])
+        summary(job, wait_for=[compared])
 
 
 def main(arguments: list[str]) -> int:
@@ -78,13 +85,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-p", "--profile", help="profile to start from; this folder's params.yaml when left out")
     parser.add_argument("--dry-run", action="store_true", help="only show the resolved run, its plan and how it differs from the paper")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="parameters for this run")
-    given = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
-        overrides = assignments(given.overrides)
-        resolve(Path(), given.profile, overrides)
+        overrides = assignments(options.overrides)
+        resolve(Path(), options.profile, overrides)
         server()
-        research_train(profile=given.profile, overrides=overrides, dry_run=given.dry_run)
-        if not given.dry_run:
+        research_train(profile=options.profile, overrides=overrides, dry_run=options.dry_run)
+        if not options.dry_run:
             print("\n".join(closing(Workspace(Path().resolve()))))
     except ResearchError as error:
         print(f"research-train: {error}", file=sys.stderr)

@@ -146,20 +146,36 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    import math
+
     from research_rl.errors import ConfigError
-    from research_rl.pipeline.run import run_stage
+    from research_rl.pipeline.lock import locked
     from research_rl.pipeline.stages import STAGES
 
     if arguments.stage not in (*STAGES, "all"):
         raise ConfigError(f"stage={arguments.stage!r} is not one of {[*STAGES, 'all']}")
-    config, workspace = _resolve(arguments), _workspace(arguments)
-    _write_params(config, workspace)
+    _resolve(arguments)  # wrong parameters are refused before anything is waited for
+    workspace = _workspace(arguments)
+    with locked(workspace, math.inf, f"research run {arguments.stage}", _waiting):
+        config = _resolve(arguments)  # the run that was waited for may have written params.yaml
+        _write_params(config, workspace)
+        _build(arguments, config, workspace)
+
+
+def _waiting(owner: str) -> None:
+    _print(f"waiting for {owner}, which uses this workspace", sys.stderr)
+
+
+def _build(arguments: argparse.Namespace, config: Config, workspace: Workspace) -> None:
+    from research_rl.pipeline.run import run_stage
+    from research_rl.pipeline.stages import STAGES
+
     for name in STAGES if arguments.stage == "all" else (arguments.stage,):
         started = time.perf_counter()
-        found, built = run_stage(name, config, workspace, force=arguments.force, progress=_Printer(name))
+        artifact, built = run_stage(name, config, workspace, force=arguments.force, progress=_Printer(name))
         what = f"built in {time.perf_counter() - started:.1f} s" if built else "current, skipped"
-        counts = ", ".join(f"{key} {value:,}" for key, value in found.counts.items())
-        _print(f"{name}: {what}; {counts or 'no counts'}; {found.hash[:12]}")
+        counts = ", ".join(f"{key} {value:,}" for key, value in artifact.counts.items())
+        _print(f"{name}: {what}; {counts or 'no counts'}; {artifact.hash[:12]}")
 
 
 def _write_params(config: Config, workspace: Workspace) -> None:

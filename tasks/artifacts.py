@@ -17,6 +17,7 @@ from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 
+from research_rl.config.redact import redact_tree
 from research_rl.evaluation.intervals import FEWEST
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
@@ -47,10 +48,10 @@ def showing(what: str) -> Generator[None]:
         get_run_logger().warning("%s is not shown: %s", what, error)
 
 
-def quality_table(job: Job, found: Manifest, run: StageRun) -> None:
+def quality_table(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Publish the data-quality table; with MLflow the same report as a file."""
-    checks, against = found.facts["checks"], found.facts["drift"]["against"]
-    _quality(checks, f"Accepted, report {found.hash[:12]}, drift against {against[:19]}", job.workspace.work("data-docs"))
+    checks, against = artifact.facts["checks"], artifact.facts["drift"]["against"]
+    _quality(checks, f"Accepted, report {artifact.hash[:12]}, drift against {against[:19]}", job.workspace.work("data-docs"))
     if run.fresh:
         run.artifact(job.workspace.folder("validate") / "report.json")
 
@@ -80,28 +81,28 @@ def _quality(checks: Sequence[Mapping[str, Any]], what: str, docs: Path) -> None
         )
 
 
-def index_card(job: Job, found: Manifest, run: StageRun) -> None:
+def index_card(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Publish a card that says what the index is made of, how well it finds and what it took; MLflow gets the same as metrics and file."""
     rows: list[tuple[str, str, str]] = []
     for name in ("corpus", "embed", "index"):
-        part = found if name == "index" else manifest.load(job.workspace.folder(name), verify=False)
+        part = artifact if name == "index" else manifest.load(job.workspace.folder(name), verify=False)
         rows += [(name, key, value) for key, value in _properties(part, measured(job.workspace, part))]
-    took = measured(job.workspace, found)
-    lines = ["# Index", "", markdown.table(("part", "property", "value"), rows), *_index_quality(found, took)]
+    took = measured(job.workspace, artifact)
+    lines = ["# Index", "", markdown.table(("part", "property", "value"), rows), *_index_quality(artifact, took)]
     if run.fresh:
-        run.metrics(_index_metrics(found, took))
+        run.metrics(_index_metrics(artifact, took))
         run.artifact(job.workspace.folder("index") / manifest.MANIFEST)
     sections = STAGES["embed"].sections + STAGES["index"].sections
-    tree = job.config.model_dump(mode="json")
+    tree = redact_tree(job.config.model_dump(mode="json"))
     lines += ["", "Parameters:", "", "```json", *(f"{name}: {tree[name]}" for name in sections), "```"]
     with showing("the index card"):
-        create_markdown_artifact("\n".join(lines), key="index-card", description=f"Index {found.hash[:12]}")
+        create_markdown_artifact("\n".join(lines), key="index-card", description=f"Index {artifact.hash[:12]}")
 
 
-def _index_quality(found: Manifest, took: Mapping[str, Any]) -> list[str]:
+def _index_quality(artifact: Manifest, took: Mapping[str, Any]) -> list[str]:
     """Return tables of recall against exact search and of latency; nothing for an index that is exact."""
     lines: list[str] = []
-    if recall := found.facts.get("recall"):
+    if recall := artifact.facts.get("recall"):
         lines += ["", markdown.table(("k", "recall against exact search"), [(str(k), f"{value:.4f}") for k, value in recall.items()])]
     if latency := took.get("latency"):
         times = [(str(size), str(value["p50_ms"]), str(value["p99_ms"])) for size, value in latency.items()]
@@ -109,12 +110,12 @@ def _index_quality(found: Manifest, took: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _index_metrics(found: Manifest, took: Mapping[str, Any]) -> dict[str, float]:
+def _index_metrics(artifact: Manifest, took: Mapping[str, Any]) -> dict[str, float]:
     """Return size, recall, latency and cost of an index by MLflow name."""
     latency: dict[str, dict[str, float]] = took.get("latency", {})
     return {
-        "index/bytes": float(sum(entry.size for entry in found.files)),
-        **{f"index/recall_at_{k}": value for k, value in found.facts.get("recall", {}).items()},
+        "index/bytes": float(sum(entry.size for entry in artifact.files)),
+        **{f"index/recall_at_{k}": value for k, value in artifact.facts.get("recall", {}).items()},
         **{f"index/batch_{size}_{name}": value for size, times in latency.items() for name, value in times.items()},
         **{f"index/{name}": float(value) for name, value in took.items() if isinstance(value, int | float)},
     }
@@ -133,9 +134,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= _CELL else text[:_CELL] + "…"
 
 
-def watch_note(finding: Finding, kept: Checkpoint | None) -> None:
+def watch_note(finding: Finding, good: Checkpoint | None) -> None:
     """Publish what a rule of the collapse watch saw and what helps."""
-    rescue = f"step {kept.step}, `{kept.path}`; `train.steps={kept.step}` publishes it" if kept else "none from before the breach"
+    rescue = f"step {good.step}, `{good.path}`; `train.steps={good.step}` publishes it" if good else "none from before the breach"
     lines = [f"# {'Training stopped' if finding.stops else 'Training in danger'} at step {finding.step}", "", finding.text + ".", ""]
     rows = [("in breach since", f"step {finding.since}"), ("last good checkpoint", rescue), ("what helps", finding.remedy)]
     lines += [markdown.table(("", ""), [*rows, ("to go on all the same", f"`watch.{finding.rule}.action=warn`")])]
@@ -143,34 +144,36 @@ def watch_note(finding: Finding, kept: Checkpoint | None) -> None:
         create_markdown_artifact("\n".join(lines), key="collapse-watch", description=finding.text)
 
 
-def evaluation_table(job: Job, found: Manifest, run: StageRun) -> None:
+def evaluation_table(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Publish one evaluation's metrics with their intervals; MLflow gets the same names for every evaluation, and sampled episodes."""
-    folder = job.workspace.folder(found.stage)
+    folder = job.workspace.folder(artifact.stage)
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     intervals = _intervals(metrics)
     if run.fresh:
-        _track_evaluation(job, found, run, intervals)
+        _track_evaluation(job, artifact, run, intervals)
     rows = [{"metric": name, **{key: round(value[key], 4) for key in _ENDS}} for name, value in intervals.items()]
     with showing("the evaluation table"):
-        create_table_artifact(rows, key=f"{found.stage}-evaluation", description=f"{metrics['n']} questions, 95 % intervals")
+        create_table_artifact(rows, key=f"{artifact.stage}-evaluation", description=f"{metrics['n']} questions, 95 % intervals")
 
 
-def _track_evaluation(job: Job, found: Manifest, run: StageRun, intervals: Mapping[str, Mapping[str, float]]) -> None:
-    folder = job.workspace.folder(found.stage)
+def _track_evaluation(job: Job, artifact: Manifest, run: StageRun, intervals: Mapping[str, Mapping[str, float]]) -> None:
+    folder = job.workspace.folder(artifact.stage)
     run.metrics({f"{name}{end}": value[key] for name, value in intervals.items() for key, end in _ENDS.items()})
-    run.tags({"evaluation": "before training" if found.stage == "baseline" else "after training", "manifest": found.hash})
+    run.tags({"evaluation": "before training" if artifact.stage == "baseline" else "after training", "manifest": artifact.hash})
     run.artifact(folder / "metrics.json")
     run.artifact(folder / "results.jsonl")
     run.traces([_episode(line) for line in _spread(folder / "results.jsonl", job.config.tracking.traces)])
 
 
-def report_page(job: Job, found: Manifest, run: StageRun) -> None:
+def report_page(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Publish the comparison before / after with links to MLflow, and the training curves as an image."""
     folder = job.workspace.folder("report")
+    job.tracker.metrics(_headline(artifact.facts))
+    job.tracker.tags(FLOW, {"verdict": _verdict(artifact.facts)})
     if run.fresh:
-        _track_report(job, found, run)
+        _track_report(job, artifact, run)
     head, links = ("metric", "before", "after", "difference", "95 % interval, paired"), _links(job, _WAIT_S if run.fresh else 0.0)
-    text = "\n".join(["# Before and after training", "", markdown.table(head, _changes(found.facts)), "", "MLflow:", *links])
+    text = "\n".join(["# Before and after training", "", markdown.table(head, _changes(artifact.facts)), "", "MLflow:", *links])
     with showing("the report"):
         create_markdown_artifact(text, key="evaluation-report", description="The same held-out questions before and after training")
         create_image_artifact(
@@ -192,19 +195,51 @@ def _changes(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _track_report(job: Job, found: Manifest, run: StageRun) -> None:
+def _track_report(job: Job, artifact: Manifest, run: StageRun) -> None:
     folder = job.workspace.folder("report")
     for name in ("training.png", "report.html", "trajectories.html", "metrics.json"):
         run.artifact(folder / name)
-    differences = found.facts["difference"]
+    differences = artifact.facts["difference"]
     run.metrics({f"difference/{name}{end}": value[key] for name, value in differences.items() for key, end in _ENDS.items()})
-    run.tags({"manifest": found.hash})
-    _promote(job, found, run)
+    run.tags({"manifest": artifact.hash})
+    _describe(job, artifact, run)
+    _promote(job, artifact, run)
 
 
-def _promote(job: Job, found: Manifest, run: StageRun) -> None:
+def _headline(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a run is judged by, under names that stand side by side in MLflow's list of runs."""
+    numbers: dict[str, float] = {"questions": facts["difference"]["f1"]["n"]}
+    for name in ("f1", "em"):
+        change = facts["difference"][name]
+        numbers |= {f"{name}_before": facts["before"][name], f"{name}_after": facts["after"][name], f"{name}_difference": change["mean"]}
+        numbers |= {f"{name}_difference_low": change["low"], f"{name}_difference_high": change["high"]}
+    return numbers
+
+
+def _verdict(facts: Mapping[str, Any]) -> str:
+    """Return in a few words what the interval of the F1 difference allows to say."""
+    change = facts["difference"]["f1"]
+    if change["low"] > 0:
+        return "better"
+    return "worse" if change["high"] < 0 else "undecided: the interval includes 0"
+
+
+def _describe(job: Job, artifact: Manifest, run: StageRun) -> None:
+    """Note on the registered version what it scored on the held-out questions."""
+    if not (model := job.config.tracking.registered_model):
+        return
+    numbers = _headline(artifact.facts)
+    text = (
+        f"F1 {numbers['f1_before']:.3f} before training, {numbers['f1_after']:.3f} after: {numbers['f1_difference']:+.3f}, 95 % interval "
+        f"{numbers['f1_difference_low']:+.3f} to {numbers['f1_difference_high']:+.3f} over {numbers['questions']:.0f} questions"
+    )
+    tags = {**{name: f"{value:.4g}" for name, value in numbers.items()}, "verdict": _verdict(artifact.facts)}
+    run.describe(model, manifest.load(job.workspace.folder("export"), verify=False).hash, text, tags)
+
+
+def _promote(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Let the alias champion name the trained policy when its F1 gain is above 0 with its whole interval, over questions enough."""
-    gain = found.facts["difference"]["f1"]
+    gain = artifact.facts["difference"]["f1"]
     if (model := job.config.tracking.registered_model) and gain["low"] > 0 and gain["n"] >= FEWEST:
         run.alias(model, manifest.load(job.workspace.folder("export"), verify=False).hash, CHAMPION)
 
@@ -237,8 +272,8 @@ def build_report(context: Context, run: StageRun) -> None:
 
 def _intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return every {mean, low, high} of an evaluation by name; stop reasons as stop/<reason>."""
-    found: dict[str, dict[str, float]] = {name: value for name, value in metrics.items() if isinstance(value, dict) and "mean" in value}
-    return {**found, **{f"stop/{name}": value for name, value in metrics.get("stop", {}).items()}}
+    means: dict[str, dict[str, float]] = {name: value for name, value in metrics.items() if isinstance(value, dict) and "mean" in value}
+    return {**means, **{f"stop/{name}": value for name, value in metrics.get("stop", {}).items()}}
 
 
 def _spread(path: Path, count: int) -> list[str]:

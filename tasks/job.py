@@ -1,15 +1,14 @@
 """One run over one workspace: its resolved configuration, its lock, its tracker. Knows no stage and no flow.
 
-Invariants: (1) params.yaml says what runs before anything runs; (2) one run at a time per workspace; (3) services that
-an earlier run left behind are ended before and after, never those of a run that still holds the lock.
+Invariants: (1) params.yaml says what runs before anything runs; (2) one run at a time per workspace, flows and
+`research run` alike; (3) services that an earlier run left behind are ended before and after, never those of a run that still
+holds the lock.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
-import time
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,27 +17,35 @@ from typing import Any
 
 import yaml
 from prefect import get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.tasks import Task
 
 from research_rl import config as configuration
 from research_rl.config import Config
-from research_rl.errors import ServiceError
+from research_rl.errors import ConfigError, ResearchError, ServiceError, StorageError
+from research_rl.pipeline.lock import locked
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import reap
 from tasks.settings import stack_folder
-from tasks.tracking.track import Tracker
+from tasks.tracking.track import Tracker, run_name
 
-__all__ = ["Job", "Outcome", "assignments", "locked", "opened", "resolve", "stop_services"]
+__all__ = ["Job", "Outcome", "Stopped", "assignments", "flow_run_name", "opened", "resolve", "stop_services"]
 
-_LOCK = "run.lock"
 _LOCK_WAIT_S = 15.0
+
+
+class Stopped(ResearchError):
+    """A stage that ran beside others was ended because the run is over: another stage failed, or the run was cancelled."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a stage ended: its artifact, whether it was built, and in how many seconds."""
 
-    found: Manifest
+    manifest: Manifest
     built: bool
     seconds: float
 
@@ -49,11 +56,31 @@ class Job:
     def __init__(self, config: Config, workspace: Workspace, tracker: Tracker, force: frozenset[str] = frozenset()) -> None:
         self.config, self.workspace, self.tracker, self.force = config, workspace, tracker, force
         self.outcomes: dict[str, Outcome] = {}
+        self._beside: list[PrefectFuture[Any]] = []
+        self._over = threading.Event()
+
+    def submit(self, stage: Task[[Job], State[Manifest]], *after: Manifest) -> PrefectFuture[Any]:
+        """Start a stage beside those that follow in the flow. However the run ends, it is waited for before the workspace is given up."""
+        future = stage.submit(self, wait_for=after)
+        self._beside.append(future)
+        return future
+
+    def proceed(self) -> None:
+        """Return while the run goes on. Raises Stopped once it is over; stages ask with every report of progress."""
+        if self._over.is_set():
+            raise Stopped("ended because another stage of this run failed or the run was cancelled; its finished work is used next time")
+
+    def join(self, status: str) -> None:
+        """Wait for the stages that run beside; unless the run has FINISHED they end at their next report of progress."""
+        if status != "FINISHED":
+            self._over.set()
+        for future in self._beside:
+            future.wait()
 
     def using(self, **sections: Any) -> Job:
         """Return the same job with some configuration sections replaced."""
         other = Job(self.config.model_copy(update=sections), self.workspace, self.tracker, self.force)
-        other.outcomes = self.outcomes
+        other.outcomes, other._beside, other._over = self.outcomes, self._beside, self._over
         return other
 
 
@@ -82,46 +109,36 @@ def opened(
     config = resolve(root, profile, overrides)
     root.mkdir(parents=True, exist_ok=True)
     space = Workspace(root)
-    with locked(space, 0.0):
+    with locked(space, 0.0, f"{flow}, run {run_id[:8]}"):
         reap_all(space)
         for line in configuration.update(config, root / "params.yaml"):
             get_run_logger().info(line)
         tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
-        status = "KILLED"
+        job, status = Job(config, space, tracker, force), "KILLED"
         try:
-            yield Job(config, space, tracker, force)
+            yield job
             status = "FINISHED"
         except Exception:
             status = "FAILED"
             raise
         finally:
+            job.join(status)
             tracker.close(status)
 
 
-@contextmanager
-def locked(workspace: Workspace, wait_s: float) -> Generator[None]:
-    """Hold the workspace's lock; the system frees it however the holder ends. Raises ServiceError when another run has it."""
-    workspace.services.mkdir(parents=True, exist_ok=True)
-    path, deadline = workspace.services / _LOCK, time.monotonic() + wait_s
-    with path.open("a+") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    holder = path.read_text().strip() or "unknown"
-                    raise ServiceError(f"{workspace.root} is in use by process {holder}; wait for it or use another workspace") from None
-                time.sleep(0.2)
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
+def flow_run_name() -> str:
+    """Return what a flow run is called: its flow, profile and seed. Prefect calls it before the run starts."""
+    parameters, flow = flow_run.parameters, str(flow_run.flow_name)
+    try:
+        root = Path(str(parameters.get("workspace", "."))).expanduser().resolve()
+        return run_name(flow, resolve(root, parameters.get("profile"), parameters.get("overrides") or {}))
+    except ConfigError:  # the run itself says what is wrong with its parameters
+        return flow
 
 
 def reap_all(workspace: Workspace) -> list[str]:
     """End what an earlier run left behind in a workspace, never what `make up` started; return the names."""
-    folders = [workspace.services, *sorted(item for item in workspace.services.iterdir() if item.is_dir())]
+    folders = [workspace.services, *sorted(item for item in workspace.services.glob("*") if item.is_dir())]
     return [name for folder in folders if folder.name != stack_folder().name for name in reap(folder)]
 
 
@@ -131,8 +148,8 @@ def stop_services(flow: Any, flow_run: Any, state: Any) -> None:
     if not workspace.services.is_dir():
         return
     try:
-        with locked(workspace, _LOCK_WAIT_S):
+        with locked(workspace, _LOCK_WAIT_S, f"clean-up after {flow_run.name}"):
             for name in reap_all(workspace):
                 logging.getLogger("prefect.flow_runs").warning("ended %s, left behind by %s", name, flow_run.name)
-    except ServiceError as error:
+    except (ServiceError, StorageError) as error:
         logging.getLogger("prefect.flow_runs").warning("services were left alone: %s", error)

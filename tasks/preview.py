@@ -22,9 +22,9 @@ __all__ = ["preview"]
 def preview(workspace: str, profile: str | None, overrides: dict[str, Any]) -> None:
     """Print the resolved run and publish it. Raises ConfigError or TrainingError."""
     root = Path(workspace).expanduser().resolve()
-    found = dry_run(resolve(root, profile, overrides), Workspace(root))
-    sys.stdout.write(found.text() + "\n")
-    print(found.summary)
+    planned = dry_run(resolve(root, profile, overrides), Workspace(root))
+    sys.stdout.write(planned.text() + "\n")
+    print(planned.summary)
     rows = [
         {
             "parameter": item.parameter.name,
@@ -33,8 +33,8 @@ def preview(workspace: str, profile: str | None, overrides: dict[str, Any]) -> N
             "ours": str(item.value),
             "why it differs": "" if item.equal else item.parameter.why or "no reason given",
         }
-        for item in found.compared
+        for item in planned.compared
     ]
     with showing("the dry run"):
-        create_markdown_artifact(found.text(), key="dry-run", description=f"Profile {found.config.profile}: {found.summary}")
-        create_table_artifact(rows, key="dry-run-paper", description=found.summary)
+        create_markdown_artifact(planned.text(), key="dry-run", description=f"Profile {planned.config.profile}: {planned.summary}")
+        create_table_artifact(rows, key="dry-run-paper", description=planned.summary)

@@ -19,12 +19,12 @@ __all__ = ["retriever"]
 @contextmanager
 def retriever(job: Job, stages: Iterable[str]) -> Generator[Job]:
     """Yield a job whose retriever.url answers. Nothing is started when every one of `stages` is current or a url is configured."""
-    wanted = [name for name in stages if name in job.force or current(name, job.config, job.workspace, verify=False) is None]
-    if not wanted or job.config.retriever.url or job.config.retriever.urls:
+    searching = [name for name in stages if name in job.force or current(name, job.config, job.workspace, verify=False) is None]
+    if not searching or job.config.retriever.url or job.config.retriever.urls:
         yield job
         return
     with running(job.config, job.workspace) as endpoint, _token(endpoint.token):
-        get_run_logger().info("retriever at %s for %s", endpoint.url, ", ".join(wanted))
+        get_run_logger().info("retriever at %s for %s", endpoint.url, ", ".join(searching))
         yield job.using(retriever=job.config.retriever.model_copy(update={"url": endpoint.url}))
 
 

@@ -16,15 +16,15 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.exceptions import PrefectException
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed
 from prefect.tasks import Task, exponential_backoff
 
 from research_rl.errors import ServiceError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.run import run_stage
-from research_rl.pipeline.stages import STAGES, Context
+from research_rl.pipeline.stages import STAGES, Context, Stage
 from tasks import quiet
-from tasks.job import Job, Outcome
+from tasks.job import Job, Outcome, Stopped
 from tasks.tracking.track import StageRun
 
 __all__ = ["StageTask", "is_transient", "stage_task"]
@@ -46,6 +46,7 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
 
     @task(
         name=name,
+        task_run_name=name,
         description=stage.summary,
         retries=RETRIES,
         retry_delay_seconds=exponential_backoff(BACKOFF_S),
@@ -55,23 +56,36 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
         persist_result=False,
     )
     def run(job: Job) -> State[Manifest]:
-        logger = get_run_logger()
-        with job.tracker.stage(name, job.config, stage.sections) as run:
-            started = time.monotonic()
-            progress = Progress(name, logger.info)
-            work = partial(build, run=run) if build else None
-            found, built = run_stage(name, job.config, job.workspace, force=name in job.force, progress=progress, function=work)
-            run.finished(found, built)
-            seconds = time.monotonic() - started
-            job.outcomes[name] = Outcome(found, built, seconds)
-            if after:
-                after(job, found, run)
-        if not built:
-            return Completed(name="Cached", message=f"skipped, current: {found.hash[:12]}", data=found)
-        counts = ", ".join(f"{key} {value:,}" for key, value in found.counts.items())
-        return Completed(message=f"built in {seconds:.1f} s: {counts}; {found.hash[:12]}", data=found)
+        try:
+            return _ended(name, _outcome(stage, job, after, build))
+        except Stopped as stopped:
+            return Cancelled(message=f"{name}: {stopped}")
 
     return run  # type: ignore[return-value]
+
+
+def _outcome(stage: Stage, job: Job, after: After | None, build: Build | None) -> Outcome:
+    """Run a stage under tracking, show what stands, and note how it ended."""
+    progress = Progress(stage.name, get_run_logger().info, job.proceed)
+    with job.tracker.stage(stage.name, job.config, stage.sections) as run:
+        started = time.monotonic()
+        work = partial(build, run=run) if build else None
+        force = stage.name in job.force
+        manifest, built = run_stage(stage.name, job.config, job.workspace, force=force, progress=progress, function=work)
+        run.finished(manifest, built)
+        progress.finish()
+        job.outcomes[stage.name] = outcome = Outcome(manifest, built, time.monotonic() - started)
+        if after:
+            after(job, manifest, run)
+    return outcome
+
+
+def _ended(name: str, outcome: Outcome) -> State[Manifest]:
+    manifest = outcome.manifest
+    if not outcome.built:
+        return Completed(name="Cached", message=f"{name} is current and was skipped: {manifest.hash[:12]}", data=manifest)
+    counts = ", ".join(f"{key} {value:,}" for key, value in manifest.counts.items())
+    return Completed(message=f"{name} was built in {outcome.seconds:.1f} s: {counts}; {manifest.hash[:12]}", data=manifest)
 
 
 def is_transient(task: Any, run: Any, state: State[Any]) -> bool:
@@ -83,16 +97,17 @@ def is_transient(task: Any, run: Any, state: State[Any]) -> bool:
 class Progress:
     """Progress of a stage as a Prefect progress artifact, made only once a stage takes longer than two seconds.
 
-    An unreachable Prefect server ends the showing, never the stage.
+    An unreachable Prefect server ends the showing, never the stage. `proceed` is called first and may raise to end the stage.
     """
 
-    def __init__(self, stage: str, log: Callable[[str], None]) -> None:
-        self.stage, self.log = stage, log
+    def __init__(self, stage: str, log: Callable[[str], None], proceed: Callable[[], None] = lambda: None) -> None:
+        self.stage, self.log, self.proceed = stage, log, proceed
         self.started = self.updated = self.logged = time.monotonic()
         self.artifact: Any = None
         self.lost = False
 
     def __call__(self, text: str, share: float) -> None:
+        self.proceed()
         now = time.monotonic()
         if now - self.logged > _LOG_S:
             self.logged = now
@@ -100,6 +115,11 @@ class Progress:
         if not self.lost and now - self.updated > _UPDATE_S:
             self.updated = now
             self._show(text, round(100 * min(1.0, max(0.0, share)), 1))
+
+    def finish(self) -> None:
+        """Show that all of it is done, where anything was shown."""
+        if self.artifact is not None and not self.lost:
+            self._show("done", 100.0)
 
     def _show(self, text: str, percent: float) -> None:
         try:

@@ -12,7 +12,7 @@ from tasks.job import Job
 __all__ = ["summary"]
 
 
-@task(name="summary", cache_policy=NO_CACHE, persist_result=False)
+@task(name="summary", task_run_name="summary", cache_policy=NO_CACHE, persist_result=False)
 def summary(job: Job) -> None:
     """Publish the table of stages; log the difference that training made."""
     rows = [
@@ -20,15 +20,15 @@ def summary(job: Job) -> None:
             "stage": name,
             "state": "built" if item.built else "cached",
             "seconds": round(item.seconds, 1),
-            "counts": ", ".join(f"{key} {value:,}" for key, value in item.found.counts.items()),
-            "artifact": item.found.hash[:12],
+            "counts": ", ".join(f"{key} {value:,}" for key, value in item.manifest.counts.items()),
+            "artifact": item.manifest.hash[:12],
         }
         for name, item in job.outcomes.items()
     ]
     with showing("the summary"):
         create_table_artifact(rows, key="run-summary", description=f"Stages of {job.workspace.root}")
     if "report" in job.outcomes:
-        facts = job.outcomes["report"].found.facts
+        facts = job.outcomes["report"].manifest.facts
         for name in ("f1", "em"):
             change = facts["difference"][name]
             get_run_logger().info(

@@ -79,12 +79,12 @@ def build(context: Context, run: StageRun) -> None:
     run_with(context, Watcher(run, context.config.tracking.traces_per_step))
 
 
-def registered(job: Job, found: Manifest, run: StageRun) -> None:
+def registered(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Make the exported policy a version in the registry; its tags are its lineage."""
     if (model := job.config.tracking.registered_model) and run.fresh:
-        lineage = {f"parent.{name}": value for name, value in found.parents.items()}
-        counts = {name: str(value) for name, value in found.counts.items()}
-        run.register(job.workspace.folder("export"), model, {MANIFEST: found.hash, "profile": job.config.profile, **lineage, **counts})
+        lineage = {f"parent.{name}": value for name, value in artifact.parents.items()}
+        counts = {name: str(value) for name, value in artifact.counts.items()}
+        run.register(job.workspace.folder("export"), model, {MANIFEST: artifact.hash, "profile": job.config.profile, **lineage, **counts})
 
 
 train = stage_task("train", build=build)

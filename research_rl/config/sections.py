@@ -6,12 +6,14 @@ A section is frozen and refuses unknown keys. The description of a field is its 
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from research_rl.config import addresses
+from research_rl.config.redact import has_secret, redact
 
 __all__ = [
     "ClusterConfig",
@@ -447,6 +449,14 @@ class JudgeConfig(Section):
     """The judge's server, OpenAI-compatible. Changes no artifact; its token comes from RESEARCH_JUDGE_TOKEN."""
 
     url: str | None = Field(default=None, description="Address up to the version, such as http://127.0.0.1:8000/v1.")
+
+    @field_validator("url")
+    @classmethod
+    def _without_credentials(cls, url: str | None) -> str | None:
+        if url and has_secret(url):
+            raise ValueError(f"{redact(url)} holds credentials, which parameters must not; set the token as RESEARCH_JUDGE_TOKEN instead")
+        return url
+
     timeout_s: float = Field(default=20.0, gt=0, description="Seconds per request.")
     attempts: int = Field(default=3, ge=1, description="Requests per answer before the fallback stands in.")
     concurrency: int = Field(default=16, ge=1, description="Requests in flight per agent worker.")
@@ -754,6 +764,25 @@ class TrackingConfig(Section):
         description="Name in MLflow's model registry under which every trained policy becomes a version; none when empty.",
     )
     dvc: bool = Field(default=True, description="Commit finished stages to DVC, so that dvc repro is a no-op after a flow.")
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _without_credentials(cls, uri: str | None) -> str | None:
+        if uri and has_secret(uri):
+            raise ValueError(
+                f"{redact(uri)} holds credentials, which parameters must not; leave it out here and set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment"
+            )
+        return uri
+
+    @field_validator("registered_model")
+    @classmethod
+    def _registrable(cls, name: str | None) -> str | None:
+        if name and not re.fullmatch(r"\w[\w.\-]*( [\w.\-]+)*", name):
+            raise ValueError(
+                f"{name!r} cannot be registered: use letters, digits, spaces and . _ - only, such as research-rl; null registers nothing"
+            )
+        return name
 
 
 class Config(Section):

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.config import Config, parameters
+from research_rl.config.redact import redact_tree
 from research_rl.episode.agent import Engine, Limits, Searcher, run_episode
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer, located
 from research_rl.episode.trajectory import StopReason, Trajectory
 from research_rl.errors import ConfigError, ModelError, ServiceError
-from research_rl.evaluation.results import Journal, Question, Result, read_questions, to_result, write_results
+from research_rl.evaluation.results import Question, Result, UnfinishedResults, read_questions, to_result, write_results
 from research_rl.evaluation.summary import headline, summarise
 from research_rl.pipeline.stages import STAGES, Context
 from research_rl.process.services import Endpoint
@@ -82,7 +83,7 @@ def _run(context: Context, model: Path) -> None:
     config = context.config
     questions = read_questions(context.parent("prepare") / "test.parquet", config.evaluation.rows)
     work = context.workspace.work(f"{context.stage.name}-{_key(context)}")
-    journal = Journal(work / "results.jsonl")
+    journal = UnfinishedResults(work / "results.jsonl")
     missing = [question for question in questions if question.row not in journal.results]
     if missing:
         _evaluate_served(context, model, missing, journal, len(questions))
@@ -91,7 +92,7 @@ def _run(context: Context, model: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _evaluate_served(context: Context, model: Path, missing: list[Question], journal: Journal, total: int) -> None:
+def _evaluate_served(context: Context, model: Path, missing: list[Question], journal: UnfinishedResults, total: int) -> None:
     """Start what is needed, play `missing`, once more what was lost, and keep what is still lost if it is little enough."""
     from research_rl.retriever.command import require_same_index
     from research_rl.retriever.command import running as retriever_running
@@ -165,7 +166,7 @@ def _parameters(context: Context) -> dict[str, Any]:
         sections.update(stage.sections)
         waiting += [parent for parent in stage.parents if parent not in names]
         names.update(stage.parents)
-    return parameters(context.config, sections)
+    return redact_tree(parameters(context.config, sections))
 
 
 def _key(context: Context) -> str:

@@ -7,7 +7,6 @@ Invariant: every question of an evaluation has exactly one result, also when its
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any
 
 from research_rl.episode.trajectory import Author, StopReason, Trajectory
 from research_rl.errors import DataError
+from research_rl.pipeline import json_lines
 from research_rl.reward.metrics import recall
 from research_rl.reward.rules import grade
 
-__all__ = ["Journal", "Question", "Result", "read_questions", "read_results", "to_result", "write_results"]
+__all__ = ["Question", "Result", "UnfinishedResults", "read_questions", "read_results", "to_result", "write_results"]
 
 
 @dataclass(frozen=True)
@@ -140,31 +140,14 @@ def write_results(folder: Path, results: Iterable[Result]) -> None:
     (folder / "results.jsonl").write_text(text, encoding="utf-8")
 
 
-class Journal:
-    """Finished results of an evaluation under way, one a line, so that a killed one repeats only what it had in flight."""
+class UnfinishedResults:
+    """Results of an evaluation under way, one a line, so that a killed one repeats only what it had in flight."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self.results = self._read()
+        self.results = {result.row: result for result in (Result.from_json(record) for _, record in json_lines.read(path))}
 
     def add(self, result: Result) -> None:
-        """Append one result in one write."""
+        """Append one result. Raises OSError when the disk does not take it; the file then holds the results before it."""
+        json_lines.append(self._path, result.to_json())
         self.results[result.row] = result
-        line = (json.dumps(result.to_json(), ensure_ascii=False) + "\n").encode()
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line)
-        finally:
-            os.close(handle)
-
-    def _read(self) -> dict[int, Result]:
-        """Read whole lines and cut off a torn last one, so that the next line starts on its own."""
-        if not self._path.is_file():
-            return {}
-        content = self._path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self._path, len(whole))
-        found = [Result.from_json(json.loads(line)) for line in whole.splitlines()]
-        return {result.row: result for result in found}

@@ -12,6 +12,7 @@ from research_rl.episode.trajectory import StopReason
 from research_rl.evaluation.results import read_results
 from research_rl.pipeline.stages import Context
 from research_rl.report import figure, html, provenance
+from research_rl.report.files import CURVES, HEADLINE
 from research_rl.report.format import difference_rows, left_out, metric_head, verdict
 from research_rl.report.html import Cell
 from research_rl.report.pairs import Matched, Pair, PairedMetric, by_group, compare_metrics, match, outcome
@@ -36,13 +37,18 @@ class _Findings:
 
 
 def run(context: Context, links: Links = ()) -> None:
-    """Publish metrics.json, training.png, report.html and trajectories.html; `links` are (text, address) of tracking pages."""
+    """Publish metrics.json, headline.json, curves.csv, training.png, report.html and trajectories.html.
+
+    `links` are (text, address) of tracking pages.
+    """
     train, findings = context.parent("train"), _findings(context)
     with context.publish() as staging:
         title = f"GRPO, profile {context.config.profile}"
         figure.draw(findings.curves, staging.path / "training.png", title)
         dark = figure.render(findings.curves, title, dark=True)
         _write(staging.path / "metrics.json", json.dumps(_numbers(findings), indent=1, sort_keys=True) + "\n")
+        _write(staging.path / HEADLINE, json.dumps(_headline(findings.metrics, findings.curves), indent=1) + "\n")
+        _write(staging.path / CURVES, findings.curves.to_csv())
         _write(staging.path / "report.html", _page(context, findings, (staging.path / "training.png").read_bytes(), dark, links))
         groups = evaluated(findings.matched.everything) + validated(_sampled(train, "dev")) + rolled_out(_sampled(train, ""))
         _write(staging.path / "trajectories.html", viewer(groups, "Trajectories"))
@@ -80,6 +86,17 @@ def _numbers(findings: _Findings) -> dict[str, Any]:
         "difference": {metric.name: metric.difference.to_json() for metric in metrics},
         "train": {"steps": curves.steps, "reward_first": round(first, 6), "reward_last": round(last, 6)},
     }
+
+
+def _headline(metrics: Sequence[PairedMetric], curves: Curves) -> dict[str, Any]:
+    """Return the few numbers by which runs are compared, without the groups and counts of metrics.json."""
+    numbers: dict[str, Any] = {"steps": curves.steps}
+    for metric in metrics:
+        if metric.name in ("f1", "em"):
+            change = metric.difference
+            ends = {"difference": change.mean, "low": change.low, "high": change.high, "questions": change.n}
+            numbers[metric.name] = {"before": round(metric.before, 6), "after": round(metric.after, 6), **ends}
+    return numbers
 
 
 def _page(context: Context, findings: _Findings, png: bytes, dark_png: bytes, links: Links) -> str:

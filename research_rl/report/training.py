@@ -41,6 +41,14 @@ class Curves:
         part = max(1, len(values) // 10)
         return sum(values[:part]) / part, sum(values[-part:]) / part
 
+    def to_csv(self) -> str:
+        """Return the curves as a table: a row a step, a column a series that is known; empty where a step lacks it."""
+        names = [name for name in SERIES if name in self.series]
+        columns = {name: dict(zip(*self.series[name], strict=True)) for name in names}
+        steps = sorted({step for values in columns.values() for step in values})
+        rows = [[str(step), *(f"{columns[name][step]:.6g}" if step in columns[name] else "" for name in names)] for step in steps]
+        return "".join(",".join(row) + "\n" for row in [["step", *names], *rows])
+
 
 def read_curves(folder: Path) -> Curves:
     """Read metrics.jsonl of a train artifact: one object per step, with its `metrics` by name."""

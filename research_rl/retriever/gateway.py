@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from research_rl.config import RetrieverConfig
 from research_rl.retriever.access import Access
-from research_rl.retriever.observe import ROUTES, Journal, Metrics, Seen
+from research_rl.retriever.observe import ROUTES, Metrics, RequestLog, Seen
 
 __all__ = ["Gateway", "refusal"]
 
@@ -40,7 +40,7 @@ class Gateway:
     def __init__(self, app: ASGIApp, config: RetrieverConfig, token: str | None, metrics: Metrics) -> None:
         self.active = 0
         self.closing = False
-        self.journal: Journal | None = None
+        self.request_log: RequestLog | None = None
         self._app, self._metrics = app, metrics
         self._access = Access(config, token)
         self._most = config.max_body_mib << 20
@@ -86,8 +86,8 @@ class Gateway:
 
     def _tell(self, seen: Seen, status: int, seconds: float) -> None:
         self._metrics.request(seen, status, seconds)
-        if self.journal:
-            self.journal.request(seen, status, seconds)
+        if self.request_log:
+            self.request_log.request(seen, status, seconds)
 
     def _refused(self, scope: Scope) -> Response | None:
         if denied := self._access.refused(scope):

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-__all__ = ["ROUTES", "Journal", "Metrics", "Seen"]
+__all__ = ["ROUTES", "Metrics", "RequestLog", "Seen"]
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -89,7 +89,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class Journal:
+class RequestLog:
     """Writes JSON lines to a stream from a thread of its own."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -97,7 +97,7 @@ class Journal:
         self._lines: deque[str] = deque(maxlen=_MOST_LINES)
         self._dropped = 0
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._thread = threading.Thread(target=self._write, name="request-log", daemon=True)
         self._thread.start()
 
     def request(self, seen: Seen, status: int, seconds: float) -> None:

@@ -18,7 +18,7 @@ from research_rl.config import RetrieverConfig
 from research_rl.pipeline.stages import Workspace
 from research_rl.retriever.app import Service
 from research_rl.retriever.connections import bounded, file_limit
-from research_rl.retriever.observe import Journal
+from research_rl.retriever.observe import RequestLog
 from research_rl.retriever.retriever import Retriever
 
 __all__ = ["run"]
@@ -45,7 +45,7 @@ def run(
     say(f"listening at {url}, opening {workspace.folder('index')}")
     service = Service(opened, config, token)
     if config.log_requests:
-        service.gateway.journal = Journal(sys.stdout)
+        service.gateway.request_log = RequestLog(sys.stdout)
     faulthandler.enable()  # a mapped file that is cut short between two looks at its size still leaves a trace of where
     protocol = bounded(min(config.max_connections, file_limit()), service.metrics.refused)
     options = uvicorn.Config(
@@ -58,8 +58,8 @@ def run(
         proxy_headers=False,
     )
     _Server(options, service).run(sockets=[listener])
-    if service.gateway.journal:
-        service.gateway.journal.close()
+    if service.gateway.request_log:
+        service.gateway.request_log.close()
     if service.failure:
         raise service.failure
 

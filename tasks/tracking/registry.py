@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["CANDIDATE", "CHAMPION", "MANIFEST", "point", "register", "version_of"]
+__all__ = ["CANDIDATE", "CHAMPION", "MANIFEST", "describe", "point", "register", "version_of"]
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 MANIFEST = "manifest"
@@ -34,14 +34,25 @@ def register(client: MlflowClient, run: str, model: str, folder: Path, tags: Map
 
 def point(client: MlflowClient, model: str, manifest: str, alias: str) -> None:
     """Let `alias` name the version of an artifact; an artifact without a version is logged and passed over."""
-    found = version_of(client, model, manifest)
-    if found is None:
+    version = version_of(client, model, manifest)
+    if version is None:
         logger.warning("model %s has no version of artifact %s; alias %s is not set", model, manifest[:12], alias)
         return
-    client.set_registered_model_alias(model, alias, found.version)
+    client.set_registered_model_alias(model, alias, version.version)
+
+
+def describe(client: MlflowClient, model: str, manifest: str, text: str, tags: Mapping[str, str]) -> None:
+    """Give the version of an artifact a description and tags, such as what it scored; one without a version is logged and passed over."""
+    version = version_of(client, model, manifest)
+    if version is None:
+        logger.warning("model %s has no version of artifact %s; what it scored is not noted", model, manifest[:12])
+        return
+    client.update_model_version(model, version.version, description=text)
+    for name, value in tags.items():
+        client.set_model_version_tag(model, version.version, name, value)
 
 
 def version_of(client: MlflowClient, model: str, manifest: str) -> Any:
     """Return the version whose artifact has this hash, None when there is none."""
-    found = client.search_model_versions(f"name = '{model}'")
-    return next((version for version in found if version.tags.get(MANIFEST) == manifest), None)
+    versions = client.search_model_versions(f"name = '{model}'")
+    return next((version for version in versions if version.tags.get(MANIFEST) == manifest), None)

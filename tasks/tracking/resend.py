@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from research_rl.pipeline.lock import locked
 from research_rl.pipeline.stages import Workspace
-from tasks.job import locked
 from tasks.tracking.sender import send_all
 from tasks.tracking.track import journals
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tasks.tracking.resend", description="Send tracking journals that MLflow missed.")
     parser.add_argument("-w", "--workspace", type=Path, default=Path())
     workspace = Workspace(parser.parse_args(arguments).workspace.resolve())
-    with locked(workspace, 0.0):
+    with locked(workspace, 0.0, "sending tracking journals"):
         return send_all(journals(workspace), live=None)
 
 

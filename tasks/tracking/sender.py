@@ -1,7 +1,8 @@
 """Pass journals on to MLflow; runs as its own process beside a flow. Knows events and MLflow; knows no stage.
 
-Invariants: (1) an event is marked sent only after MLflow took it; (2) an event that MLflow refuses is logged and
-skipped, one that it cannot be asked about is tried again; (3) a run whose flow died is ended as KILLED.
+Invariants: (1) an event is marked sent only after MLflow took it; (2) an event that MLflow refuses is logged, counted and
+skipped, one that it cannot be asked about is tried again, and a journal whose run MLflow refuses to open is kept; (3) a run whose flow
+died is ended as KILLED; (4) a deleted experiment is restored, or made anew with all of the journal.
 """
 
 from __future__ import annotations
@@ -13,24 +14,32 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from research_rl.config.redact import redact
 from tasks.settings import sign_in
 from tasks.tracking.journal import Place, read
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+    from mlflow.exceptions import MlflowException
 
 __all__ = ["main", "metric_name", "send_all"]
 
 FLOW = "flow"
 _JOURNAL = "research.journal"
+_KIND = "mlflow.experimentKind"
+"""The tag by which MLflow's pages open an experiment on its runs, and not on the use of language models."""
+_LOGIN = (401, 407)
+_CHARS = 300
 _POLL_S = 0.3
 _LONGEST_WAIT_S = 10.0
 _BATCH = 1000
 logger = logging.getLogger("sender")
 
 Event = Mapping[str, Any]
+_T = TypeVar("_T")
 
 
 def metric_name(name: str) -> str:
@@ -79,19 +88,62 @@ class _Sender:
                 self._send(events)
                 failing_since, wait, self.retrying = None, 1.0, False
             except _Unreachable as error:
-                self.retrying = True
+                self._note(error)
                 failing_since = failing_since or time.monotonic()
-                logger.warning("MLflow cannot be reached: %s", error)
                 if (self.closed or not self.live) and time.monotonic() - failing_since >= self.patience_s:
                     return False
                 time.sleep(wait)
                 wait = min(2 * wait, _LONGEST_WAIT_S)
 
+    def _note(self, error: _Unreachable) -> None:
+        """Say why nothing goes out, in the log and beside the journal."""
+        self.retrying = True
+        self.place.failure = str(error)
+        self.place.save(self.folder)
+        logger.warning("events are kept: %s", error)
+
     def _send(self, events: Sequence[tuple[int, Event]]) -> None:
         for group in _groups(events):
-            _reaching(lambda group=group: self._deliver([event for _, event in group]))
-            self.place.offset = group[-1][0]
+            self._reach([event for _, event in group])
+            self.place.offset, self.place.failure = group[-1][0], ""
             self.place.save(self.folder)
+
+    def _reach(self, events: Sequence[Event]) -> None:
+        """Deliver events that go out in one request; what MLflow refuses is logged, counted and passed over.
+
+        Raises _Unreachable for what is worth another try: no answer, a refused login, a run that cannot be opened, and a deleted
+        experiment, which is restored first.
+        """
+        try:
+            _reaching(lambda: self._deliver(events))
+        except _UnknownRun as error:
+            self._refuse(events, f"its run {error} was never opened")
+        except _Refused as error:
+            if events[0]["op"] == "open" or error.status in _LOGIN:
+                raise _Unreachable(f"MLflow refused to open the run: {error}" if events[0]["op"] == "open" else str(error)) from error
+            if self._revived():
+                raise _Unreachable(f"the experiment was deleted and is restored: {error}") from error
+            self._refuse(events, str(error))
+
+    def _refuse(self, events: Sequence[Event], why: str) -> None:
+        self.place.refused += len(events)
+        logger.error("an event (%s) is not sent: %s", events[0]["op"], why)
+
+    def _revived(self) -> bool:
+        """Bring back the experiment that the journal's runs belong to; return whether it had been deleted.
+
+        One that is gone for good cannot come back: the journal is then sent from its start, into a new one.
+        """
+        if not self.place.experiment:
+            return False
+        try:
+            return _reaching(lambda: _restored(self._client(), self.place.experiment))
+        except _Refused as error:
+            if error.code != "RESOURCE_DOES_NOT_EXIST":
+                return False
+            logger.warning("experiment %s is gone; the journal is sent from its start", self.place.experiment)
+            self.place = Place(refused=self.place.refused)
+            return True
 
     def _deliver(self, events: Sequence[Event]) -> None:
         operation = events[0]["op"]
@@ -103,10 +155,9 @@ class _Sender:
     def _on_open(self, event: Event) -> None:
         from mlflow import MlflowClient
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or str(event["uri"])
-        sign_in(uri)
-        self.client = MlflowClient(tracking_uri=uri)
-        self.place.uri = uri
+        self.place.uri = _address(str(event["uri"]))
+        sign_in(self.place.uri)
+        self.client = MlflowClient(tracking_uri=self.place.uri)
         self.place.experiment = _experiment(self.client, str(event["experiment"]), str(event["artifacts"]))
         self._begin(FLOW, event, str(event["name"]), event["time"], event["tags"], None)
 
@@ -118,7 +169,7 @@ class _Sender:
 
         named = {**tags, "mlflow.runName": name, "mlflow.source.name": "research-rl", _JOURNAL: f"{self.folder.name}/{key}"}
         if parent:
-            named["mlflow.parentRunId"] = self.place.runs[parent]
+            named["mlflow.parentRunId"] = self._known(parent)
         if key not in self.place.runs:
             self.place.runs[key] = self._made(named[_JOURNAL]) or self._create(start, named)
         params = [Param(name, value) for name, value in event["params"].items()]
@@ -132,8 +183,8 @@ class _Sender:
         """Return the run that an earlier try made and whose reply was lost; only a retried event looks for one."""
         if not self.retrying:
             return None
-        found = self._client().search_runs([self.place.experiment], f"tags.`{_JOURNAL}` = '{journal}'", max_results=1)
-        return found[0].info.run_id if found else None
+        runs = self._client().search_runs([self.place.experiment], f"tags.`{_JOURNAL}` = '{journal}'", max_results=1)
+        return runs[0].info.run_id if runs else None
 
     def _metrics(self, events: Sequence[Event]) -> None:
         from mlflow.entities import Metric
@@ -165,12 +216,17 @@ class _Sender:
         from tasks.tracking.traces import log_trace
 
         self._client()
-        log_trace(self.place.uri, self.place.experiment, self._run(event), event["record"], int(event["time"]))
+        log_trace(_address(self.place.uri), self.place.experiment, self._run(event), event["record"], int(event["time"]))
 
     def _on_register(self, event: Event) -> None:
         from tasks.tracking import registry
 
         registry.register(self._client(), self._run(event), event["model"], Path(event["path"]), event["tags"])
+
+    def _on_describe(self, event: Event) -> None:
+        from tasks.tracking import registry
+
+        registry.describe(self._client(), event["model"], event["manifest"], event["text"], event["tags"])
 
     def _on_alias(self, event: Event) -> None:
         from tasks.tracking import registry
@@ -181,17 +237,23 @@ class _Sender:
         self._client().set_terminated(self._run(event), event["status"], int(event["time"]))
 
     def _on_close(self, event: Event) -> None:
-        self._client().set_terminated(self.place.runs[FLOW], event["status"], int(event["time"]))
+        self._client().set_terminated(self._known(FLOW), event["status"], int(event["time"]))
 
     def _run(self, event: Event) -> str:
-        return self.place.runs[event["key"]]
+        return self._known(event["key"])
+
+    def _known(self, key: str) -> str:
+        """Return the id of a run. Raises _UnknownRun when the event that opens it was lost or refused."""
+        if key not in self.place.runs:
+            raise _UnknownRun(key)
+        return self.place.runs[key]
 
     def _client(self) -> MlflowClient:
         from mlflow import MlflowClient
 
         if self.client is None:
-            sign_in(self.place.uri)
-            self.client = MlflowClient(tracking_uri=self.place.uri)
+            sign_in(_address(self.place.uri))
+            self.client = MlflowClient(tracking_uri=_address(self.place.uri))
         return self.client
 
     def _finish(self) -> bool:
@@ -200,8 +262,11 @@ class _Sender:
             try:
                 _reaching(self._kill_open)
             except _Unreachable as error:
-                logger.warning("MLflow cannot be reached: %s", error)
+                self._note(error)
                 return False
+            except _Refused as error:
+                self.place.refused += 1
+                logger.error("a run of a flow that died is not ended: %s", error)
         if self.place.runs:
             import mlflow
 
@@ -217,11 +282,23 @@ class _Sender:
 
 
 class _Unreachable(Exception):
-    """MLflow did not answer; worth another try."""
+    """MLflow did not take an event that it may take later; worth another try."""
 
 
-def _reaching(deliver: Callable[[], None]) -> None:
-    """Run one delivery. A refusal is logged and dropped; raises _Unreachable when MLflow did not answer.
+class _Refused(Exception):
+    """MLflow answered that it does not accept an event; `status` is the HTTP status, `code` MLflow's name for the reason."""
+
+    def __init__(self, error: MlflowException) -> None:
+        super().__init__(f"HTTP {error.get_http_status_code()}: {str(error)[:_CHARS]}")
+        self.status, self.code = int(error.get_http_status_code()), str(error.error_code)
+
+
+class _UnknownRun(Exception):
+    """An event belongs to a run that MLflow was never asked to make."""
+
+
+def _reaching(call: Callable[[], _T]) -> _T:
+    """Return the result of a call to MLflow. Raises _Refused for a 4xx answer and _Unreachable for none, or for a failing server.
 
     This is the boundary to a foreign service whose errors take many forms: each becomes one of the two.
     """
@@ -230,17 +307,19 @@ def _reaching(deliver: Callable[[], None]) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        deliver()
+        return call()
     except MlflowException as error:
         status = error.get_http_status_code()
         if 400 <= status < 500 and status not in (408, 429):
-            logger.error("MLflow refused an event: %s", error)
-        else:
-            raise _Unreachable(str(error)[:300]) from error
+            raise _Refused(error) from error
+        raise _Unreachable(f"MLflow failed: {str(error)[:_CHARS]}") from error
     except (requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        raise _Unreachable(str(error)[:300]) from error
-    except KeyError as error:
-        logger.error("event of an unknown run %s is skipped", error)
+        raise _Unreachable(f"MLflow cannot be reached: {str(error)[:_CHARS]}") from error
+
+
+def _address(uri: str) -> str:
+    """Return where MLflow is: the environment's address, which may hold credentials, else the journal's, which never does."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or uri
 
 
 def _groups(events: Sequence[tuple[int, Event]]) -> Iterable[list[tuple[int, Event]]]:
@@ -258,20 +337,48 @@ def _groups(events: Sequence[tuple[int, Event]]) -> Iterable[list[tuple[int, Eve
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: str) -> str:
-    """Return the id of an experiment, made when missing. On a sqlite file its artifacts stand beside that file."""
+    """Return the id of an experiment: made when missing, restored when deleted. On a sqlite file its artifacts stand beside that file."""
+    experiment = client.get_experiment_by_name(name) or _made_experiment(client, name, artifacts)
+    _restored(client, experiment.experiment_id)
+    if _KIND not in experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, _KIND, "custom_model_development")
+    return str(experiment.experiment_id)
+
+
+def _made_experiment(client: MlflowClient, name: str, artifacts: str) -> Experiment:
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found:
-        return str(found.experiment_id)
     local = str(client.tracking_uri).startswith("sqlite")
     try:
-        return client.create_experiment(name, artifact_location=Path(artifacts).as_uri() if local else None)
-    except MlflowException:
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        return client.get_experiment(client.create_experiment(name, artifact_location=Path(artifacts).as_uri() if local else None))
+    except MlflowException:  # another run made it in between
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
             raise
-        return str(found.experiment_id)
+        return experiment
+
+
+def _restored(client: MlflowClient, experiment: str) -> bool:
+    """Bring a deleted experiment back with its runs; return whether it was deleted."""
+    if client.get_experiment(experiment).lifecycle_stage == "active":
+        return False
+    client.restore_experiment(experiment)
+    logger.warning("experiment %s had been deleted; it is restored", experiment)
+    return True
+
+
+class _Redacted(logging.Formatter):
+    """Formats records without the credentials of addresses in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return redact(super().format(record))
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -281,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--live", help="name of the journal that is still being written")
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a silent MLflow after the flow's end")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _log_to_stderr()
     os.nice(5)
     quiet = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",

@@ -29,9 +29,9 @@ def pieces(record: Mapping[str, Any]) -> Iterator[Piece]:
             yield "retrieve", str(search["query"]), str(segment["text"]), float(search["seconds"])
             continue
         seconds = float(record.get("engine_seconds", 0.0)) * segment["tokens"] / tokens
-        found = _TAGS.findall(segment["text"]) or [("think", segment["text"])]
-        for kind, text in found:
-            yield kind, "", text.strip(), seconds / len(found)
+        parts = _TAGS.findall(segment["text"]) or [("think", segment["text"])]
+        for kind, text in parts:
+            yield kind, "", text.strip(), seconds / len(parts)
 
 
 def log_trace(uri: str, experiment: str, run: str, record: Mapping[str, Any], end_ms: int) -> None:
@@ -41,8 +41,8 @@ def log_trace(uri: str, experiment: str, run: str, record: Mapping[str, Any], en
 
     kinds = {"think": SpanType.LLM, "search": SpanType.TOOL, "retrieve": SpanType.RETRIEVER, "answer": SpanType.LLM}
     mlflow.set_tracking_uri(uri)
-    found = list(pieces(record))
-    now = end_ms * 1_000_000 - int(sum(seconds for *_, seconds in found) * 1e9)
+    spans = list(pieces(record))
+    now = end_ms * 1_000_000 - int(sum(seconds for *_, seconds in spans) * 1e9)
     root = mlflow.start_span_no_context(
         "episode",
         span_type=SpanType.AGENT,
@@ -53,10 +53,10 @@ def log_trace(uri: str, experiment: str, run: str, record: Mapping[str, Any], en
         experiment_id=experiment,
         start_time_ns=now,
     )
-    for kind, given, text, seconds in found:
+    for kind, given, text, seconds in spans:
         span = mlflow.start_span_no_context(
             kind, span_type=kinds[kind], parent_span=root, inputs={"text": given} if given else None, start_time_ns=now
         )
         now += int(seconds * 1e9)
         span.end(outputs=text, end_time_ns=now)
-    root.end(outputs=found[-1][2] if found else "", end_time_ns=now)
+    root.end(outputs=spans[-1][2] if spans else "", end_time_ns=now)

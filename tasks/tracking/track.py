@@ -10,26 +10,31 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from research_rl.config import Config, parameters
+from research_rl.config import Config, load_profile, parameters
+from research_rl.config.redact import HIDDEN, redact
+from research_rl.errors import ConfigError
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, spawn
 from research_rl.report.version import commit
-from tasks.tracking.journal import Journal, Place
+from tasks.tracking.journal import Place, TrackingJournal
 
-__all__ = ["FLOW", "StageRun", "Tracker", "flat", "journals", "tracking_uri"]
+__all__ = ["FLOW", "StageRun", "Tracker", "changed", "flat", "journals", "run_name", "sqlite_uri", "tracking_uri"]
 
 FLOW = "flow"
 _PARAM_CHARS = 500
+_TAG_CHARS = 4000
 _DRAIN_S = 90.0
 _KILLED_S = 5.0
 PATIENCE_S = 20.0
@@ -40,7 +45,17 @@ logger = logging.getLogger("prefect.tasks.track")
 
 def tracking_uri(config: Config, workspace: Workspace) -> str:
     """Return the MLflow address: MLFLOW_TRACKING_URI, else tracking.mlflow_uri, else a sqlite file in the workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.mlflow_uri or f"sqlite:///{workspace.root}/mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.mlflow_uri or sqlite_uri(workspace.root / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the address of a sqlite file, whatever characters its path holds.
+
+    MLflow makes the parent folder of the path as the address spells it. Where characters have to be escaped, the slashes are too, so
+    that no folder of the escaped name comes into being.
+    """
+    text = str(path)
+    return f"sqlite:///{quote(text, safe='') if set(text) & set('?%#') else text}"
 
 
 def journals(workspace: Workspace) -> Path:
@@ -49,13 +64,13 @@ def journals(workspace: Workspace) -> Path:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested parameters as dotted names; values are cut to 500 characters, MLflow's limit on old servers."""
+    """Return nested parameters as dotted names; without credentials, cut to 500 characters (MLflow's limit on old servers)."""
     leaves: dict[str, str] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
             leaves.update(flat(value, f"{prefix}{name}."))
         else:
-            leaves[f"{prefix}{name}"] = str(value)[:_PARAM_CHARS]
+            leaves[f"{prefix}{name}"] = redact(str(value))[:_PARAM_CHARS]
     return leaves
 
 
@@ -66,7 +81,7 @@ class StageRun:
         self.tracker, self.key, self.params, self.parent = tracker, key, params, parent
         self.started = int(time.time() * 1000)
         self.begun = self.fresh = False
-        self.found: Manifest | None = None
+        self.manifest: Manifest | None = None
 
     def begin(self) -> None:
         """Make the run unless it is there."""
@@ -81,17 +96,17 @@ class StageRun:
         self.begin()
         return StageRun(self.tracker, f"{self.key}/{name}", params, self.key)
 
-    def finished(self, found: Manifest, built: bool) -> None:
+    def finished(self, manifest: Manifest, built: bool) -> None:
         """Record what the stage left: counts as metrics, hashes as tags. A skipped stage leaves its lineage on the parent alone.
 
         Sets `fresh`: whether no run of this workspace has told MLflow about this artifact yet.
         """
-        self.found, self.fresh = found, built or self.tracker.journal_of(found) is None
-        self.tracker.tags(FLOW, {f"manifest.{self.key}": found.hash, f"stage.{self.key}": "built" if built else "cached"})
+        self.manifest, self.fresh = manifest, built or self.tracker.journal_of(manifest) is None
+        self.tracker.tags(FLOW, {f"manifest.{self.key}": manifest.hash, f"stage.{self.key}": "built" if built else "cached"})
         if built:
-            self.metrics({f"count/{name}": value for name, value in found.counts.items()})
+            self.metrics({f"count/{name}": value for name, value in manifest.counts.items()})
             self.metrics({"seconds": (time.time() * 1000 - self.started) / 1000})
-            self.tags({"manifest": found.hash, **{f"parent.{name}": value for name, value in found.parents.items()}})
+            self.tags({"manifest": manifest.hash, **{f"parent.{name}": value for name, value in manifest.parents.items()}})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics of one step."""
@@ -122,6 +137,11 @@ class StageRun:
         self.begin()
         self.tracker.journal.write("register", key=self.key, path=str(folder), model=model, tags=dict(tags))
 
+    def describe(self, model: str, manifest: str, text: str, tags: Mapping[str, str]) -> None:
+        """Give the version of an artifact a description and further tags."""
+        self.begin()
+        self.tracker.journal.write("describe", key=self.key, model=model, manifest=manifest, text=text, tags=dict(tags))
+
     def alias(self, model: str, manifest: str, alias: str) -> None:
         """Point an alias of the registered model at the version of an artifact."""
         self.begin()
@@ -131,29 +151,30 @@ class StageRun:
         """End the run if it was ever begun."""
         if self.begun:
             self.tracker.journal.write("end", key=self.key, status=status)
-            if self.found:
-                self.tracker.remember(self.found)
+            if self.manifest:
+                self.tracker.remember(self.manifest)
 
 
 class Tracker:
     """Writes the journal of one run and owns the sender."""
 
-    def __init__(self, journal: Journal, sender: Process | None, uri: str) -> None:
+    def __init__(self, journal: TrackingJournal, sender: Process | None, uri: str) -> None:
         self.journal, self.sender, self.uri = journal, sender, uri
         self.begun = {FLOW}
+        self._remembering = threading.Lock()
 
     @classmethod
     def start(cls, config: Config, workspace: Workspace, *, flow: str, run_id: str) -> Tracker:
         """Open a journal for this run and start the sender, which also sends what earlier runs left."""
-        journal = Journal(journals(workspace) / f"{time.time_ns()}-{run_id[:8]}")
+        journal = TrackingJournal(journals(workspace) / f"{time.time_ns()}-{run_id[:8]}")
         uri = tracking_uri(config, workspace)
-        tags = {"flow": flow, "profile": config.profile, "prefect_flow_run_id": run_id, **_git()}
+        tags = {"flow": flow, "profile": config.profile, "changed": changed(config), "prefect_flow_run_id": run_id, **_git()}
         journal.write(
             "open",
-            name=f"{flow}-{run_id[:8]}",
+            name=f"{run_name(flow, config)}, {datetime.now(UTC):%Y-%m-%d %H:%M}",
             journal=journal.folder.name,
             experiment=config.tracking.experiment,
-            uri=uri,
+            uri=redact(uri),
             artifacts=str(workspace.root / "mlartifacts"),
             tags=tags,
             params=flat(config.model_dump(mode="json")),
@@ -175,7 +196,7 @@ class Tracker:
             env={"MLFLOW_TRACKING_URI": uri},
             log=journals(workspace) / "sender.log",
         )
-        return cls(journal, sender, uri)
+        return cls(journal, sender, redact(uri))
 
     @contextmanager
     def stage(self, name: str, config: Config, sections: Sequence[str]) -> Generator[StageRun]:
@@ -184,7 +205,7 @@ class Tracker:
         try:
             yield run
         except BaseException as error:
-            run.tags({"error": f"{type(error).__name__}: {error}"[:_PARAM_CHARS]})
+            run.tags({"error": redact(f"{type(error).__name__}: {error}")[:_PARAM_CHARS]})
             run.end("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         run.end("FINISHED")
@@ -193,33 +214,38 @@ class Tracker:
         """Set tags of the run `key`."""
         self.journal.write("tags", key=key, values=dict(values))
 
-    def journal_of(self, found: Manifest) -> Path | None:
+    def metrics(self, values: Mapping[str, float]) -> None:
+        """Log metrics of the run as a whole."""
+        self.journal.write("metrics", key=FLOW, step=0, values=dict(values))
+
+    def journal_of(self, manifest: Manifest) -> Path | None:
         """Return the folder of the journal in which an artifact was reported."""
-        name = self._index().get(f"{found.stage}:{found.hash}")
+        name = self._index().get(f"{manifest.stage}:{manifest.hash}")
         return self.journal.folder.parent / name if name else None
 
-    def remember(self, found: Manifest) -> None:
-        """Note that this run reported an artifact."""
+    def remember(self, manifest: Manifest) -> None:
+        """Note that this run reported an artifact; stages that end at one moment wait for each other."""
         path = self.journal.folder.parent / _INDEX
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        temporary.write_text(json.dumps({**self._index(), f"{found.stage}:{found.hash}": self.journal.folder.name}))
-        temporary.replace(path)
+        with self._remembering:
+            temporary.write_text(json.dumps({**self._index(), f"{manifest.stage}:{manifest.hash}": self.journal.folder.name}))
+            temporary.replace(path)
 
     def _index(self) -> dict[str, str]:
         path = self.journal.folder.parent / _INDEX
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def link(self, key: str = FLOW, found: Manifest | None = None, wait_s: float = 0.0) -> str | None:
-        """Return the page of a run in MLflow's interface: of this run's `key`, else of the run that reported `found`.
+    def link(self, key: str = FLOW, manifest: Manifest | None = None, wait_s: float = 0.0) -> str | None:
+        """Return the page of a run in MLflow's interface: of this run's `key`, else of the run that reported `manifest`.
 
         None when MLflow has not answered within `wait_s`.
         """
-        place = self._place(key, found, wait_s)
+        place = self._place(key, manifest, wait_s)
         return place and f"{_page(place)}/#/experiments/{place.experiment}/runs/{place.runs[key]}"
 
     def comparison(self, artifacts: Sequence[Manifest]) -> str | None:
         """Return the page that compares the runs which reported `artifacts`; None when MLflow knows not all of them."""
-        places = [(found.stage, self._place(found.stage, found, 0.0)) for found in artifacts]
+        places = [(manifest.stage, self._place(manifest.stage, manifest, 0.0)) for manifest in artifacts]
         known = [(place, place.runs[stage]) for stage, place in places if place]
         if len(known) < len(places) or not known:
             return None
@@ -227,9 +253,9 @@ class Tracker:
         query = {"runs": json.dumps([run for _, run in known]), "experiments": json.dumps([place.experiment])}
         return f"{_page(place)}/#/compare-runs?{urlencode(query, quote_via=quote)}"
 
-    def _place(self, key: str, found: Manifest | None, wait_s: float) -> Place | None:
+    def _place(self, key: str, manifest: Manifest | None, wait_s: float) -> Place | None:
         """Return the sender's place in the journal that reported `key`, once it has sent it; waits only for this run's own."""
-        folder = self.journal.folder if key in self.begun else found and self.journal_of(found)
+        folder = self.journal.folder if key in self.begun else manifest and self.journal_of(manifest)
         if not folder:
             return None
         deadline = time.monotonic() + wait_s
@@ -251,19 +277,52 @@ class Tracker:
         while self.sender.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         self.sender.stop()
-        sent = Place.load(self.journal.folder).done
-        if not sent:
+        place = Place.load(self.journal.folder)
+        self._report(place)
+        return place.done
+
+    def _report(self, place: Place) -> None:
+        """Say in the log what MLflow did not get, and why."""
+        if not place.done:
             logger.warning(
-                "MLflow at %s took no events in time; %s keeps them for the next run or `python -m tasks.tracking.resend`",
+                "MLflow at %s took not all events (%s); %s keeps them for the next run or `python -m tasks.tracking.resend`",
                 self.uri,
+                place.failure or "no answer in time",
                 self.journal.folder,
             )
-        return sent
+        if place.refused or self.journal.lost:
+            logger.warning(
+                "MLflow at %s refused %d events, see %s; the disk did not take %d",
+                self.uri,
+                place.refused,
+                journals_log(self.journal.folder),
+                self.journal.lost,
+            )
+
+
+def journals_log(folder: Path) -> Path:
+    """Return the sender's log, beside the journals."""
+    return folder.parent / "sender.log"
+
+
+def run_name(flow: str, config: Config) -> str:
+    """Return what a run is called in Prefect and MLflow: flow, profile and seed."""
+    return f"{flow} {config.profile} seed {config.seed}"
+
+
+def changed(config: Config) -> str:
+    """Return the parameters that differ from the profile's, as `name=value` in one line; "nothing" when all are the profile's."""
+    try:
+        profile = flat(load_profile(config.profile).model_dump(mode="json"))
+    except ConfigError:  # params.yaml outlives the profile that it came from
+        return f"profile {config.profile} is unknown here"
+    differing = {name: value for name, value in flat(config.model_dump(mode="json")).items() if profile.get(name) != value}
+    return redact(", ".join(f"{name}={value}" for name, value in differing.items()) or "nothing")[:_TAG_CHARS]
 
 
 def _page(place: Place) -> str:
     """Return where MLflow's interface shows what was sent: the server itself, or that of `make up` for a sqlite file."""
-    return place.uri if place.uri.startswith("http") else _DEFAULT_PAGE
+    return place.uri.replace(f"{HIDDEN}@", "") if place.uri.startswith("http") else _DEFAULT_PAGE
 
 
 def _git() -> dict[str, str]:

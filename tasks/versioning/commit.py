@@ -5,11 +5,13 @@ A workspace outside git gets a repository without source control. Nothing is run
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -17,7 +19,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from research_rl.errors import ServiceError
+from research_rl import config as configuration
+from research_rl.config import Config
+from research_rl.errors import ConfigError, ServiceError
 from research_rl.pipeline.run import current
 from research_rl.pipeline.stages import STAGES, Workspace
 from tasks.job import Job
@@ -38,39 +42,83 @@ _CONFIG = """\
 """
 
 
-@task(name="dvc-commit", cache_policy=NO_CACHE, persist_result=False)
+@task(name="dvc-commit", task_run_name="dvc-commit", cache_policy=NO_CACHE, persist_result=False)
 def commit(job: Job) -> State[list[str]]:
     """Commit every stage that is current; return their names. A failure of DVC is reported, not raised: the artifacts stand."""
     if not job.config.tracking.dvc:
         return Completed(name="Skipped", message="tracking.dvc is false", data=[])
-    found = {name: part.hash for name in STAGES if (part := current(name, job.config, job.workspace, verify=False))}
-    noted = job.workspace.work("dvc") / "recorded.json"
-    if _recorded(job.workspace.root, noted, found):
-        return Completed(name="Cached", message="DVC has these artifacts", data=list(found))
+    hashes = {name: artifact.hash for name in STAGES if (artifact := current(name, job.config, job.workspace, verify=False))}
+    note = job.workspace.work("dvc") / "recorded.json"
+    if _recorded(job.workspace.root, note, hashes):
+        return Completed(name="Cached", message="DVC has these artifacts", data=list(hashes))
     try:
-        record(job.workspace, list(found))
+        record(job.workspace, list(hashes), job.config)
     except ServiceError as error:
         get_run_logger().warning("DVC did not take the artifacts: %s", error)
         return Completed(name="NotCommitted", message=str(error)[:500], data=[])
-    noted.parent.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps(found))
-    return Completed(message=f"committed {', '.join(found)}", data=list(found))
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(hashes))
+    return Completed(message=f"committed {', '.join(hashes)}", data=list(hashes))
 
 
-def _recorded(root: Path, noted: Path, found: dict[str, str]) -> bool:
+def _recorded(root: Path, note: Path, hashes: dict[str, str]) -> bool:
     """Return whether DVC was given exactly these artifacts last time and its files still stand."""
-    files = (root / "dvc.lock", root / "dvc.yaml", root / f"{STAGES[SNAPSHOT].folder}.dvc", noted)
-    return all(path.is_file() for path in files) and json.loads(noted.read_text()) == found
+    files = (root / "dvc.lock", root / "dvc.yaml", root / f"{STAGES[SNAPSHOT].folder}.dvc", note)
+    return all(path.is_file() for path in files) and json.loads(note.read_text()) == hashes
 
 
-def record(workspace: Workspace, finished: Sequence[str]) -> None:
-    """Make DVC know the artifacts of `finished`. Raises ServiceError."""
+def record(workspace: Workspace, finished: Sequence[str], config: Config) -> None:
+    """Make DVC know the artifacts of `finished`, as built from `config`. Raises ServiceError."""
     prepare_repository(workspace.root)
     if SNAPSHOT in finished and not (workspace.root / f"{STAGES[SNAPSHOT].folder}.dvc").is_file():
         dvc(workspace.root, "add", "--quiet", STAGES[SNAPSHOT].folder)
     targets = [f"{STAGES[name].folder}.dvc" if name == SNAPSHOT else name for name in finished]
     if targets:
-        dvc(workspace.root, "commit", "--quiet", "--force", *targets)
+        with _parameters(workspace.root / "params.yaml", config):
+            dvc(workspace.root, "commit", "--quiet", "--force", *targets)
+
+
+@contextmanager
+def _parameters(path: Path, config: Config) -> Generator[None]:
+    """Let params.yaml say for a moment what the artifacts were built from: DVC reads it, and it may have been edited since the run began.
+
+    The edited file stands again afterwards, also when this process is killed in between and a later one gets here. An edit that is
+    saved in the meantime wins.
+    """
+    _put_back(path)
+    if _says(path, config):
+        yield
+        return
+    text = configuration.dump(config)
+    if path.is_file():
+        _aside(path, text).write_bytes(path.read_bytes())
+    configuration.save(config, path)
+    try:
+        yield
+    finally:
+        _put_back(path)
+
+
+def _aside(path: Path, text: str) -> Path:
+    """Return where the edited file waits while `text` stands in its place."""
+    return path.with_name(f"{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}.edited")
+
+
+def _put_back(path: Path) -> None:
+    """Restore an edited params.yaml that was put aside, unless it was edited again since."""
+    for aside in path.parent.glob(f"{path.name}.*.edited"):
+        if path.is_file() and _aside(path, path.read_text(encoding="utf-8")) == aside:
+            aside.replace(path)
+        else:
+            aside.unlink()
+
+
+def _says(path: Path, config: Config) -> bool:
+    """Return whether the file holds this configuration; a file that an editor left broken does not."""
+    try:
+        return configuration.load(path) == config
+    except ConfigError:
+        return False
 
 
 def prepare_repository(root: Path) -> None:
@@ -91,6 +139,6 @@ def dvc(root: Path, *arguments: str, env: Mapping[str, str] | None = None) -> st
     command = [*COMMAND, *arguments]
     done = subprocess.run(command, cwd=root, env={**environment(), **(env or {})}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip()
-        raise ServiceError(f"`dvc {' '.join(arguments)}` in {root} ended with code {done.returncode}: {said[-800:]}")
+        reason = (done.stderr or done.stdout).strip()
+        raise ServiceError(f"`dvc {' '.join(arguments)}` in {root} ended with code {done.returncode}: {reason[-800:]}")
     return done.stdout

@@ -13,13 +13,20 @@ import yaml
 
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import STAGES, Stage
+from research_rl.report.files import CURVES, HEADLINE
 
 __all__ = ["SNAPSHOT", "render", "write"]
 
 SNAPSHOT = "download"
 _HEADER = "# Written by `python -m tasks.versioning.dvc_file` from the stage table in research_rl/pipeline/stages.py.\n"
 # Stages that read their last artifact: DVC must not remove it before they run.
-_KEPT = {"validate"}
+_PERSISTENT = {"validate"}
+_PLOTS = {
+    "reward": ["reward"],
+    "F1 while training": ["f1"],
+    "searches per question": ["searches"],
+    "tokens per response": ["tokens"],
+}
 # A checkout's own environment comes first; elsewhere the caller's PATH decides.
 _COMMAND = "PATH=.venv/bin:$PATH python -m research_rl run {name}"
 
@@ -27,17 +34,28 @@ _COMMAND = "PATH=.venv/bin:$PATH python -m research_rl run {name}"
 def render() -> str:
     """Return the text of dvc.yaml."""
     stages = {stage.name: _stage(stage) for stage in STAGES.values() if stage.name != SNAPSHOT}
-    return _HEADER + yaml.safe_dump({"stages": stages}, sort_keys=False, width=120)
+    return _HEADER + yaml.safe_dump({"stages": stages, "metrics": _metrics(), "plots": _plots()}, sort_keys=False, width=120)
+
+
+def _metrics() -> list[str]:
+    """Return the files of `dvc metrics`: small ones inside the artifacts, which DVC allows outside the stages only."""
+    return [f"{STAGES['report'].folder}/{HEADLINE}"]
+
+
+def _plots() -> list[dict[str, Any]]:
+    """Return the plots of `dvc plots`: the training curves over the step."""
+    curves = f"{STAGES['report'].folder}/{CURVES}"
+    return [{title: {"x": "step", "y": {curves: columns}, "title": title}} for title, columns in _PLOTS.items()]
 
 
 def _stage(stage: Stage) -> dict[str, Any]:
-    found: dict[str, Any] = {"desc": stage.summary, "cmd": _COMMAND.format(name=stage.name)}
+    entry: dict[str, Any] = {"desc": stage.summary, "cmd": _COMMAND.format(name=stage.name)}
     if stage.parents:
-        found["deps"] = [STAGES[parent].folder for parent in stage.parents]
+        entry["deps"] = [STAGES[parent].folder for parent in stage.parents]
     if stage.keys:
-        found["params"] = list(stage.keys)
-    found["outs"] = [{stage.folder: {"persist": True}} if stage.name in _KEPT else stage.folder]
-    return found
+        entry["params"] = list(stage.keys)
+    entry["outs"] = [{stage.folder: {"persist": True}} if stage.name in _PERSISTENT else stage.folder]
+    return entry
 
 
 def write(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from research_rl import config
 from research_rl.paths import CHECKOUT
@@ -31,7 +33,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     config.save(resolved, space.root / "params.yaml")
     for name in BUILT:
         run_stage(name, resolved, space)
-    commit.record(space, BUILT)
+    commit.record(space, BUILT, resolved)
     return space
 
 
@@ -47,6 +49,48 @@ def ran(output: str) -> list[str]:
 def test_nothing_runs_after_a_record(workspace: Workspace) -> None:
     assert "up to date" in commit.dvc(workspace.root, "status", "data.dvc", *PIPELINE)
     assert ran(commit.dvc(workspace.root, "repro", *PIPELINE)) == []
+
+
+def test_parameters_edited_while_a_run_was_at_work_are_not_taken_for_what_built_the_artifacts(workspace: Workspace) -> None:
+    path = workspace.root / "params.yaml"
+    before, used = path.read_text(), config.load(path)
+    edited = "# mine\n" + config.dump(config.load(path, ["encoder.dim=96"]))
+    path.write_text(edited)
+    try:
+        commit.record(workspace, BUILT, used)
+        assert path.read_text() == edited, "the user's file stands again, comments and all"
+        status = commit.dvc(workspace.root, "status", "embed")
+        assert "encoder" in status and "up to date" not in status
+        assert (
+            yaml.safe_load((workspace.root / "dvc.lock").read_text())["stages"]["embed"]["params"]["params.yaml"]["encoder"]["dim"]
+            == used.encoder.dim
+        )
+    finally:
+        path.write_text(before)
+    assert "up to date" in commit.dvc(workspace.root, "status", "embed")
+
+
+def test_a_commit_killed_with_the_edited_file_aside_loses_no_edit(tmp_path: Path) -> None:
+    path, used = tmp_path / "params.yaml", config.load_profile("laptop")
+    for newer in (False, True):
+        path.write_text(config.dump(used))
+        commit._aside(path, config.dump(used)).write_text("seed: 1")
+        if newer:
+            path.write_text("seed: 2")
+        commit._put_back(path)
+        assert path.read_text() == ("seed: 2" if newer else "seed: 1") and [item.name for item in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_metrics_and_plots_show_the_report(tmp_path: Path) -> None:
+    commit.prepare_repository(tmp_path)
+    report = Workspace(tmp_path).folder("report")
+    report.mkdir(parents=True)
+    (report / "headline.json").write_text('{"steps": 2, "f1": {"before": 0.25, "after": 0.75, "difference": 0.5, "low": 0.4, "high": 0.6}}')
+    (report / "curves.csv").write_text("step,reward,f1,searches,tokens\n1,0.1,0.2,2,30\n2,0.3,0.4,2,31\n")
+    shown = json.loads(commit.dvc(tmp_path, "metrics", "show", "--json"))
+    assert shown[""]["data"]["artifacts/report/headline.json"]["data"]["f1"]["difference"] == 0.5
+    page = Path(commit.dvc(tmp_path, "plots", "show").strip().removeprefix("file://"))
+    assert page.is_file() and '"reward": "0.3"' in page.read_text()
 
 
 def test_recorded_artifacts_are_still_whole_and_replaceable(workspace: Workspace) -> None:

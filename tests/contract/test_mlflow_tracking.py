@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +23,10 @@ from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, free_port, guarded
+from tasks.artifacts import _headline, _verdict
 from tasks.tracking import sender, track
-from tasks.tracking.journal import Place, read
-from tasks.tracking.track import Tracker, journals
+from tasks.tracking.journal import EVENTS, Place, TrackingJournal, read
+from tasks.tracking.track import Tracker, journals, tracking_uri
 
 EPISODE: dict[str, Any] = {
     "question": "Who?",
@@ -53,9 +60,20 @@ def play(space: Workspace, monkeypatch: pytest.MonkeyPatch, uri: str) -> Tracker
     return tracker
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; making its tables takes longer than most of these tests."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def space(tmp_path: Path) -> Workspace:
+def space(tmp_path: Path, database: Path) -> Workspace:
     config.save(config.load_profile("laptop"), tmp_path / "params.yaml")
+    shutil.copy(database, tmp_path / "mlflow.db")
     journals(Workspace(tmp_path)).mkdir(parents=True)
     return Workspace(tmp_path)
 
@@ -87,6 +105,7 @@ def test_everything_reaches_a_sqlite_file_and_what_is_refused_is_skipped(space: 
     link = tracker.link("train", wait_s=60)
     assert tracker.close("FINISHED") and list(space.services.glob("*.pid")) == []
     place = Place.load(tracker.journal.folder)
+    assert place.refused == 2, "the tag without a name and the metrics of a run that nobody opened"
     assert link == f"http://127.0.0.1:5000/#/experiments/{place.experiment}/runs/{place.runs['train']}"
     check(uri, place)
     from mlflow import MlflowClient
@@ -172,7 +191,8 @@ def test_a_server_absent_then_killed_then_back_ends_with_every_step_once(
 
         place = Place.load(tracker.journal.folder)
         named = [run.info.run_name for run in MlflowClient(tracking_uri=url).search_runs([place.experiment])]
-        assert sorted(map(str, named)) == ["research-train-01234567", "train"], "no run may be made twice"
+        assert len(named) == 2 and "train" in named, "no run may be made twice"
+        assert any(str(name).startswith("research-train laptop seed 42, 20") for name in named)
 
 
 def test_a_policy_is_registered_once_with_its_lineage(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,12 +211,15 @@ def test_a_policy_is_registered_once_with_its_lineage(space: Workspace, monkeypa
             attempt.end("FAILED")
         with tracker.stage("export", config.load_profile("laptop"), ()) as run:
             run.register(model, "research-rl", {"manifest": "abc", "parent.train": "t"})
+            run.describe("research-rl", "abc", "F1 0.100 before", {"f1_after": "0.9"})
+            run.describe("research-rl", "unknown", "-", {})
             run.alias("research-rl", "abc", "champion")
             run.alias("research-rl", "unknown", "champion")
         assert tracker.close("FINISHED")
     client = MlflowClient(tracking_uri=uri)
     versions = client.search_model_versions("name = 'research-rl'")
-    assert len(versions) == 1 and versions[0].tags == {"manifest": "abc", "parent.train": "t"}
+    assert len(versions) == 1 and versions[0].tags == {"manifest": "abc", "parent.train": "t", "f1_after": "0.9"}
+    assert versions[0].description == "F1 0.100 before"
     full = client.get_registered_model("research-rl")
     assert full.aliases == {"candidate": versions[0].version, "champion": versions[0].version}
     assert [item.path for item in client.list_artifacts(versions[0].run_id, "model")] == ["model/config.json"]
@@ -235,3 +258,149 @@ def test_this_module_of_the_flow_never_imports_mlflow() -> None:
     code = "import sys, flows.train; sys.exit('mlflow' in sys.modules or 'great_expectations' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT).returncode == 0
     assert time.monotonic() - started < 60
+
+
+def opened(space: Workspace, name: str) -> Tracker:
+    """A run that writes its journal while nobody sends it."""
+    tracker = Tracker(TrackingJournal(journals(space) / name), None, "")
+    artifacts = str(space.root / "mlartifacts")
+    tracker.journal.write("open", name=name, experiment="research-rl", uri="", artifacts=artifacts, tags={}, params={"seed": "42"})
+    return tracker
+
+
+@contextmanager
+def refusing(status: int) -> Generator[str]:
+    """A server that answers every request with one status and MLflow's form of an error; yields its address."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = b'{"error_code": "PERMISSION_DENIED", "message": "not for you"}'
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_journal_that_mlflow_refuses_to_open_is_kept_and_sent_once_it_lets_us_in(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    tracker = opened(space, "1-run")
+    tracker.journal.write("close", status="FINISHED")
+    with refusing(status) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        assert sender.send_all(journals(space), live=None) == 1
+    place = Place.load(tracker.journal.folder)
+    assert not place.done and place.offset == 0 and f"HTTP {status}" in place.failure
+    assert "MLflow refused to open the run" in caplog.text
+    tracker._report(place)
+    assert f"took not all events (MLflow refused to open the run: HTTP {status}" in caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{space.root}/mlflow.db")
+    assert sender.send_all(journals(space), live=None) == 0
+    assert Place.load(tracker.journal.folder).done
+
+
+def test_a_deleted_experiment_is_restored_and_one_that_is_gone_is_made_anew(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{space.root}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = MlflowClient(tracking_uri=uri)
+    tracker = opened(space, "1-run")
+    journal = sender._Sender(tracker.journal.folder, 0.0, live=True)
+    journal._send(read(tracker.journal.folder, 0))
+    experiment = journal.place.experiment
+    assert client.get_experiment(experiment).tags["mlflow.experimentKind"] == "custom_model_development"
+
+    client.delete_experiment(experiment)
+    tracker.metrics({"f1_after": 0.9})
+    with pytest.raises(sender._Unreachable, match="restored"):
+        journal._send(read(tracker.journal.folder, journal.place.offset))
+    journal._send(read(tracker.journal.folder, journal.place.offset))
+    assert client.get_run(journal.place.runs["flow"]).data.metrics == {"f1_after": 0.9}
+
+    client.delete_experiment(experiment)
+    second = opened(space, "2-run")
+    second.journal.write("close", status="FINISHED")
+    assert sender._Sender(second.journal.folder, 0.0, live=False).run()
+    assert client.get_experiment(experiment).lifecycle_stage == "active"
+
+    with sqlite3.connect(space.root / "mlflow.db") as database:
+        for table in ("runs", "experiments"):
+            database.execute(f"delete from {table} where experiment_id = ?", (experiment,))
+    tracker.journal.write("close", status="FINISHED")
+    assert sender._Sender(tracker.journal.folder, 30.0, live=False).run()
+    place = Place.load(tracker.journal.folder)
+    assert place.done and place.runs and client.get_run(place.runs["flow"]).data.metrics == {"f1_after": 0.9}
+
+
+def test_a_journal_damaged_by_a_full_disk_stops_no_other(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{space.root}/mlflow.db")
+    damaged, whole = opened(space, "1-run"), opened(space, "2-run")
+    with (damaged.journal.folder / EVENTS).open("ab") as stream:
+        stream.write(b'{"op": "metrics", "ti{"op": "metrics", "time": 1}\n')
+    for tracker in (damaged, whole):
+        tracker.journal.write("close", status="FINISHED")
+    assert sender.send_all(journals(space), live=None) == 0
+    assert [Place.load(tracker.journal.folder).done for tracker in (damaged, whole)] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["a%20b", "what?", "é [x] #1 & ;=", "100%"])
+def test_the_database_lies_in_the_workspace_whatever_its_path_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, database: Path
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    space = Workspace(tmp_path / name)
+    space.root.mkdir()
+    shutil.copy(database, space.root / "mlflow.db")
+    tracker = opened(space, "1-run")
+    (space.root / "file.txt").write_text("x")
+    tracker.journal.write("artifact", key="flow", path=str(space.root / "file.txt"), folder="")
+    tracker.journal.write("close", status="FINISHED")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(config.load_profile("laptop"), space))
+    assert sender.send_all(journals(space), live=None) == 0
+    place = Place.load(tracker.journal.folder)
+    assert (place.done, place.refused) == (True, 0)
+    with sqlite3.connect(space.root / "mlflow.db") as stored:
+        assert stored.execute("select count(*) from runs").fetchone() == (1,)
+    assert list(space.root.glob("mlartifacts/*/artifacts/file.txt"))
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing may come into being beside the workspace"
+
+
+def test_the_parent_run_carries_what_the_run_is_judged_by(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{space.root}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    change = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 96}
+    facts = {"before": {"f1": 0.25, "em": 0.25}, "after": {"f1": 0.75, "em": 0.75}, "difference": {"f1": change, "em": change}}
+    tracker = opened(space, "1-run")
+    tracker.metrics(_headline(facts))
+    tracker.tags("flow", {"verdict": _verdict(facts)})
+    tracker.journal.write("close", status="FINISHED")
+    assert sender.send_all(journals(space), live=None) == 0
+    parent = MlflowClient(tracking_uri=uri).get_run(Place.load(tracker.journal.folder).runs["flow"])
+    assert {
+        "f1_before": 0.25,
+        "f1_after": 0.75,
+        "f1_difference": 0.5,
+        "f1_difference_low": 0.4,
+        "f1_difference_high": 0.6,
+        "questions": 96.0,
+    }.items() <= parent.data.metrics.items()
+    assert parent.data.tags["verdict"] == "better"
+    assert _verdict({"difference": {"f1": {"low": -0.1, "high": 0.2}}}).startswith("undecided")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,20 @@ from prefect.testing.utilities import prefect_test_harness
 from flows.data import research_data
 from research_rl import config
 from research_rl.data import download
-from research_rl.errors import ConfigError, ServiceError
+from research_rl.errors import ConfigError, DataError, ServiceError
 from research_rl.pipeline import manifest
+from research_rl.pipeline import stages as pipeline
+from research_rl.pipeline.lock import locked
 from research_rl.pipeline.stages import Context, Workspace
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.watch import Finding
 from research_rl.validation.stage import QualityError
 from tasks import stage
 from tasks.job import opened
-from tasks.stage import stage_task
-from tasks.tracking.journal import Journal, read
-from tasks.tracking.track import StageRun, Tracker
+from tasks.stage import Progress, stage_task
+from tasks.tracking import track
+from tasks.tracking.journal import TrackingJournal, read
+from tasks.tracking.track import StageRun, Tracker, journals
 from tasks.train import Watcher
 from tasks.versioning import commit
 from tests import defects
@@ -60,20 +65,31 @@ def last_run() -> FlowRun:
 def states(run: FlowRun) -> dict[str, str]:
     """Return the state's name of every task of a run."""
     with get_client(sync_client=True) as client:
-        found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
-    return {item.name.rpartition("-")[0]: str(item.state_name) for item in found}
+        task_runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    return {item.name: str(item.state_name) for item in task_runs}
+
+
+def followed(run: FlowRun) -> dict[str, set[str]]:
+    """Return for every task of a run the tasks that an edge of Prefect's graph leads from."""
+    with get_client(sync_client=True) as client:
+        task_runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    names = {str(item.id): item.name for item in task_runs}
+    inputs = {item.name: [entry for entries in item.task_inputs.values() for entry in entries] for item in task_runs}
+    return {name: {names[str(entry.id)] for entry in entries if hasattr(entry, "id")} for name, entries in inputs.items()}
 
 
 def artifacts(run: FlowRun) -> set[str]:
     with get_client(sync_client=True) as client:
-        found = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
-    return {str(item.key) for item in found}
+        shown = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    return {str(item.key) for item in shown}
 
 
 def test_it_builds_shows_and_commits(workspace: Path) -> None:
     research_data(workspace=str(workspace), overrides=SMALL)
     run = last_run()
-    assert run.state_name == "Completed"
+    assert (run.state_name, run.name) == ("Completed", "research-data laptop seed 42")
+    edges = {"validate": {"download"}, "corpus": {"download", "validate"}, "embed": {"corpus"}, "index": {"corpus", "embed"}}
+    assert edges.items() <= followed(run).items()
     assert states(run) == {**dict.fromkeys(STAGES, "Completed"), "dvc-commit": "Completed", "summary": "Completed"}
     assert artifacts(run) >= {"data-quality", "index-card", "run-summary"}
     assert config.load(workspace / "params.yaml").data.generated.entities == 60
@@ -82,16 +98,20 @@ def test_it_builds_shows_and_commits(workspace: Path) -> None:
 
 def test_a_second_run_skips_everything_and_a_parameter_reruns_what_depends_on_it(workspace: Path) -> None:
     research_data(workspace=str(workspace))
+    with get_client(sync_client=True) as client:
+        task_runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[last_run().id])))
+    said = {item.name: str(item.state.message) for item in task_runs if item.state}
+    assert all(said[name].startswith(f"{name} is current and was skipped: ") for name in STAGES)
     assert states(last_run()) == {**dict.fromkeys(STAGES, "Cached"), "dvc-commit": "Cached", "summary": "Completed"}
     research_data(workspace=str(workspace), overrides={"encoder.dim": 64})
-    found = states(last_run())
-    assert {name for name in STAGES if found[name] == "Completed"} == {"embed", "index"}
+    after = states(last_run())
+    assert {name for name in STAGES if after[name] == "Completed"} == {"embed", "index"}
 
 
 def table(run: FlowRun, key: str) -> list[dict[str, Any]]:
     with get_client(sync_client=True) as client:
-        found = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
-    return next(json.loads(item.data) if isinstance(item.data, str) else item.data for item in found if item.key == key)  # type: ignore[return-value]
+        shown = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    return next(json.loads(item.data) if isinstance(item.data, str) else item.data for item in shown if item.key == key)  # type: ignore[return-value]
 
 
 def test_bad_data_fails_once_shows_its_rows_and_publishes_nothing(tmp_path: Path) -> None:
@@ -125,11 +145,59 @@ def test_the_form_describes_every_parameter() -> None:
     for flow in (research_data, research_train, research_eval):
         properties = flow.parameters.model_dump()["properties"]
         assert all(item.get("description") for item in properties.values()), flow.name
+    form = research_train.parameters.model_dump()["properties"]
+    assert form["profile"]["anyOf"][0]["enum"] == config.profiles()
+    assert form["force"]["items"]["enum"] == list(pipeline.STAGES)
+
+
+def test_a_stage_that_runs_beside_a_failing_one_has_ended_before_the_run_gives_up_workspace_and_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track, "_DRAIN_S", 0.1)
+    entered = threading.Event()
+
+    def slow(context: Context, run: StageRun) -> None:
+        run.tags({"policy": "begun"})
+        entered.set()
+        while True:  # only the end of the run ends it
+            context.progress("warming up", 0.5)
+            time.sleep(0.01)
+
+    @prefect.flow
+    def failing() -> None:
+        with opened(str(tmp_path), "laptop", {}, flow="research-train", run_id="beside") as job:
+            job.submit(stage_task("policy", build=slow))
+            assert entered.wait(60)
+            raise DataError("the download failed")
+
+    with pytest.raises(DataError, match="the download failed"):
+        failing()
+    (journal,) = (folder for folder in journals(Workspace(tmp_path)).iterdir() if folder.is_dir())
+    events = [(event["op"], event.get("key"), event.get("status")) for _, event in read(journal, 0)]
+    assert events[-2:] == [("end", "policy", "FAILED"), ("close", None, "FAILED")]
+    assert states(last_run()) == {"policy": "Cancelled"}
+    with locked(Workspace(tmp_path), 0.0):
+        pass
+
+
+def test_progress_that_was_shown_ends_at_100_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.stage._UPDATE_S", 0.0)
+
+    @prefect.flow
+    def showing() -> None:
+        progress = Progress("index", print)
+        progress("93 of 100", 0.93)
+        progress.finish()
+
+    showing()
+    with get_client(sync_client=True) as client:
+        shown = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[last_run().id])))
+    assert [item.data for item in shown if item.key == "index-progress"] == [100.0]
 
 
 def test_a_finding_of_the_watch_is_an_artifact_and_tags(tmp_path: Path) -> None:
     finding = Finding("kl_step", 9, 8, 3, 0.7, 0.2, "kl_step: KL of one update is 0.7", "lower train.lr", "stop", True)
-    tracker = Tracker(Journal(tmp_path), None, "sqlite:///none")
+    tracker = Tracker(TrackingJournal(tmp_path), None, "sqlite:///none")
 
     @prefect.flow
     def stopping() -> None:

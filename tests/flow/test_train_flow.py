@@ -71,7 +71,7 @@ def test_mlflow_holds_lineage_steps_and_both_evaluations(trained: Trained) -> No
     client = MlflowClient(tracking_uri=f"sqlite:///{trained.root}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("research-rl").experiment_id])  # type: ignore[union-attr]
     named = {run.info.run_name: run for run in runs if run.info.status == "FINISHED"}
-    parents = [run for run in runs if str(run.info.run_name).startswith("research-train-")]
+    parents = [run for run in runs if str(run.info.run_name).startswith("research-train laptop seed 42, ")]
     assert sorted(run.info.status for run in parents) == ["FINISHED", "KILLED"]
     finished = next(run for run in parents if run.info.status == "FINISHED")
     space = Workspace(trained.root)

@@ -22,7 +22,7 @@ from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError, ServiceError
 from research_rl.evaluation import evaluate as module
 from research_rl.evaluation.evaluate import evaluate
-from research_rl.evaluation.results import Journal, Question, Result, read_questions, read_results, write_results
+from research_rl.evaluation.results import Question, Result, UnfinishedResults, read_questions, read_results, write_results
 from research_rl.evaluation.summary import headline, summarise
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
@@ -165,15 +165,15 @@ def test_recall_is_left_out_where_no_supporting_passage_is_known(tokenizer: Fold
 
 def test_the_journal_forgets_only_a_torn_last_line(tokenizer: FolderTokenizer, tmp_path: Path) -> None:
     results = play(tokenizer, Engine(tokenizer), questions(3))
-    journal = Journal(tmp_path / "w" / "results.jsonl")
+    journal = UnfinishedResults(tmp_path / "w" / "results.jsonl")
     for result in results:
         journal.add(result)
     path = tmp_path / "w" / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-40])
-    again = Journal(path)
+    again = UnfinishedResults(path)
     assert sorted(again.results) == [0, 1]
     again.add(results[2])
-    assert [same(Journal(path).results[row]) for row in range(3)] == [same(result) for result in results]
+    assert [same(UnfinishedResults(path).results[row]) for row in range(3)] == [same(result) for result in results]
 
 
 def test_results_survive_the_file(tokenizer: FolderTokenizer, tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ def test_the_numbers_of_a_report(context: Context) -> None:
     assert numbers["difference"]["f1"]["low"] > 0
     assert numbers["difference"]["searches"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "wins": 10, "losses": 0, "ties": 0, "n": 10}
     assert numbers["train"] == {"steps": 20, "reward_first": 0.075, "reward_last": 0.975}
+    headline = json.loads((folder / "headline.json").read_text())
+    assert headline["steps"] == 20 and set(headline) == {"steps", "f1", "em"}
+    assert headline["f1"] == {"before": 0.2, "after": 0.9, **{k: headline["f1"][k] for k in ("difference", "low", "high")}, "questions": 10}
+    curves = (folder / "curves.csv").read_text().splitlines()
+    assert curves[0] == "step,reward,format,searches" and curves[1] == "1,0.05,1,2" and len(curves) == 21
     page = (folder / "report.html").read_text()
     assert "F1 0.200 before, 0.900 after: +0.700" in page and "better, and the interval leaves out 0" in page
     assert (folder / "training.png").read_bytes()[:4] == b"\x89PNG"

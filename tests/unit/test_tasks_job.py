@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from research_rl import config
 from research_rl.errors import ConfigError, DataError, ServiceError
+from research_rl.paths import CHECKOUT
+from research_rl.pipeline.lock import locked
 from research_rl.pipeline.stages import Workspace
-from research_rl.process.services import spawn
 from tasks import settings
-from tasks.job import locked, reap_all, resolve, stop_services
+from tasks.job import opened, reap_all, resolve, stop_services
 
-HOLD = "import sys; from pathlib import Path; from research_rl.pipeline.stages import Workspace; from tasks.job import locked\n"
-HOLD += "with locked(Workspace(Path(sys.argv[1])), 0):\n    print('held', flush=True); sys.stdin.read()"
+HOLD = "import sys; from pathlib import Path; from research_rl.pipeline.stages import Workspace\n"
+HOLD += "from research_rl.pipeline.lock import locked\n"
+HOLD += "with locked(Workspace(Path(sys.argv[1])), 0, 'a test'):\n    print('held', flush=True); sys.stdin.read()"
+SPAWN = "import sys; from pathlib import Path; from research_rl.process.services import spawn\n"
+SPAWN += (
+    "for folder in sys.argv[1:]:\n    print(spawn('sleeper', ['sleep', '60'], folder=Path(folder)).popen.pid, flush=True)\nsys.stdin.read()"
+)
 
 
 @pytest.fixture
@@ -50,7 +60,7 @@ def test_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_run_is_refused_by_name_of_the_first(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    with pytest.raises(ServiceError, match=f"in use by process {holder.pid}"), locked(Workspace(tmp_path), 0.0):
+    with pytest.raises(ServiceError, match=rf"in use by process {holder.pid} \(a test\)"), locked(Workspace(tmp_path), 0.0):
         pass
 
 
@@ -60,33 +70,93 @@ def test_a_killed_holder_frees_the_workspace(tmp_path: Path, holder: subprocess.
         pass
 
 
-def sleeper(folder: Path) -> subprocess.Popen[bytes]:
-    """Start a process whose owner is gone, as a killed run leaves it."""
-    return spawn("sleeper", ["sleep", "60"], folder=folder, detached=True).popen
-
-
-def test_services_of_a_workspace_are_ended_and_those_of_make_up_are_not(tmp_path: Path) -> None:
-    space = Workspace(tmp_path)
-    own, nested, stack = (sleeper(space.services / name) for name in (".", "train", settings.stack_folder().name))
+@contextmanager
+def spawned(*folders: Path) -> Generator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """Another process that started a service in each folder, and those services (below their guardians)."""
+    owner = subprocess.Popen([sys.executable, "-c", SPAWN, *map(str, folders)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout
+    guardians = [psutil.Process(int(owner.stdout.readline())) for _ in folders]
+    services = [child for guardian in guardians for child in until(guardian.children)]
     try:
-        assert reap_all(space) == ["sleeper", "sleeper"]
-        assert own.wait(5) is not None and nested.wait(5) is not None
-        assert stack.poll() is None
+        yield owner, services
     finally:
-        stack.terminate()
-        stack.wait()
+        for process in (owner, *guardians, *services):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        owner.wait()
+
+
+def until(value: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
+    """Return the first value that counts as true."""
+    while not (children := value()):
+        time.sleep(0.02)
+    return children
+
+
+def crash(owner: subprocess.Popen[str], services: list[psutil.Process]) -> None:
+    """Kill an owner and the guardians of its services at one moment, as the out-of-memory killer does: the services run on."""
+    for service in services:
+        service.parent().kill()  # type: ignore[union-attr]
+    owner.kill()
+    owner.wait()
+
+
+def ended(process: psutil.Process) -> bool:
+    psutil.wait_procs([process], timeout=10)
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_services_whose_owner_crashed_are_ended_and_those_of_make_up_are_not(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    folders = [space.services / name for name in (".", "train", settings.stack_folder().name)]
+    with spawned(*folders) as (owner, services):
+        crash(owner, services)
+        assert reap_all(space) == ["sleeper", "sleeper"]
+        assert [ended(service) for service in services[:2]] == [True, True]
+        assert services[2].is_running()
 
 
 def test_the_hook_leaves_a_workspace_in_use_alone(tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.job._LOCK_WAIT_S", 0.3)
-    process = sleeper(Workspace(tmp_path).services)
     run = SimpleNamespace(parameters={"workspace": str(tmp_path)}, name="a-run")
-    stop_services(None, run, None)
-    assert process.poll() is None
+    with spawned(Workspace(tmp_path).services) as (owner, (service,)):
+        crash(owner, [service])
+        stop_services(None, run, None)
+        assert service.is_running(), "the holder may use it"
+        holder.kill()
+        holder.wait()
+        stop_services(None, run, None)
+        assert ended(service)
+
+
+def research(tmp_path: Path, stage: str) -> subprocess.Popen[str]:
+    """Start `research run`, as `dvc repro` does."""
+    command = [sys.executable, "-m", "research_rl", "run", stage, "-w", str(tmp_path), "data.generated.entities=120"]
+    command += ["data.generated.train_questions=16", "data.generated.test_questions=8"]
+    return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_flow_does_not_enter_a_workspace_in_which_research_run_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Workspace(tmp_path)
+    config.save(config.load_profile("laptop"), tmp_path / "params.yaml")
+    space.work("locks").mkdir(parents=True)
+    with (space.work("locks") / "download").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # the stage waits for this, so that the command is at work as long as the test needs it
+        running = research(tmp_path, "download")
+        assert running.stderr and "waiting for the process that builds download" in running.stderr.readline()
+        message = rf"in use by process {running.pid} \(research run download\); wait for it or use another workspace"
+        with pytest.raises(ServiceError, match=message), opened(str(tmp_path), None, {}, flow="research-train", run_id="0"):
+            pass
+    assert running.wait(60) == 0
+
+
+def test_research_run_waits_for_the_holder_and_says_who_it_is(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    config.save(config.load_profile("laptop"), tmp_path / "params.yaml")
+    waiting = research(tmp_path, "download")
+    assert waiting.stderr and waiting.stderr.readline() == f"waiting for process {holder.pid} (a test), which uses this workspace\n"
+    assert waiting.poll() is None and not Workspace(tmp_path).folder("download").exists()
     holder.kill()
-    holder.wait()
-    stop_services(None, run, None)
-    assert process.wait(5) is not None
+    assert waiting.wait(60) == 0 and Workspace(tmp_path).folder("download").exists()
 
 
 def test_only_services_and_connections_are_tried_again() -> None:

@@ -2,34 +2,85 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tasks.tracking.journal import EVENTS, Journal, Place, read
+import pytest
+
+from research_rl import config
+from research_rl.config.redact import redact
+from research_rl.errors import ConfigError
+from research_rl.paths import CHECKOUT
+from research_rl.pipeline.manifest import Manifest
+from tasks.tracking.journal import EVENTS, PLACE, Place, TrackingJournal, read
 from tasks.tracking.sender import _groups, metric_name
 from tasks.tracking.traces import pieces
-from tasks.tracking.track import flat
+from tasks.tracking.track import Tracker, changed, flat, run_name
 
 
 def test_events_come_back_in_order_from_any_place(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = TrackingJournal(tmp_path)
     for number in range(5):
-        journal.write("metrics", key="train", step=number, values={"reward": number / 10})
+        assert journal.write("metrics", key="train", step=number, values={"reward": number / 10})
     events = read(tmp_path, 0)
     assert [event["step"] for _, event in events] == [0, 1, 2, 3, 4]
     assert [event["step"] for _, event in read(tmp_path, events[2][0])] == [3, 4]
 
 
-def test_a_line_cut_by_a_crash_is_not_read_until_it_is_whole(tmp_path: Path) -> None:
-    Journal(tmp_path).write("end", key="a")
+def test_a_line_cut_by_a_crash_is_never_read_and_the_next_event_stands_on_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    TrackingJournal(tmp_path).write("end", key="a", status="FINISHED")
     with (tmp_path / EVENTS).open("ab") as stream:
         stream.write(b'{"op": "end", "key": "b"')
     assert [event["key"] for _, event in read(tmp_path, 0)] == ["a"]
+    assert TrackingJournal(tmp_path).write("end", key="c", status="FINISHED")
+    assert [event["key"] for _, event in read(tmp_path, 0)] == ["a", "c"]
+    assert "24 bytes of an unfinished line, which are cut off" in caplog.text
+
+
+def test_a_glued_line_and_a_line_that_is_no_event_cost_themselves_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = TrackingJournal(tmp_path)
+    journal.write("end", key="a", status="FINISHED")
+    with (tmp_path / EVENTS).open("ab") as stream:
+        stream.write(b'{"op": "me{"op": "end", "time": 1}\n[1, 2]\n{"op": "metrics", "time": 1, "key": "a"}\n')
+    journal.write("end", key="b", status="FINISHED")
+    assert [event["key"] for _, event in read(tmp_path, 0)] == ["a", "b"]
+    assert "is not JSON and is passed over" in caplog.text and caplog.text.count("is no event of this version") == 2
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_an_event_costs_that_event_only(tmp_path: Path) -> None:
+    # A limit on the size of files makes the kernel take the first part of a line and refuse the rest, as a full disk does.
+    code = f"""if True:
+        import resource, signal, sys
+        from pathlib import Path
+        from tasks.tracking.journal import TrackingJournal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        journal = TrackingJournal(Path({str(tmp_path)!r}))
+        took = [journal.write("end", key="before", status="FINISHED")]
+        size = (journal.folder / "events.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
+        took += [journal.write("end", key="lost", status="FINISHED"), journal.write("end", key="lost too", status="FINISHED")]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        took.append(journal.write("end", key="after", status="FINISHED"))
+        print(took, journal.lost)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[True, False, False, True] 2\n"
+    assert done.stderr.count("takes no tracking event: File too large; free disk space") == 1
+    assert [event["key"] for _, event in read(tmp_path, 0)] == ["before", "after"]
+    assert len((tmp_path / EVENTS).read_bytes().splitlines()) == 2
 
 
 def test_threads_never_mix_lines(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    threads = [threading.Thread(target=lambda name=name: [journal.write("tags", key=name * 200) for _ in range(50)]) for name in "abcd"]
+    journal = TrackingJournal(tmp_path)
+
+    def tell(name: str) -> None:
+        for _ in range(50):
+            journal.write("tags", key=name * 200, values={})
+
+    threads = [threading.Thread(target=tell, args=(name,)) for name in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -37,11 +88,82 @@ def test_threads_never_mix_lines(tmp_path: Path) -> None:
     assert len(read(tmp_path, 0)) == 200
 
 
+def test_no_event_holds_credentials(tmp_path: Path) -> None:
+    journal = TrackingJournal(tmp_path)
+    addresses = [
+        "https://ann:pass@host/data?X-Amz-Signature=0f1e&part=2",
+        "postgresql://u:p%40ss@db/mlflow",
+        "https://t0ken@host/?api_key=s3cret",
+    ]
+    journal.write(
+        "open",
+        name="n",
+        experiment="e",
+        artifacts="/a",
+        uri=addresses[1],
+        tags={"error": f"no reply: {addresses[2]}"},
+        params={"u": addresses},
+    )
+    Place(uri=addresses[1], failure=addresses[0]).save(tmp_path)
+    written = (tmp_path / EVENTS).read_text() + (tmp_path / PLACE).read_text()
+    assert not [secret for secret in ("ann", "pass", "0f1e", "p%40ss", "t0ken", "s3cret") if secret in written]
+    assert "https://***@host/data?X-Amz-Signature=***&part=2" in written
+
+
+@pytest.mark.parametrize(
+    "text", ["https://en.wikipedia.org/w/index.php?title=Key&oldid=7", "a@b.org", "see http://h/x, or ask c@d.org", "s3://bucket/key"]
+)
+def test_an_address_without_credentials_stays_as_it_is(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_parameters_and_errors_are_redacted_before_they_are_cut() -> None:
+    assert flat({"url": "https://ann:" + "x" * 600 + "@host/file"}) == {"url": "https://***@host/file"}
+
+
+def test_two_stages_that_end_at_one_moment_are_both_remembered(tmp_path: Path) -> None:
+    def manifest(name: str) -> Manifest:
+        return Manifest(stage=name, config_hash="c", parents={}, code_version="0", counts={}, facts={}, files=())
+
+    names = [f"stage{number}" for number in range(16)]
+    tracker = Tracker(TrackingJournal(tmp_path / "run"), None, "sqlite:///none")
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: tracker.remember(manifest(name)), names))
+    assert all(tracker.journal_of(manifest(name)) == tmp_path / "run" for name in names)
+
+
+def test_a_run_is_named_by_what_it_is_and_says_what_was_changed() -> None:
+    resolved = config.load_profile("laptop", ["train.steps=26", "seed=7"])
+    assert run_name("research-train", resolved) == "research-train laptop seed 7"
+    assert changed(resolved) == "seed=7, train.steps=26"
+    assert changed(config.load_profile("laptop")) == "nothing"
+
+
+@pytest.mark.parametrize("name", ["team/x", "Tom's model", "a:b", " x", ".."])
+def test_a_model_name_that_cannot_be_registered_is_refused_with_the_remedy(name: str) -> None:
+    with pytest.raises(ConfigError, match="use letters, digits, spaces"):
+        config.load_profile("laptop", [f"tracking.registered_model={json.dumps(name)}"])
+
+
+@pytest.mark.parametrize("item", ["tracking.mlflow_uri=http://ann:s3cret@host", "judge.url=https://ann:s3cret@host/v1"])
+def test_an_address_with_credentials_is_refused_without_repeating_them(item: str) -> None:
+    with pytest.raises(ConfigError, match="holds credentials") as caught:
+        config.load_profile("laptop", [item])
+    assert "s3cret" not in str(caught.value)
+    assert ("RESEARCH_JUDGE_TOKEN" in str(caught.value)) or ("MLFLOW_TRACKING_USERNAME" in str(caught.value))
+
+
 def test_the_senders_place_survives(tmp_path: Path) -> None:
     place = Place(offset=7, uri="sqlite:///x", experiment="1", runs={"flow": "abc"})
     place.save(tmp_path)
     assert Place.load(tmp_path) == place
     assert Place.load(tmp_path / "none") == Place()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"offset": 3, "unknown": 1}'])
+def test_a_damaged_place_starts_the_journal_anew(tmp_path: Path, content: str) -> None:
+    (tmp_path / PLACE).write_text(content)
+    assert Place.load(tmp_path) == Place()
 
 
 def test_neighbouring_metrics_of_one_run_go_out_together() -> None:
@@ -68,10 +190,10 @@ def test_an_episode_becomes_spans_in_order() -> None:
         "searches": [{"query": "the author", "passage_ids": ["1"], "seconds": 0.25, "error": None}],
         "engine_seconds": 8.0,
     }
-    found = list(pieces(record))
-    assert [kind for kind, *_ in found] == ["think", "search", "retrieve", "think", "answer"]
-    assert found[2] == ("retrieve", "the author", "<result> She wrote. </result>", 0.25)
-    assert sum(seconds for *_, seconds in found) == 8.25
+    spans = list(pieces(record))
+    assert [kind for kind, *_ in spans] == ["think", "search", "retrieve", "think", "answer"]
+    assert spans[2] == ("retrieve", "the author", "<result> She wrote. </result>", 0.25)
+    assert sum(seconds for *_, seconds in spans) == 8.25
 
 
 def test_text_without_tags_and_a_cut_answer_are_kept() -> None:

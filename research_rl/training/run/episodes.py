@@ -6,7 +6,6 @@ is a metric of its own, and they sum to 1.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -16,6 +15,7 @@ from statistics import pstdev
 from typing import Any
 
 from research_rl.episode.trajectory import Author, SearchFault, StopReason, Trajectory
+from research_rl.pipeline import json_lines
 from research_rl.reward.rules import Grade
 
 __all__ = ["DEV", "TRAIN", "append", "discard", "discard_after", "gather", "losses", "record", "steps", "summarise"]
@@ -44,24 +44,8 @@ def record(trajectory: Trajectory, grade: Grade) -> dict[str, Any]:
 
 
 def append(folder: Path, step: int, split: str, row: dict[str, Any]) -> None:
-    """Add one record to this process's file of the step, in one write, so that a reader never sees half a line."""
-    part = folder / (TRAIN if split == TRAIN else DEV) / f"{step:06d}" / f"{os.getpid()}.jsonl"
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    handle = _open(part)
-    try:
-        os.write(handle, line)
-    finally:
-        os.close(handle)
-
-
-def _open(part: Path) -> int:
-    """Open for appending; only the first record of a step has to make the folder."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    try:
-        return os.open(part, flags, 0o644)
-    except FileNotFoundError:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(part, flags, 0o644)
+    """Add one record to this process's file of the step."""
+    json_lines.append(folder / (TRAIN if split == TRAIN else DEV) / f"{step:06d}" / f"{os.getpid()}.jsonl", row)
 
 
 def steps(folder: Path) -> list[int]:
@@ -162,11 +146,7 @@ def _empty_replies(row: dict[str, Any]) -> list[bool]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            rows.append(json.loads(line))
-    return rows
+    return [row for _, row in json_lines.read(path)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from research_rl.pipeline import json_lines
 from research_rl.retriever.gate import Note
 from research_rl.training.run.metrics_log import Tail
 
@@ -21,9 +22,7 @@ __all__ = ["Pauses", "append"]
 
 def append(folder: Path, note: Note) -> None:
     """Add a note to this worker's file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{socket.gethostname()}-{os.getpid()}.jsonl").open("a") as stream:
-        stream.write(json.dumps(note.to_json()) + "\n")
+    json_lines.append(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl", note.to_json())
 
 
 class Pauses:

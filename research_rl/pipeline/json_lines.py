@@ -1,0 +1,99 @@
+"""Append-only files of JSON records, one a line, that survive a full disk and a killed writer. Knows no record's meaning.
+
+Invariants: (1) a record that could not be written whole is cut off again, so that the next one starts on its own line; (2) the torn
+last line of a killed writer is cut off, and said so in the log, before anything is appended; (3) a reader gets whole lines only, and
+a line that is not JSON costs itself alone. One process writes a file at a time; threads of it take a lock around `append`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["append", "read"]
+
+_BLOCK = 1 << 16
+logger = logging.getLogger(__name__)
+
+
+def append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None:
+    """Add one record; with `sync` it is on the disk, not only with the operating system, when this returns.
+
+    Makes missing folders. Raises OSError when the record does not fit; the file then ends with the record before it.
+    """
+    line = (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
+    handle = _open(path)
+    try:
+        size = _mend(handle, path)
+        _write_whole(handle, line, size)
+        if sync:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(path: Path, offset: int = 0) -> list[tuple[int, Any]]:
+    """Return the records that begin at byte `offset` or later, each with the offset behind it; none while there is no file.
+
+    A line that is not JSON is logged and passed over.
+    """
+    if not path.is_file():
+        return []
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        block = stream.read()
+    records: list[tuple[int, Any]] = []
+    for line in block.split(b"\n")[:-1]:
+        offset += len(line) + 1
+        try:
+            records.append((offset, json.loads(line)))
+        except ValueError as error:
+            logger.warning("%s: the line that ends at byte %d is not JSON and is passed over (%s)", path, offset, error)
+    return records
+
+
+def _open(path: Path) -> int:
+    """Open for reading and appending; only the first record has to make the folder."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    try:
+        return os.open(path, flags, 0o644)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o644)
+
+
+def _mend(handle: int, path: Path) -> int:
+    """Cut off a torn last line; return the file's size."""
+    size = os.fstat(handle).st_size
+    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
+        return size
+    whole = _end_of_whole_lines(handle, size)
+    os.ftruncate(handle, whole)
+    logger.warning("%s ended with %d bytes of an unfinished line, which are cut off", path, size - whole)
+    return whole
+
+
+def _end_of_whole_lines(handle: int, size: int) -> int:
+    stop = size
+    while stop:
+        start = max(0, stop - _BLOCK)
+        place = os.pread(handle, stop - start, start).rfind(b"\n")
+        if place >= 0:
+            return start + place + 1
+        stop = start
+    return 0
+
+
+def _write_whole(handle: int, line: bytes, size: int) -> None:
+    """Write all of a line, or nothing: a disk that fills up takes the first part of it and refuses the rest."""
+    written = 0
+    try:
+        while written < len(line):
+            written += os.write(handle, line[written:])
+    except OSError:
+        os.ftruncate(handle, size)
+        raise
