@@ -85,8 +85,8 @@ def check_format(text: str) -> str | None:
         return "a <search> without </search>, <result>, </result> in this order"
     if text.index(protocol.ANSWER_OPEN) > text.index(protocol.ANSWER_CLOSE):
         return "</answer> before <answer>"
-    found = answer(text)
-    if protocol.BOXED_OPEN not in found or "}" not in found:
+    block = answer(text)
+    if protocol.BOXED_OPEN not in block or "}" not in block:
         return "no \\boxed{} in the answer"
     return None
 
@@ -110,13 +110,18 @@ def boxed(text: str) -> str | None:
 
 
 def _searches_closed(text: str) -> bool:
-    position = text.find(protocol.SEARCH_OPEN)
-    while position >= 0:
-        for tag in (protocol.SEARCH_CLOSE, protocol.RESULT_OPEN, protocol.RESULT_CLOSE):
-            position = text.find(tag, position)
-            if position < 0:
-                return False
-        position = text.find(protocol.SEARCH_OPEN, position)
+    """Whether each <search> has </search>, <result> and </result> after it, in this order.
+
+    As in the published code the <result> is the first one after <search>: one that the model wrote inside its query is before
+    </search>, and the order is wrong.
+    """
+    search = text.find(protocol.SEARCH_OPEN)
+    while search >= 0:
+        search_end, result = text.find(protocol.SEARCH_CLOSE, search), text.find(protocol.RESULT_OPEN, search)
+        result_end = text.find(protocol.RESULT_CLOSE, result)
+        if result < 0 or not search < search_end < result < result_end:
+            return False
+        search = text.find(protocol.SEARCH_OPEN, result_end)
     return True
 
 
