@@ -57,7 +57,7 @@ class Retriever:
         made = cls(searcher, PassageStore(workspace.folder("corpus"), corpus), {**facts, "manifests": hashes})
         first, end = part_rows(index.counts, part)
         if first <= index.facts["canary"]["row"] < end:
-            made._sing(index.facts["canary"])
+            made._check_canary(index.facts["canary"])
             say("the canary was found")
         if config.warm:
             _page_in(workspace, index)
@@ -80,7 +80,7 @@ class Retriever:
         passages = self._store.get(row for row, _ in kept)
         return [Passage(passage.id, passage.contents, score) for passage, (_, score) in zip(passages, kept, strict=True)]
 
-    def _sing(self, canary: dict[str, Any]) -> None:
+    def _check_canary(self, canary: dict[str, Any]) -> None:
         found = [passage.id for passage in self.search([canary["query"]], canary["top_k"])[0]]
         if canary["id"] not in found:
             raise ManifestError(

@@ -9,8 +9,9 @@ Deviations from the published code: (1) only model-authored text is read; a bloc
 `<result></result>`, so that a passage can neither win nor destroy the reward. (2) The response is given as segments, so
 it needs no splitting at the assistant's delimiter, whose second occurrence cuts the response there. (3) "Ended by eos" is
 what the engine reported, not the decoded text's end; the paper's rule, which does not name it, counts it as part of the
-format. (4) `\\fbox`, which the published code finds and then refuses, is no box. Quirks kept: an F1 below 0.1 earns less than
-a wrong answer in the right format; nothing asks for a search; an empty box is a wrong answer in the right format.
+format. (4) `\\fbox`, which the published code finds and then refuses, is no box. (5) F1 in scripts without spaces between words
+is by character (`metrics`). Quirks kept: an F1 below 0.1 earns less than a wrong answer in the right format; nothing asks for a
+search; an empty box is a wrong answer in the right format.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _EMPTY_RESULT = f" {protocol.RESULT_OPEN}\n{protocol.RESULT_CLOSE}"
 class Grade:
     """`score` is the reward; `f1` and `em` grade the prediction whatever the format; `reason` names the first fault.
 
-    Of a graded episode (`composed.Grader`): `parts` sum to the score, `suspicion` is the first sign of an answer made for the
-    grader, `judge` says whether the judge was asked or failed.
+    Of a graded episode (`grader.Grader`): `parts` sum to the score, `suspicion` is the first sign of reward hacking, `judge` says
+    whether the judge was asked or failed.
     """
 
     score: float
