@@ -1,12 +1,12 @@
-"""The lexical encoder: tf-idf over words, folded into a short dense vector. Needs no model, only numpy.
+"""The lexical encoder: tf-idf over the terms of `words.terms`, folded into a short dense vector. Needs no model, only numpy.
 
-Each word is hashed twice: into a wide table of document frequencies, and by sign and column into `dim` numbers (the
-count sketch of Charikar et al., which keeps inner products in expectation). One code path serves queries and passages.
+Each term (a word, or a character n-gram where a script has no spaces between words) is hashed twice: into a wide table of document
+frequencies, and by sign and column into `dim` numbers (the count sketch of Charikar et al., which keeps inner products in
+expectation). One code path serves queries and passages.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from zlib import crc32
@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from research_rl.embedding import Vectors
 from research_rl.errors import ModelError
+from research_rl.reward.words import terms
 
 __all__ = ["LexicalEncoder"]
 
-_WORD = re.compile(r"\w+")
 _TABLE = 1 << 20
 _FILE = "idf.npy"
 _Terms = npt.NDArray[np.uint64]
@@ -82,10 +82,10 @@ class LexicalEncoder:
 
 
 def _count(texts: Sequence[str]) -> tuple[_Terms, npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return each text's distinct words: hash, index of the text, occurrences."""
-    words = [[crc32(word.encode()) for word in _WORD.findall(text.lower())] for text in texts]
-    lengths = np.fromiter(map(len, words), np.int64, len(words))
-    flat = np.fromiter((word for text in words for word in text), np.uint64, int(lengths.sum()))
+    """Return each text's distinct terms: hash, index of the text, occurrences."""
+    hashes = [[crc32(term.encode()) for term in terms(text)] for text in texts]
+    lengths = np.fromiter(map(len, hashes), np.int64, len(hashes))
+    flat = np.fromiter((term for text in hashes for term in text), np.uint64, int(lengths.sum()))
     return _distinct(_mix(flat), np.repeat(np.arange(len(texts)), lengths))
 
 

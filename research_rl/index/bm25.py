@@ -1,14 +1,15 @@
-"""BM25 over words: English Snowball stems without stop words, scored and stored as bm25s does. Knows text and rows.
+"""BM25 over the terms of `words.terms`: Snowball stems without English stop words, scored as bm25s does. Knows text and rows.
 
 Deviations from bm25s's own building: two passes over batches of text (count, then score), so that memory holds one
 file's scores and the vocabulary, never the corpus; scores use the whole corpus's statistics, so that an index cut into
-several files answers like one. `bm25s.BM25.load` opens every file folder's arrays.
+several files answers like one. The arrays are those of bm25s, searched by its code, under file names of our own: `Bm25.open`
+opens them, `bm25s.BM25.load` does not, and a folder that `bm25s.BM25.save` wrote is no index of this kind. Arabic and Hindi words
+have Snowball stemmers of their own; all others go through the English one, which leaves foreign letters as they are.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,10 @@ from research_rl.errors import ManifestError
 from research_rl.index.search import merged
 from research_rl.pipeline.stages import silent
 from research_rl.pipeline.work import Work
+from research_rl.reward.words import terms, unsegmented
 
 __all__ = ["STOP_WORDS", "Bm25", "Texts", "build", "write"]
 
-_WORD = re.compile(r"(?u)\b\w\w+\b")
 STOP_WORDS = (
     *bm25s.tokenization.STOPWORDS_EN,
     *("what", "which", "who", "whom", "whose", "when", "where", "how", "why", "did", "does", "do"),
@@ -50,7 +51,7 @@ class _Stems(dict[str, int]):
     def __init__(self) -> None:
         super().__init__(dict.fromkeys(STOP_WORDS, -1))
         self.numbers: dict[str, int] = {}
-        self._stem = Stemmer.Stemmer("english").stemWord
+        self._stem = _stemmer()
 
     def __missing__(self, word: str) -> int:
         number = self[word] = self.numbers.setdefault(self._stem(word), len(self.numbers))
@@ -110,9 +111,27 @@ def _count(store: Texts, progress: Progress, folder: Path) -> dict[str, Any]:
 def _numbers(stems: _Stems, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Return the stems of all texts in a row, and how many each text has."""
     number = stems.__getitem__
-    found = [np.fromiter(map(number, _WORD.findall(text.lower())), np.int32) for text in texts]
-    kept = [numbers[numbers >= 0] for numbers in found]
-    return np.concatenate(kept), np.fromiter(map(len, kept), np.int32, len(kept))
+    numbered = [np.fromiter(map(number, _terms(text)), np.int32) for text in texts]
+    stems_of = [numbers[numbers >= 0] for numbers in numbered]
+    return np.concatenate(stems_of), np.fromiter(map(len, stems_of), np.int32, len(stems_of))
+
+
+def _terms(text: str) -> list[str]:
+    """Return the terms that are indexed: single letters and digits only of scripts whose characters are words."""
+    return [term for term in terms(text) if len(term) > 1 or unsegmented(term)]
+
+
+def _stemmer() -> Callable[[str], str]:
+    """Return the function from a word to its stem, by the script of the word's first letter."""
+    english, arabic, hindi = (Stemmer.Stemmer(language).stemWord for language in ("english", "arabic", "hindi"))
+
+    def stem(word: str) -> str:
+        first = word[0]
+        if "\u0600" <= first <= "\u06ff":
+            return arabic(word)
+        return hindi(word) if "\u0900" <= first <= "\u097f" else english(word)
+
+    return stem
 
 
 def _pairs(tokens: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Rows:
@@ -160,7 +179,7 @@ class Bm25:
 
     def __init__(self, vocabulary: dict[str, int], parts: Sequence[tuple[bm25s.BM25, int]]) -> None:
         self._numbers, self._parts = vocabulary, parts
-        self._stem = Stemmer.Stemmer("english").stemWord
+        self._stem = _stemmer()
         self._stop = frozenset(STOP_WORDS)
         self.rows: int = sum(int(part.scores["num_docs"]) for part, _ in parts)
 
@@ -186,7 +205,7 @@ class Bm25:
 
     def _tokens(self, query: str) -> list[int]:
         """Return the numbers of the query's known stems; a repeated word counts as often as it occurs, as in bm25s."""
-        words = [word for word in _WORD.findall(query.lower()) if word not in self._stop]
+        words = [term for term in _terms(query) if term not in self._stop]
         return [number for word in words if (number := self._numbers.get(self._stem(word))) is not None]
 
 

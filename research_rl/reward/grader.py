@@ -22,11 +22,11 @@ from research_rl.reward.judge import TOKEN, Judge, Verdict
 from research_rl.reward.metrics import contains, normalize, recall
 from research_rl.reward.rules import Grade
 
-__all__ = ["Case", "Grader"]
+__all__ = ["Grader", "GradingTarget"]
 
 
 @dataclass(frozen=True)
-class Case:
+class GradingTarget:
     """What an episode is graded against; `supporting` holds the ids of the passages that answer, empty when unknown."""
 
     question: str
@@ -41,24 +41,24 @@ class Grader:
         self._config, self._eos = config, eos_token
         self._judge = Judge(judge, str(config.judge.model), config.judge.max_chars, os.environ.get(TOKEN)) if config.asks_judge else None
 
-    async def grade(self, trajectory: Trajectory, case: Case) -> Grade:
+    async def grade(self, trajectory: Trajectory, target: GradingTarget) -> Grade:
         """Return the reward with its parts."""
         text = rules.graded_text(trajectory.segments).removesuffix(self._eos)
         if self._config.strict.enabled:
             text = hacking.plain(text)
-            case = replace(case, golds=tuple(hacking.plain(gold) for gold in case.golds))
+            target = replace(target, golds=tuple(hacking.plain(gold) for gold in target.golds))
         rule = "paper" if self._config.rule == "paper" else "repository"
-        grade = rules.score_text(text, case.golds, rule, ended_by_eos=trajectory.ended_by_eos)
-        grade = replace(grade, suspicion=self._suspicion(trajectory, grade.prediction, case))
+        grade = rules.score_text(text, target.golds, rule, ended_by_eos=trajectory.ended_by_eos)
+        grade = replace(grade, suspicion=self._suspicion(trajectory, grade.prediction, target))
         if self._config.rule != "composed":
             return self._strict(replace(grade, parts=_published_parts(grade)))
-        graded, parts = await self._terms(_Facts(trajectory, case, grade, text))
+        graded, parts = await self._terms(_Facts(trajectory, target, grade, text))
         return self._strict(replace(graded, score=sum(parts.values()), parts=parts))
 
-    def _suspicion(self, trajectory: Trajectory, prediction: str, case: Case) -> str | None:
+    def _suspicion(self, trajectory: Trajectory, prediction: str, target: GradingTarget) -> str | None:
         written = "".join(s.text for s in trajectory.segments if s.author is Author.MODEL)
         results = [s.text for s in trajectory.segments if s.author is Author.SEARCH]
-        return hacking.suspicion(written, rules.answer(written), prediction, case.golds, results, self._config.strict)
+        return hacking.suspicion(written, rules.answer(written), prediction, target.golds, results, self._config.strict)
 
     def _strict(self, grade: Grade) -> Grade:
         if not self._config.strict.enabled or grade.suspicion is None:
@@ -84,7 +84,7 @@ class Grader:
         if grade.em or not normalize(grade.prediction) or (grade.suspicion and self._config.strict.enabled):
             return grade.em, grade
         verdict = (
-            await self._judge.ask(facts.case.question, facts.case.golds, grade.prediction) if self._judge else Verdict(None, "no judge")
+            await self._judge.ask(facts.target.question, facts.target.golds, grade.prediction) if self._judge else Verdict(None, "no judge")
         )
         if verdict.correct is not None:
             return float(verdict.correct), replace(grade, judge="asked")
@@ -95,7 +95,7 @@ class Grader:
 @dataclass(frozen=True)
 class _Facts:
     trajectory: Trajectory
-    case: Case
+    target: GradingTarget
     grade: Grade
     text: str
 
@@ -107,15 +107,15 @@ def _published_parts(grade: Grade) -> dict[str, float]:
 
 def _published(rule: rules.Rule) -> Callable[[_Facts, RewardTerm], float]:
     def term(facts: _Facts, term: RewardTerm) -> float:
-        return rules.score_text(facts.text, facts.case.golds, rule, ended_by_eos=facts.trajectory.ended_by_eos).score
+        return rules.score_text(facts.text, facts.target.golds, rule, ended_by_eos=facts.trajectory.ended_by_eos).score
 
     return term
 
 
 def _retrieval(facts: _Facts, term: RewardTerm) -> float:
     """Share of the supporting passages that any search found; 0 where none is known."""
-    found = [passage for search in facts.trajectory.searches for passage in search.passage_ids]
-    return recall(found, facts.case.supporting) or 0.0
+    retrieved = [passage for search in facts.trajectory.searches for passage in search.passage_ids]
+    return recall(retrieved, facts.target.supporting) or 0.0
 
 
 def _searches(facts: _Facts, term: RewardTerm) -> float:
@@ -132,7 +132,7 @@ def _length(facts: _Facts, term: RewardTerm) -> float:
 _TERMS: dict[str, Callable[[_Facts, RewardTerm], float]] = {
     "em": lambda facts, term: facts.grade.em,
     "f1": lambda facts, term: facts.grade.f1,
-    "contains": lambda facts, term: contains(facts.grade.prediction, facts.case.golds),
+    "contains": lambda facts, term: contains(facts.grade.prediction, facts.target.golds),
     "format": lambda facts, term: float(facts.grade.format_ok),
     "paper": _published("paper"),
     "repository": _published("repository"),

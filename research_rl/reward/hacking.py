@@ -1,4 +1,4 @@
-"""Signs that an answer was made for the grader and not for the reader. Knows strings; knows no reward rule, no tokens.
+"""Signs of reward hacking: answers that score without answering. Knows strings; knows no reward rule, no tokens.
 
 The published rules pay token F1, which an answer of many candidates or of a pasted passage collects in part; rules that
 look for the gold answer inside the prediction pay such answers in full. A sign never counts against an answer that is no
@@ -17,8 +17,8 @@ from research_rl.reward.metrics import normalize
 
 __all__ = ["plain", "suspicion"]
 
-_ENUMERATION = re.compile(r"\s*(?:[;|\n]|\s/\s|\bor\b|\\\\)\s*", re.IGNORECASE)
-_LIST = re.compile(r"\s*(?:,|\band\b)\s*", re.IGNORECASE)
+_ENUMERATION = re.compile(r"\s*(?:[;；؛|\n]|\s/\s|\bor\b|\\\\)\s*", re.IGNORECASE)
+_LIST = re.compile(r"\s*(?:[,，、،]|\band\b)\s*", re.IGNORECASE)
 _BOXED = protocol.BOXED_OPEN.removesuffix("{")
 
 

@@ -2,6 +2,11 @@
 
 Source: the normalisation and token F1 of SQuAD as the published ReSearch code applies them
 (verl/utils/reward_score/re_search.py).
+
+Deviations: (1) text in a script without spaces between words (Chinese, Japanese, Thai and others, see `words`) is compared
+character by character, as MLQA does by its mixed segmentation: the published code takes a whole sentence for one word. Text
+without such letters is normalised exactly as published. (2) A gold answer that normalises to nothing is matched by no prediction;
+SQuAD's exact match gives it to an empty answer.
 """
 
 from __future__ import annotations
@@ -12,7 +17,9 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-__all__ = ["contains", "exact_match", "forget", "normalize", "recall", "token_f1"]
+from research_rl.reward import words
+
+__all__ = ["contains", "exact_match", "forget", "normalize", "recall", "token_f1", "unreachable"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -21,12 +28,13 @@ _CLOSED = frozenset({"yes", "no", "noanswer"})
 
 
 def normalize(text: str) -> str:
-    """Lower-case, drop punctuation and articles, squeeze white space."""
+    """Lower-case, drop punctuation and articles, squeeze white space; put spaces between the characters of unsegmented scripts."""
     return _remembered(text) if len(text) <= _SHORT else _normalize(text)
 
 
 def _normalize(text: str) -> str:
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    published = _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION))
+    return " ".join(words.words(published) if words.unsegmented(published) else published.split())
 
 
 # The rollouts of a group share their gold answers, and every metric of an answer its prediction.
@@ -38,16 +46,24 @@ def forget() -> None:
     _remembered.cache_clear()
 
 
+def unreachable(golds: Sequence[str]) -> list[str]:
+    """Return the gold answers that normalise to nothing, such as "A" or "!": no metric pays for them, whatever the prediction."""
+    return [gold for gold in golds if not normalize(gold)]
+
+
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
     """Return 1.0 when the normalised prediction equals a normalised gold answer, else 0.0."""
-    found = normalize(prediction)
-    return float(any(found == normalize(gold) for gold in golds))
+    answer = normalize(prediction)
+    return float(any(answer == gold for gold in map(normalize, golds) if gold))
 
 
 def contains(prediction: str, golds: Sequence[str]) -> float:
-    """Return 1.0 when a normalised gold answer stands anywhere in the normalised prediction, else 0.0. Rewards stuffing."""
-    found = normalize(prediction)
-    return float(any(normalize(gold) in found for gold in golds))
+    """Return 1.0 when the words of a gold answer stand side by side in the prediction, else 0.0. Rewards stuffing.
+
+    Whole words count: "1" is not in "21". In unsegmented scripts each character is a word.
+    """
+    answer = f" {normalize(prediction)} "
+    return float(any(f" {gold} " in answer for gold in map(normalize, golds) if gold))
 
 
 def token_f1(prediction: str, golds: Sequence[str]) -> float:
@@ -55,13 +71,13 @@ def token_f1(prediction: str, golds: Sequence[str]) -> float:
 
     A gold answer scores 0 when it or the prediction is yes, no or noanswer and the two differ.
     """
-    found = normalize(prediction)
-    return max((_f1(found, normalize(gold)) for gold in golds), default=0.0)
+    answer = normalize(prediction)
+    return max((_f1(answer, normalize(gold)) for gold in golds), default=0.0)
 
 
-def recall(found: Sequence[str], wanted: Sequence[str]) -> float | None:
-    """Return the share of `wanted` ids among `found`; None when nothing is wanted."""
-    return len(set(found) & set(wanted)) / len(set(wanted)) if wanted else None
+def recall(retrieved: Sequence[str], relevant: Sequence[str]) -> float | None:
+    """Return the share of the `relevant` ids among `retrieved`; None when there is no relevant one."""
+    return len(set(retrieved) & set(relevant)) / len(set(relevant)) if relevant else None
 
 
 def _f1(prediction: str, gold: str) -> float:

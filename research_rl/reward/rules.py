@@ -9,8 +9,9 @@ Deviations from the published code: (1) only model-authored text is read; a bloc
 `<result></result>`, so that a passage can neither win nor destroy the reward. (2) The response is given as segments, so
 it needs no splitting at the assistant's delimiter, whose second occurrence cuts the response there. (3) "Ended by eos" is
 what the engine reported, not the decoded text's end; the paper's rule, which does not name it, counts it as part of the
-format. (4) `\\fbox`, which the published code finds and then refuses, is no box. Quirks kept: an F1 below 0.1 earns less than
-a wrong answer in the right format; nothing asks for a search; an empty box is a wrong answer in the right format.
+format. (4) `\\fbox`, which the published code finds and then refuses, is no box. (5) F1 in scripts without spaces between words
+is by character (`metrics`). Quirks kept: an F1 below 0.1 earns less than a wrong answer in the right format; nothing asks for a
+search; an empty box is a wrong answer in the right format.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _EMPTY_RESULT = f" {protocol.RESULT_OPEN}\n{protocol.RESULT_CLOSE}"
 class Grade:
     """`score` is the reward; `f1` and `em` grade the prediction whatever the format; `reason` names the first fault.
 
-    Of a graded episode (`composed.Grader`): `parts` sum to the score, `suspicion` is the first sign of an answer made for the
-    grader, `judge` says whether the judge was asked or failed.
+    Of a graded episode (`grader.Grader`): `parts` sum to the score, `suspicion` is the first sign of reward hacking, `judge` says
+    whether the judge was asked or failed.
     """
 
     score: float
@@ -85,8 +86,8 @@ def check_format(text: str) -> str | None:
         return "a <search> without </search>, <result>, </result> in this order"
     if text.index(protocol.ANSWER_OPEN) > text.index(protocol.ANSWER_CLOSE):
         return "</answer> before <answer>"
-    found = answer(text)
-    if protocol.BOXED_OPEN not in found or "}" not in found:
+    block = answer(text)
+    if protocol.BOXED_OPEN not in block or "}" not in block:
         return "no \\boxed{} in the answer"
     return None
 
@@ -110,13 +111,18 @@ def boxed(text: str) -> str | None:
 
 
 def _searches_closed(text: str) -> bool:
-    position = text.find(protocol.SEARCH_OPEN)
-    while position >= 0:
-        for tag in (protocol.SEARCH_CLOSE, protocol.RESULT_OPEN, protocol.RESULT_CLOSE):
-            position = text.find(tag, position)
-            if position < 0:
-                return False
-        position = text.find(protocol.SEARCH_OPEN, position)
+    """Whether each <search> has </search>, <result> and </result> after it, in this order.
+
+    As in the published code the <result> is the first one after <search>: one that the model wrote inside its query is before
+    </search>, and the order is wrong.
+    """
+    search = text.find(protocol.SEARCH_OPEN)
+    while search >= 0:
+        search_end, result = text.find(protocol.SEARCH_CLOSE, search), text.find(protocol.RESULT_OPEN, search)
+        result_end = text.find(protocol.RESULT_CLOSE, result)
+        if result < 0 or not search < search_end < result < result_end:
+            return False
+        search = text.find(protocol.SEARCH_OPEN, result_end)
     return True
 
 

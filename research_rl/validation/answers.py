@@ -1,7 +1,7 @@
 """Seek answers and passage ids in a corpus in bulk. Knows keys of words; knows no file.
 
 An answer is found where its words stand side by side in a passage, without regard to case and punctuation. Of an answer of
-more than LONGEST words the first are sought.
+more than LONGEST words the first are sought; in scripts without spaces between words each character is a word.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from research_rl.validation.columns import Bits, Words, keys, phrase_keys, phras
 
 __all__ = ["Sought"]
 
-LONGEST = 6
+LONGEST = 8
 _CLOSED = frozenset({"yes", "no", "noanswer"})
 _BITS = 20
 
@@ -46,22 +46,22 @@ class Sought:
 
     def find(self, text: Words) -> npt.NDArray[np.bool_]:
         """Return a mask of the phrases that stand within a row of `text`."""
-        found = np.zeros(self.phrases, dtype=bool)
+        present = np.zeros(self.phrases, dtype=bool)
         rest = np.repeat(text.starts[1:], text.counts) - np.arange(len(text.keys))
-        for size, (wanted, slots) in self.by_size.items():
-            found[slots[_among(phrases(text, size)[rest[: len(rest) - size + 1] >= size], wanted)]] = True
-        return found
+        for size, (answers, slots) in self.by_size.items():
+            present[slots[_among(phrases(text, size)[rest[: len(rest) - size + 1] >= size], answers)]] = True
+        return present
 
     def known(self, ids: Bits) -> npt.NDArray[np.bool_]:
         """Return a mask of the sought passage ids that are among `ids`."""
-        found = np.zeros(len(self.ids), dtype=bool)
-        found[_among(ids, self.ids)] = True
-        return found
+        present = np.zeros(len(self.ids), dtype=bool)
+        present[_among(ids, self.ids)] = True
+        return present
 
-    def answered(self, answers: Sequence[str], found: npt.NDArray[np.bool_]) -> bool:
+    def answered(self, answers: Sequence[str], present: npt.NDArray[np.bool_]) -> bool:
         """Return whether one of the answers was found; yes and no count as found."""
         return any(
-            answer.strip().lower().rstrip(".") in _CLOSED or ((slot := self.slots.get(answer)) is not None and bool(found[slot]))
+            answer.strip().lower().rstrip(".") in _CLOSED or ((slot := self.slots.get(answer)) is not None and bool(present[slot]))
             for answer in answers
         )
 
@@ -73,12 +73,12 @@ class Sought:
         return int((~known[places]).sum())
 
 
-def _among(values: Bits, wanted: Bits) -> npt.NDArray[np.int64]:
-    """Return the places in `wanted` (sorted, distinct) of the values that occur there; a bit table drops most others first."""
-    if not len(wanted):
+def _among(values: Bits, sought: Bits) -> npt.NDArray[np.int64]:
+    """Return the places in `sought` (sorted, distinct) of the values that occur there; a bit table drops most others first."""
+    if not len(sought):
         return np.empty(0, np.int64)
     table = np.zeros(1 << _BITS, dtype=bool)
-    table[wanted >> np.uint64(64 - _BITS)] = True
+    table[sought >> np.uint64(64 - _BITS)] = True
     likely = np.unique(values[table[values >> np.uint64(64 - _BITS)]])
-    places = np.minimum(np.searchsorted(wanted, likely), len(wanted) - 1)
-    return places[wanted[places] == likely]
+    places = np.minimum(np.searchsorted(sought, likely), len(sought) - 1)
+    return places[sought[places] == likely]

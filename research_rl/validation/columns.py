@@ -1,7 +1,8 @@
 """Measure a column of texts in bulk: words, lengths, defects of encoding, keys. Knows arrays; knows no file, no limit.
 
 Texts are handled as one buffer of bytes with row offsets, so that the cost is per byte and not per Python object.
-A word is a run of letters, digits, marks or underscores; words compare without case.
+A word is a run of letters, digits, marks or underscores, or one character of a script without spaces between words, as in
+`words.words`; words compare without case and in one Unicode normal form.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from research_rl.reward.words import UNSEGMENTED
 
 __all__ = ["ENCODING_DEFECTS", "Bits", "Words", "encoding_defects", "keys", "phrase_keys", "phrases", "words"]
 
@@ -60,14 +63,14 @@ class Words:
 
 
 def words(texts: Any) -> Words:
-    """Return the words of a string array without nulls. A word of more than 16 bytes is known by its ends and its length."""
+    """Return the words of a string array without nulls; different words all but never share a key."""
     lowered = pc.binary_join_element_wise(_plain(texts), _EMPTY, _SPACE)
     offsets, raw = _buffer(lowered)
     spaced = b" " + raw.translate(_SPACED)
     gaps = np.frombuffer(spaced, np.uint8) == 32
     begins = np.flatnonzero(gaps[:-1] & ~gaps[1:])
     ends = np.flatnonzero(~gaps[:-1] & gaps[1:])
-    return Words(_ends_keys(spaced[1:], begins, ends - begins), np.searchsorted(begins, offsets))
+    return Words(_keys_of(spaced[1:], begins, ends - begins), np.searchsorted(begins, offsets))
 
 
 def _plain(texts: Any) -> Any:
@@ -75,8 +78,12 @@ def _plain(texts: Any) -> Any:
     foreign = _foreign(texts)
     if not foreign.any():
         return texts
-    lowered = pc.replace_substring_regex(pc.utf8_lower(texts.filter(pa.array(foreign))), _NO_WORD, " ")
-    return pc.replace_with_mask(texts, pa.array(foreign), lowered)
+    # The normal form only has to be the same everywhere; pyarrow has the decomposed one.
+    lowered = pc.utf8_lower(pc.utf8_normalize(texts.filter(pa.array(foreign)), "NFKD"))
+    split = pc.replace_substring_regex(lowered, _NO_WORD, " ")
+    if pc.any(pc.match_substring_regex(split, f"[{UNSEGMENTED}]")).as_py():
+        split = pc.replace_substring_regex(split, f"[{UNSEGMENTED}]\\pM*", r" \0 ")
+    return pc.replace_with_mask(texts, pa.array(foreign), split)
 
 
 def _foreign(texts: Any) -> npt.NDArray[np.bool_]:
@@ -85,20 +92,20 @@ def _foreign(texts: Any) -> npt.NDArray[np.bool_]:
 
 def encoding_defects(texts: Any) -> dict[str, npt.NDArray[np.bool_]]:
     """Return a mask a defect over the rows of a string array without nulls."""
-    found = {name: np.zeros(len(texts), dtype=bool) for name in ENCODING_DEFECTS}
+    masks = {name: np.zeros(len(texts), dtype=bool) for name in ENCODING_DEFECTS}
     offsets, raw = _buffer(texts)
     codes = np.frombuffer(raw, np.uint8)
     bad = np.flatnonzero((codes < 32) & (codes != 9) & (codes != 10) & (codes != 13) | (codes == 127))
-    found["control"][np.searchsorted(offsets, bad, side="right") - 1] = True
+    masks["control"][np.searchsorted(offsets, bad, side="right") - 1] = True
     foreign = np.flatnonzero(_foreign(texts))
     if len(foreign):
         part = texts.take(pa.array(foreign))
-        found["replacement"][foreign] = _mask(pc.match_substring(part, "\ufffd"))
-        found["control"][foreign] |= _mask(pc.match_substring_regex(part, _C1))
-        found["mojibake"][foreign] = _mask(pc.match_substring_regex(part, _MOJIBAKE))
+        masks["replacement"][foreign] = _mask(pc.match_substring(part, "\ufffd"))
+        masks["control"][foreign] |= _mask(pc.match_substring_regex(part, _C1))
+        masks["mojibake"][foreign] = _mask(pc.match_substring_regex(part, _MOJIBAKE))
         # pyarrow's utf8_normalize decomposes whatever form is asked for.
-        found["unnormalised"][foreign] = [not unicodedata.is_normalized("NFC", text) for text in part.to_pylist()]
-    return found
+        masks["unnormalised"][foreign] = [not unicodedata.is_normalized("NFC", text) for text in part.to_pylist()]
+    return masks
 
 
 def _mask(values: Any) -> npt.NDArray[np.bool_]:
@@ -109,19 +116,15 @@ def keys(texts: Any) -> Bits:
     """Return a 64-bit key a row, 0 for an empty text alone; different texts all but never share one."""
     offsets, raw = _buffer(texts)
     sizes = np.diff(offsets)
-    found = _ends_keys(raw, offsets[:-1], sizes)
-    for row in np.flatnonzero(sizes > 16):
-        digest = hashlib.blake2b(raw[offsets[row] : offsets[row + 1]], digest_size=8).digest()
-        found[row] = int.from_bytes(digest, "little")
-    return found
+    return _keys_of(raw, offsets[:-1], sizes)
 
 
-def phrases(found: Words, size: int) -> Bits:
+def phrases(text: Words, size: int) -> Bits:
     """Return a key for the `size` words that begin at each word, without regard to rows."""
-    total = max(0, len(found.keys) - size + 1)
+    total = max(0, len(text.keys) - size + 1)
     key = np.full(total, np.uint64(size), dtype=np.uint64)
     for place in range(size):
-        key = key * _C + found.keys[place : place + total]
+        key = key * _C + text.keys[place : place + total]
     return _mixed(key)
 
 
@@ -145,14 +148,23 @@ def _buffer(texts: Any) -> tuple[npt.NDArray[np.int64], bytes]:
     return places - places[0], raw
 
 
+def _keys_of(raw: bytes, begins: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Bits:
+    """Return keys of pieces of `raw`, 0 for an empty piece: of all their bytes."""
+    result = _ends_keys(raw, begins, sizes)
+    for piece in np.flatnonzero(sizes > 16):
+        digest = hashlib.blake2b(raw[begins[piece] : begins[piece] + sizes[piece]], digest_size=8).digest()
+        result[piece] = int.from_bytes(digest, "little")
+    return result
+
+
 def _ends_keys(raw: bytes, begins: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Bits:
-    """Return keys of pieces of `raw` made from their first 8 and last 8 bytes and their size."""
+    """Return keys of pieces of `raw` made from their first 8 and last 8 bytes and their size: all there is of 16 bytes."""
     padded = np.frombuffer(raw + bytes(8), np.uint8)
     eights = _eights(padded)
-    found = (eights[begins] & _HEAD[np.minimum(sizes, 8)]) * _A ^ sizes.astype(np.uint64) * _C
+    result = (eights[begins] & _HEAD[np.minimum(sizes, 8)]) * _A ^ sizes.astype(np.uint64) * _C
     long = np.flatnonzero(sizes > 8)
-    found[long] ^= eights[begins[long] + sizes[long] - 8] * _B
-    return _mixed(found)
+    result[long] ^= eights[begins[long] + sizes[long] - 8] * _B
+    return _mixed(result)
 
 
 def _eights(padded: npt.NDArray[np.uint8]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from research_rl.data.flashrag import Question
+from research_rl.reward.words import terms
 from research_rl.validation.corpus import LONGEST, CorpusStatistics
 from research_rl.validation.questions import answer_kind, opening
 
@@ -32,7 +33,7 @@ Profile = dict[str, Any]
 
 def corpus_profile(corpus: CorpusStatistics) -> Profile:
     """Return the profile of a corpus; the vocabulary is that of its sample."""
-    vocabulary = Counter(word for _, _, text in corpus.sample for word in _WORD.findall(text.lower()))
+    vocabulary = Counter(word for _, _, text in corpus.sample for word in _WORD.findall(" ".join(terms(text))))
     return {
         "rows": corpus.rows,
         "lengths": {"chars": _lengths(corpus.chars), "words": _lengths(corpus.words)},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from research_rl.data.flashrag import Question, supporting_ids
+from research_rl.reward.metrics import unreachable
+from research_rl.reward.words import terms, words
 from research_rl.validation.answers import Sought
 from research_rl.validation.columns import encoding_defects
 from research_rl.validation.corpus import CorpusStatistics, shorten
@@ -24,9 +26,8 @@ __all__ = ["COLUMNS", "Texts", "answer_kind", "opening", "rows"]
 
 COLUMNS = (
     "line", "id", "text", "chars", "words", "answers", "longest_answer", "echo", "replacement", "control", "mojibake",
-    "unnormalised", "repeated", "leaked", "near", "shared", "answered", "unknown_support", "note",
+    "unnormalised", "unreachable", "repeated", "leaked", "near", "shared", "answered", "unknown_support", "note",
 )  # fmt: skip
-_WORD = re.compile(r"\w+")
 _FUNCTION_WORDS = frozenset(
     [
         "a",
@@ -100,57 +101,52 @@ class Texts:
 
     def add(self, split: str, questions: Sequence[Question]) -> None:
         """Take in a set; lines count from 1."""
-        found = [(words_of(item.question), f"{split} line {line}") for line, item in enumerate(questions, 1)]
-        self._sets += [(content_words(words), where) for words, where in found]
-        for words, where in found:
-            self._exact.setdefault(" ".join(words), where)
+        for line, item in enumerate(questions, 1):
+            where = f"{split} line {line}"
+            self._sets.append((content_words(item.question), where))
+            self._exact.setdefault(" ".join(words(item.question)), where)
         self._index()
 
     def _index(self) -> None:
-        self._frequency = Counter(word for words, _ in self._sets for word in words)
+        self._frequency = Counter(word for content, _ in self._sets for word in content)
         self._by_word = {}
-        for place, (words, _) in enumerate(self._sets):
-            for word in self._prefix(words):
+        for place, (content, _) in enumerate(self._sets):
+            for word in self._prefix(content):
                 self._by_word.setdefault(word, []).append(place)
 
-    def _prefix(self, words: frozenset[str]) -> list[str]:
+    def _prefix(self, content: frozenset[str]) -> list[str]:
         """Return the rarest words of a set: two sets that share enough words share one of these (prefix filter)."""
-        ordered = sorted(words, key=lambda word: (self._frequency[word], word))
-        return ordered[: len(words) - ceil(self.threshold * len(words) - 1e-9) + 1]
+        ordered = sorted(content, key=lambda word: (self._frequency[word], word))
+        return ordered[: len(content) - ceil(self.threshold * len(content) - 1e-9) + 1]
 
     def exact(self, question: str) -> str:
         """Return where a question with the same words in the same order stands, or nothing."""
-        return self._exact.get(" ".join(words_of(question)), "")
+        return self._exact.get(" ".join(words(question)), "")
 
     def near(self, question: str) -> str:
         """Return where a question stands whose content words overlap (Jaccard) by at least the threshold, or nothing."""
-        words = content_words(words_of(question))
-        if len(words) < 2:
+        content = content_words(question)
+        if len(content) < 2:
             return ""
         seen: set[int] = set()
-        for word in self._prefix(words):
+        for word in self._prefix(content):
             for place in self._by_word.get(word, ()):
                 if place not in seen:
                     seen.add(place)
                     other, where = self._sets[place]
-                    if len(words & other) >= self.threshold * len(words | other) - 1e-9:
+                    if len(content & other) >= self.threshold * len(content | other) - 1e-9:
                         return where
         return ""
 
 
-def words_of(text: str) -> list[str]:
-    """Return the words in lower case."""
-    return _WORD.findall(text.lower())
-
-
-def content_words(words: Iterable[str]) -> frozenset[str]:
-    """Return the words that are no function words."""
-    return frozenset(words) - _FUNCTION_WORDS
+def content_words(text: str) -> frozenset[str]:
+    """Return the terms of a text (words, or character n-grams, see `words.terms`) that are no English function words."""
+    return frozenset(terms(text)) - _FUNCTION_WORDS
 
 
 def opening(question: str) -> str:
     """Return the word that says what is asked for, "other" when there is none among the first three."""
-    return next((word for word in words_of(question)[:3] if word in _OPENINGS), "other")
+    return next((word for word in words(question)[:3] if word in _OPENINGS), "other")
 
 
 def answer_kind(answer: str) -> str:
@@ -168,23 +164,28 @@ def rows(questions: Sequence[Question], earlier: Mapping[str, Texts], sought: So
     texts = pa.array([" ".join((item.question, *item.golden_answers)) for item in questions], pa.large_string())
     defects = encoding_defects(texts)
     first: dict[str, int] = {}
-    found: list[dict[str, Any]] = []
+    described: list[dict[str, Any]] = []
     for line, item in enumerate(questions, 1):
-        key = " ".join(words_of(item.question))
+        key = " ".join(words(item.question))
         before = first.setdefault(key, line)
         leak, near, shared = _leaks(item.question, earlier)
         notes = [f"repeats line {before}"] * (before < line) + [f"as {leak}"] * bool(leak) + [f"nearly {near}"] * bool(near)
-        found.append(
+        never_paid = unreachable(item.golden_answers)
+        notes += [f"{len(never_paid)} gold answers are empty once normalised and never match: {shorten(repr(never_paid))}"] * bool(
+            never_paid
+        )
+        described.append(
             {
                 "line": line,
                 "id": item.id,
                 "text": shorten(f"{item.question} -> {' | '.join(item.golden_answers)}"),
                 "chars": len(item.question),
-                "words": len(words_of(item.question)),
+                "words": len(words(item.question)),
                 "answers": len(item.golden_answers),
                 "longest_answer": max(map(len, item.golden_answers), default=0),
-                "echo": int(any(" ".join(words_of(answer)) == key for answer in item.golden_answers)),
+                "echo": int(any(" ".join(words(answer)) == key for answer in item.golden_answers)),
                 **{name: int(mask[line - 1]) for name, mask in defects.items()},
+                "unreachable": len(never_paid),
                 "repeated": int(before < line),
                 "leaked": int(bool(leak)),
                 "near": int(bool(near)),
@@ -194,7 +195,7 @@ def rows(questions: Sequence[Question], earlier: Mapping[str, Texts], sought: So
                 "note": ", ".join(notes),
             }
         )
-    return found
+    return described
 
 
 def _leaks(question: str, earlier: Mapping[str, Texts]) -> tuple[str, str, str]:

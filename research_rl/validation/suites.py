@@ -75,6 +75,7 @@ def question_frame(split: str, rows: Sequence[Mapping[str, Any]], limits: Valida
             between(column="longest_answer", min_value=1, max_value=limits.max_answer_chars, severity="critical"),
             none(between, "echo", 0.0, "critical"),
             *encodings(between, limits),
+            none(between, "unreachable", 0.0, "warning"),
             none(between, "repeated", limits.max_repeated_questions, "warning"),
             none(between, "unknown_support", 0.0, "critical"),
             between(

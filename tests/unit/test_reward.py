@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import reward_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research_rl.episode import protocol
 from research_rl.episode.trajectory import Author, Segment, Trajectory
 from research_rl.reward.metrics import exact_match, normalize, recall, token_f1
 from research_rl.reward.rules import boxed, check_format, grade, graded_text, score_text
@@ -40,6 +42,12 @@ CASES = [
     (f"{THINK} <answer> \\boxed{{Rome}} \\boxed{{Paris}} </answer>", True, 1.0, 1.0),
     (f"{THINK} <answer> \\boxed{{a{{b}}c}} </answer>", True, 0.1, 0.1),
     (f"{THINK} <answer> \\boxed{{open }}{{ </answer>", True, 0.1, 0.1),
+    # The first <result> after <search> must stand after </search>: a model's own result inside a search breaks the format.
+    (f"{THINK} <search> a <result> b </search> <result>\n\n</result> {THINK} {answer('Paris')}", True, 1.0, 0.0),
+    (f"{THINK} <search> a <result> b </result> </search> <result>\n</result> {answer('Paris')}", True, 1.0, 0.0),
+    (f"{THINK} <search> a </search> </result> <result>\n</result> {answer('Paris')}", True, 1.0, 1.0),
+    (f"{THINK} <search> a </search> <search> <result>\n</result> {answer('Paris')}", True, 1.0, 1.0),
+    (f"{THINK} <result> x {SEARCH} {answer('Paris')}", True, 1.0, 1.0),
 ]
 
 
@@ -128,33 +136,56 @@ WORDS = [
 GOLDS = ["Paris", "The Nile", "new york city", "yes", "no", "1912", "", "É", "the"]
 
 
-def response(chance: random.Random) -> str:
-    """A response that is right, nearly right or a heap of parts, about a third each."""
-
-    def words() -> str:
-        return " ".join(chance.choices(WORDS, k=chance.randint(0, 4)))
-
-    box = chance.choice(
-        ["\\boxed{%s}", "\\boxed{%s}", "\\boxed{{%s}}", "\\boxed %s$", "\\boxed%s", "\\boxed{%s", "%s}", "\\boxed{x} \\boxed{%s}"]
-    )
-    turn = f"<think> {words()} </think> <search> {words()} </search> <result>\n</result>"
-    blocks = [turn] * chance.randint(0, 2) + [f"<think>{words()}</think>", f"<answer> {box % words()} </answer>"]
-    if chance.random() < 0.35:
-        return "".join(chance.choices([*PARTS, words()], k=chance.randint(0, 14)))
-    text = " ".join(blocks)
-    for _ in range(chance.choice([0, 0, 1, 2])):
-        cut, length = chance.randrange(len(text) + 1), chance.randint(0, 9)
-        text = text[:cut] + chance.choice([*PARTS, words(), ""]) + text[cut + length :]
-    return text
+BOXES = ["\\boxed{%s}", "\\boxed{%s}", "\\boxed{{%s}}", "\\boxed %s$", "\\boxed%s", "\\boxed{%s", "%s}", "\\boxed{x} \\boxed{%s}"]
+TAG = re.compile("|".join(protocol.TAGS))
 
 
-def test_twelve_thousand_responses_score_as_an_independent_reading_of_the_rules_says() -> None:
-    chance, outcomes = random.Random(7), set()
-    for _ in range(12_000):
-        text, ended, golds = response(chance), chance.random() < 0.8, chance.sample(GOLDS, chance.randint(1, 3))
-        by_paper, by_repository = (score_text(text, golds, rule, ended_by_eos=ended) for rule in ("paper", "repository"))
-        assert by_paper.score == pytest.approx(reference.paper(text, golds, ended)), (text, golds, ended)
-        assert by_repository.score == pytest.approx(reference.repository(text, golds, ended)), (text, golds, ended)
-        assert (check_format(text) is None) == reference.well_formed(text), text
-        outcomes.add((round(by_paper.score, 3), round(by_repository.score, 3)))
+class Responses:
+    """Responses that are right, nearly right or a heap of parts, about a third each, and sets of gold answers; phrases repeat."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.phrases = [" ".join(self.chance.choices(WORDS, k=self.chance.randint(0, 4))) for _ in range(2000)]
+        self.answers = [f"<answer> {box % phrase} </answer>" for box, phrase in zip(BOXES * 250, self.phrases, strict=True)]
+        self.golds = [self.chance.sample(GOLDS, self.chance.randint(1, 3)) for _ in range(200)]
+
+    def one(self) -> str:
+        chance, pick = self.chance, self.chance.choice
+        if chance.random() < 0.35:
+            return "".join(chance.choices([*PARTS, pick(self.phrases)], k=int(15 * chance.random())))
+        turn = f"<think> {pick(self.phrases)} </think> <search> {pick(self.phrases)} </search> <result>\n</result> "
+        text = turn * int(3 * chance.random()) + f"<think>{pick(self.phrases)}</think> {pick(self.answers)}"
+        for _ in range(pick([0, 0, 1, 2])):
+            text = self.nested(text) if chance.random() < 0.3 else self.edited(text)
+        return text
+
+    def edited(self, text: str) -> str:
+        """The text with a part put over up to nine of its characters."""
+        cut, length = int(len(text) * self.chance.random()), int(10 * self.chance.random())
+        return text[:cut] + self.chance.choice([*PARTS, self.chance.choice(self.phrases), ""]) + text[cut + length :]
+
+    def nested(self, text: str) -> str:
+        """The text with a tag put inside one of its tags, or behind it."""
+        if not (tags := list(TAG.finditer(text))):
+            return text
+        tag = self.chance.choice(tags)
+        place = tag.start() + int((len(tag[0]) + 3) * self.chance.random())
+        return text[:place] + self.chance.choice(protocol.TAGS) + text[place:]
+
+
+RESULT_IN_SEARCH = re.compile(r"<search>(?:(?!</search>)[\s\S])*<result>")
+
+
+@pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_generated_responses_score_as_the_stated_rules_say(count: int) -> None:
+    responses, outcomes, results_in_search = Responses(7), set[tuple[float, float]](), 0
+    for _ in range(count):
+        text, ended, golds = responses.one(), responses.chance.random() < 0.8, responses.chance.choice(responses.golds)
+        paper = score_text(text, golds, "paper", ended_by_eos=ended)
+        repository = score_text(text, golds, "repository", ended_by_eos=ended)
+        stated = reference.both(text, golds, ended)
+        assert abs(paper.score - stated[0]) + abs(repository.score - stated[1]) < 1e-9, (text, golds, ended, paper, repository, stated)
+        outcomes.add((round(stated[0], 3), round(stated[1], 3)))
+        results_in_search += RESULT_IN_SEARCH.search(text) is not None
     assert {(0.0, 0.0), (0.1, 0.1), (1.0, 0.0), (1.0, 1.0)} <= outcomes and len(outcomes) > 15, "the responses reach every branch"
+    assert results_in_search > count / 100, "responses with a result inside a search are among them"

@@ -1,4 +1,4 @@
-"""Composed rewards: each term by hand, parts that sum to the score, hardening as an option, and a judge over real HTTP."""
+"""Composed rewards: each term by hand, parts that sum to the score, signs of reward hacking as an option, and a judge over real HTTP."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from research_rl import config as configuration
 from research_rl.config import Config, JudgeConfig, RewardConfig
 from research_rl.episode.trajectory import Author, SearchFault, SearchRecord, Segment, StopReason, Trajectory
 from research_rl.errors import ConfigError
-from research_rl.reward.grader import Case, Grader
+from research_rl.reward.grader import Grader, GradingTarget
 from research_rl.reward.judge import Judge
 from research_rl.reward.rules import Grade, grade
 
-CASE = Case("where?", ("Paris",), ("p1", "p2"))
+TARGET = GradingTarget("where?", ("Paris",), ("p1", "p2"))
 
 
 def play(answer: str, *, before: str = "", queries: tuple[str, ...] = ("a", "A", "b"), eos: bool = True) -> Trajectory:
@@ -30,9 +30,9 @@ def play(answer: str, *, before: str = "", queries: tuple[str, ...] = ("a", "A",
     return Trajectory((1,), [Segment(Author.MODEL, tuple(range(20)), (0.0,) * 20, text)], searches, StopReason.ANSWERED, eos)
 
 
-def graded(reward: dict[str, Any], trajectory: Trajectory, case: Case = CASE, judge: JudgeConfig | None = None) -> Grade:
+def graded(reward: dict[str, Any], trajectory: Trajectory, target: GradingTarget = TARGET, judge: JudgeConfig | None = None) -> Grade:
     grader = Grader(RewardConfig.model_validate(reward), judge or JudgeConfig(), "<eos>")
-    return asyncio.run(grader.grade(trajectory, case))
+    return asyncio.run(grader.grade(trajectory, target))
 
 
 def term(kind: str, **more: Any) -> dict[str, Any]:
@@ -72,13 +72,13 @@ def test_terms_add_up_and_may_need_the_format() -> None:
     assert whole.parts == pytest.approx({"f1": 1.0, "retrieval": 0.1, "length": -0.1})
     cut = graded({"rule": "composed", "terms": terms}, play("Paris", eos=False))
     assert cut.parts["f1"] == 0.0 and cut.f1 == 1.0
-    assert graded({"rule": "composed", "terms": terms}, play("Paris"), Case("q", ("Paris",))).parts["retrieval"] == 0.0
+    assert graded({"rule": "composed", "terms": terms}, play("Paris"), GradingTarget("q", ("Paris",))).parts["retrieval"] == 0.0
 
 
 @pytest.mark.parametrize("rule", ["paper", "repository"])
 @pytest.mark.parametrize("answer", ["Paris", "Rome", "Paris or Rome", "", "Paris France"])
 def test_published_rules_stay_as_published_and_fall_into_parts(rule: Any, answer: str) -> None:
-    found, published = graded({"rule": rule}, play(answer)), grade(play(answer), CASE.golds, rule, "<eos>")
+    found, published = graded({"rule": rule}, play(answer)), grade(play(answer), TARGET.golds, rule, "<eos>")
     assert (found.score, found.f1, found.em, found.reason) == (published.score, published.f1, published.em, published.reason)
     assert sum(found.parts.values()) == found.score and set(found.parts) == {"answer", "format"}
     assert (found.suspicion is not None) == (answer in ("", "Paris or Rome"))

@@ -1,4 +1,4 @@
-"""Passages cannot speak for anyone, whatever letters they use; answers made for the grader are seen, honest ones are not."""
+"""Retrieved text is never graded, whatever letters it uses; signs of reward hacking are seen, honest answers show none."""
 
 from __future__ import annotations
 

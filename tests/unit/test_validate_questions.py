@@ -9,7 +9,7 @@ import pytest
 
 from research_rl.data.flashrag import Question
 from research_rl.validation.drift import divergence, quantiles, stability
-from research_rl.validation.questions import Texts, answer_kind, content_words, opening, words_of
+from research_rl.validation.questions import Texts, answer_kind, content_words, opening
 
 
 def texts(questions: list[str], threshold: float = 0.8) -> Texts:
@@ -34,11 +34,11 @@ def test_near_duplicates_are_all_found_and_no_others(threshold: float) -> None:
 
     train, asked = [some() for _ in range(300)], [some() for _ in range(300)]
     asked += [" ".join(draw.sample(text.split(), len(text.split()))) for text in train[:50]]
-    sets = [content_words(words_of(text)) for text in train]
+    sets = [content_words(text) for text in train]
     found = texts(train, threshold)
     hits = 0
     for text in asked:
-        words = content_words(words_of(text))
+        words = content_words(text)
         best = max(len(words & other) / len(words | other) for other in sets)
         expected = len(words) > 1 and best >= threshold - 1e-9
         hits += expected

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from research_rl.reward.words import words as split
 from research_rl.validation import corpus
 from research_rl.validation.answers import Sought
 from research_rl.validation.columns import encoding_defects, keys, words
@@ -33,10 +33,10 @@ def column(texts: list[str]) -> pa.Array:
     return pa.array(texts, pa.large_string())
 
 
-def test_words_are_those_of_a_regular_expression() -> None:
+def test_words_are_those_of_the_tokenizer() -> None:
     draw = random.Random(1)
     texts = ["".join(draw.choices(ALPHABET, k=draw.randrange(40))) for _ in range(2000)]
-    expected = [tuple(re.findall(r"\w+", text.lower())) for text in texts]
+    expected = [tuple(split(text)) for text in texts]
     found = words(column(texts))
     assert found.counts.tolist() == [len(item) for item in expected]
     same: dict[int, set[tuple[str, ...]]] = {}

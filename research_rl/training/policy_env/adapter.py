@@ -28,7 +28,7 @@ from research_rl.process.tokens import token_from
 from research_rl.retriever import TOKEN
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Patience, PauseGate
-from research_rl.reward.grader import Case, Grader
+from research_rl.reward.grader import Grader, GradingTarget
 from research_rl.reward.rules import Grade
 from research_rl.training.run import episodes, pauses
 
@@ -137,10 +137,12 @@ def golds(row: Mapping[str, Any]) -> list[str]:
     return [str(answer) for answer in row["reward_model"]["ground_truth"]["target"]]
 
 
-def case(row: Mapping[str, Any]) -> Case:
+def case(row: Mapping[str, Any]) -> GradingTarget:
     """Return what a row's episodes are graded against."""
     supporting = row["extra_info"].get("supporting_passage_ids")
-    return Case(question(row), tuple(golds(row)), tuple(str(passage) for passage in (supporting if supporting is not None else ())))
+    return GradingTarget(
+        question(row), tuple(golds(row)), tuple(str(passage) for passage in (supporting if supporting is not None else ()))
+    )
 
 
 def eos_ids(model: Path, tokenizer: FolderTokenizer) -> frozenset[int]:
