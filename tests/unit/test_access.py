@@ -76,7 +76,7 @@ def test_the_key_is_asked_for_everywhere_but_on_the_open_paths() -> None:
         refused = ask(guard, method, path)
         assert refused.status_code == 401 and refused.headers["www-authenticate"].startswith("Basic"), "a browser must ask the user"
     assert ask(guard, "GET", "/api", auth=("research", "wrong")).status_code == 401
-    assert ask(guard, "GET", "/api", headers={"Authorization": "Basic \xe9".encode("latin-1").decode("latin-1")}).status_code == 401
+    assert ask(guard, "GET", "/api", headers={"Authorization": b"Basic \xe9"}).status_code == 401
     assert ask(guard, "GET", "/api", auth=("research", "k")).status_code == 200
 
 
