@@ -23,8 +23,10 @@ from research_rl.pipeline.stages import Workspace
 MIB = 1 << 20
 _OPENING = """
 import json, sys, time
+from pathlib import Path
 import torch, faiss, sentence_transformers
 from research_rl.config import RetrieverConfig
+from research_rl.pipeline.stages import Workspace
 from research_rl.retriever.retriever import Retriever
 started = time.perf_counter()
 marks = []

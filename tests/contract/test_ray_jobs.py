@@ -23,6 +23,7 @@ PYTHON = str(BIN / "python")
 SLEEP = [PYTHON, "-c", "import time; print('started', flush=True); time.sleep(600)"]
 DRIVER = """
 import sys, time
+from pathlib import Path
 from research_rl.training.run.launch import RayJobLauncher, RayJobs
 folder, address, token, python = Path(sys.argv[1]), *sys.argv[2:]
 job = RayJobLauncher(RayJobs(address, token), folder, 3.0).start(

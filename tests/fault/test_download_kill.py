@@ -32,6 +32,7 @@ TOTAL = sum(map(len, FILES.values()))
 # Imports once, then forks for every trial. The forked process may kill itself at the n-th file operation.
 RUNNER = """
 import json, os, signal, sys
+from pathlib import Path
 import httpx, numpy
 from research_rl.config import Config
 from research_rl.data import download

@@ -22,6 +22,8 @@ ROWS, ENCODER = 600, {"dim": 16, "shard_rows": 100}
 # The child counts audit events of file operations below its folder and kills itself at the given one.
 CHILD = """
 import os, signal, sys
+from pathlib import Path
+from research_rl.embedding import build
 from tests.fault.test_embed_kill import ENCODER, context
 root, fatal, seen = Path(sys.argv[1]), int(sys.argv[2]), 0
 def count(event, arguments):

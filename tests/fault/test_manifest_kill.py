@@ -18,6 +18,8 @@ from research_rl.pipeline import manifest
 # The child counts audit events of file operations and kills itself at the given one.
 CHILD = """
 import os, signal, sys
+from pathlib import Path
+from research_rl.pipeline import manifest
 target, generation, fatal = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 seen = 0
 def count(event, arguments):

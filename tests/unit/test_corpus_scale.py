@@ -19,6 +19,7 @@ SHARD_ROWS = 500_000
 
 OPEN = """
 import json, sys, time
+from pathlib import Path
 import psutil
 from research_rl.corpus.store import PassageStore
 process, before = psutil.Process(), psutil.Process().memory_info().rss

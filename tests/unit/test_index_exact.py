@@ -133,7 +133,9 @@ def test_numbers_no_score_can_be_made_of_are_refused(tmp_path: Path, bad: float)
 
 _WORKER = """
 import sys, numpy as np
+from pathlib import Path
 from research_rl.index.dense import open_vectors
+from research_rl.index.vectors import VectorFiles
 folder, factory = Path(sys.argv[1]), sys.argv[2]
 facts = {"factory": factory, "bounds": [{"norm": 1.1, "error": 0.01}]}
 files = VectorFiles([folder / "vectors-00000.npy"], 256)

@@ -27,6 +27,7 @@ from tests.training import sections
 
 TRAINER = r"""
 import json, os, pickle, re, subprocess, sys, time, zipfile, struct
+from pathlib import Path
 
 options = dict(item.lstrip("+").split("=", 1) for item in sys.argv[3:])
 value = lambda name: options[name].strip("'")
