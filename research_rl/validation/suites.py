@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,15 @@ def drift_frame(rows: Sequence[Mapping[str, Any]], limits: DriftConfig, stops: b
 def check(frames: Sequence[Frame], docs: Path) -> list[Check]:
     """Validate every frame and write the HTML data docs below `docs`, docs.SUMMARY first."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
-    import great_expectations as gx
     import pandas as pd
-    from great_expectations.data_context.types.base import ProgressBarsConfig
+
+    # By name and untyped: the type checker would read the whole of Great Expectations, which takes it longer than all of this project.
+    gx: Any = import_module("great_expectations")
+    progress_bars: Any = import_module("great_expectations.data_context.types.base").ProgressBarsConfig
 
     logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.WARNING)
     context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    context.variables.progress_bars = progress_bars(globally=False)
     context.add_data_docs_site("docs", _site(docs))
     source = context.data_sources.add_pandas("workspace")
     found: list[Check] = []
