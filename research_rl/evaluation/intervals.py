@@ -11,6 +11,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,8 +133,7 @@ def _of_few_differences(moved: Values, pairs: int) -> Interval:
 
 def _binomial(successes: float, trials: int) -> Interval:
     """Return Clopper and Pearson's interval; `successes` may be the sum of scores between 0 and 1."""
-    from scipy.special import betaincinv
-
+    betaincinv: Any = import_module("scipy.special").betaincinv  # by name: the type checker would read the whole of SciPy
     tail, failures = (1 - _LEVEL) / 2, max(0.0, trials - successes)
     low = float(betaincinv(successes, failures + 1, tail)) if successes > 0 else 0.0
     high = float(betaincinv(successes + 1, failures, 1 - tail)) if failures > 0 else 1.0
@@ -151,8 +152,7 @@ def _bootstrap(values: Values, resamples: int, seed: int) -> Interval:
 
 def _scipy(values: Values, resamples: int, seed: int, method: str) -> Interval:
     """Draw in blocks, so that memory stays below 32 MB for any number of values."""
-    from scipy import stats
-
+    stats: Any = import_module("scipy.stats")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # said again by a NaN, which the caller reads
         result = stats.bootstrap(
