@@ -18,9 +18,9 @@ from pathlib import Path
 
 from benchmarks.duel import Duel, alternate
 from benchmarks.peers import lockstep
-from research_rl.config import Config, load, load_profile
+from research_rl.config import Config, load, load_profile, located
 from research_rl.episode.agent import Completion, Limits, run_episode
-from research_rl.episode.prompts import FolderTokenizer, encode_prompt, located
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.run import current, run_stage
 from research_rl.pipeline.stages import Workspace

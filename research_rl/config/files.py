@@ -28,6 +28,7 @@ __all__ = [
     "dump",
     "load",
     "load_profile",
+    "located",
     "parameters",
     "profiles",
     "save",
@@ -153,6 +154,17 @@ def _at(tree: Any, name: str) -> Any:
     for part in name.split("."):
         tree = tree[part]
     return tree
+
+
+def located(config: Config, workspace: Path) -> Config:
+    """Return `config` with `prompt.path` made absolute where the workspace has that file, so that any process can read it.
+
+    A path that the workspace does not have stays as it is: it names a file of the project, which every machine has in its own folder.
+    """
+    path = config.prompt.path
+    if path is None or not (workspace / path).is_file():
+        return config
+    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"path": str(workspace / path)})})
 
 
 def config_hash(config: Config, sections: Iterable[str]) -> str:

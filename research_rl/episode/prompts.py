@@ -12,12 +12,12 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from research_rl.config import Config, PromptConfig
+from research_rl.config import PromptConfig
 from research_rl.config.template_text import PLACE, template_text
 from research_rl.episode.chat import ChatTemplate, read_template, special_tokens
 from research_rl.errors import ConfigError, ModelError
 
-__all__ = ["FolderTokenizer", "encode_prompt", "load_tokenizer", "located", "prompt_text", "render"]
+__all__ = ["FolderTokenizer", "encode_prompt", "load_tokenizer", "prompt_text", "render"]
 
 _IN_USE = ("bos_token", "eos_token", "pad_token")
 """Named tokens whose ids the trainer or the prompt needs."""
@@ -81,17 +81,6 @@ class FolderTokenizer:
 def load_tokenizer(folder: Path) -> FolderTokenizer:
     """Read the tokenizer of a model folder once. Raises ModelError."""
     return FolderTokenizer(folder)
-
-
-def located(config: Config, workspace: Path) -> Config:
-    """Return `config` with `prompt.path` made absolute where the workspace has that file, so that any process can read it.
-
-    A path that the workspace does not have stays as it is: it names a file of the project, which every machine has in its own folder.
-    """
-    path = config.prompt.path
-    if path is None or not (workspace / path).is_file():
-        return config
-    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"path": str(workspace / path)})})
 
 
 def render(question: str, config: PromptConfig, chat_template: ChatTemplate | None = None) -> str:

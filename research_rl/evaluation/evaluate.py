@@ -17,10 +17,10 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import Config, parameters
+from research_rl.config import Config, located, parameters
 from research_rl.config.redact import redact_tree
 from research_rl.episode.agent import Engine, Limits, Searcher, run_episode
-from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer, located
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer
 from research_rl.episode.trajectory import StopReason, Trajectory
 from research_rl.errors import ConfigError, ModelError, ServiceError
 from research_rl.evaluation.results import Question, Result, UnfinishedResults, read_questions, to_result, write_results
@@ -166,7 +166,7 @@ def _parameters(context: Context) -> dict[str, Any]:
         sections.update(stage.sections)
         waiting += [parent for parent in stage.parents if parent not in names]
         names.update(stage.parents)
-    return redact_tree(parameters(context.config, sections))
+    return redact_tree(parameters(located(context.config, context.workspace.root), sections))
 
 
 def _key(context: Context) -> str:

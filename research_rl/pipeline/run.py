@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from research_rl.config import Config, config_hash
+from research_rl.config import Config, config_hash, located
 from research_rl.errors import ConfigError, ManifestError, StorageError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.extras import missing_extras
@@ -29,7 +29,11 @@ def current(name: str, config: Config, workspace: Workspace, *, verify: bool = T
         parents = {parent: manifest.load(workspace.folder(parent), verify=False).hash for parent in stage.parents}
     except ManifestError:
         return None
-    fits = found.stage == name and found.config_hash == config_hash(config, stage.sections) and found.parents == parents
+    fits = (
+        found.stage == name
+        and found.config_hash == config_hash(located(config, workspace.root), stage.sections)
+        and found.parents == parents
+    )
     return found if fits and (not stage.fresh or _function(stage.fresh)(config, workspace, found)) else None
 
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import Config, config_hash, parameters
+from research_rl.config import Config, config_hash, located, parameters
 from research_rl.errors import ManifestError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest, Staging
@@ -86,12 +86,12 @@ class Context:
     @property
     def config_hash(self) -> str:
         """Hash of the parameters that decide this stage's artifact."""
-        return config_hash(self.config, self.stage.sections)
+        return config_hash(located(self.config, self.workspace.root), self.stage.sections)
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The values behind that hash."""
-        return parameters(self.config, self.stage.sections)
+        return parameters(located(self.config, self.workspace.root), self.stage.sections)
 
     def parent(self, name: str) -> Path:
         """Return the folder of a parent artifact."""

@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 
 from research_rl import config as configuration
-from research_rl.config import Config
-from research_rl.episode.prompts import located
+from research_rl.config import Config, located
 from research_rl.errors import TrainingError
 from research_rl.paths import RUN_FROM, python_path
 from research_rl.pipeline.stages import Workspace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from research_rl.config import Config, changes, config_hash, parameters
+from research_rl.config import Config, changes, config_hash, located, parameters
 from research_rl.errors import ManifestError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
@@ -50,8 +50,8 @@ def _row(name: str, config: Config, workspace: Workspace, current: set[str]) -> 
     except ManifestError as error:
         return Row(name, "torn", "", str(error))
     short = found.hash[:12]
-    if found.config_hash != config_hash(config, stage.sections):
-        return Row(name, "stale", short, _changed(found, config))
+    if found.config_hash != config_hash(located(config, workspace.root), stage.sections):
+        return Row(name, "stale", short, _changed(found, located(config, workspace.root)))
     changed = [p for p in stage.parents if p not in current or _hash(workspace, p) != found.parents.get(p)]
     if changed:
         return Row(name, "stale", short, f"rebuilt or stale parent: {', '.join(changed)}")

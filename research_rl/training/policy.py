@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import PromptConfig
+from research_rl.config import PromptConfig, located
 from research_rl.embedding.models import wheel_folder
-from research_rl.episode.prompts import FolderTokenizer, encode_prompt, located
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt
 from research_rl.errors import ModelError, TrainingError
 from research_rl.paths import RUN_FROM, cache_folder, python_path
 from research_rl.pipeline.copying import clone

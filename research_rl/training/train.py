@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import Config, config_hash
+from research_rl.config import Config, config_hash, located
 from research_rl.config.template_text import template_text
-from research_rl.episode.prompts import load_tokenizer, located, prompt_text
+from research_rl.episode.prompts import load_tokenizer, prompt_text
 from research_rl.errors import ConfigError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context
@@ -37,7 +37,7 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
     """Do what `run` does and tell `hooks` of every step, its rollouts and every checkpoint as they happen."""
     config = located(context.config, context.workspace.root)
     model, prepared = context.parent("policy"), context.parent("prepare")
-    work = context.workspace.work(f"train-{work_key(context.config, context.parents)}")
+    work = context.workspace.work(f"train-{work_key(config, context.parents)}")
     work.mkdir(parents=True, exist_ok=True)
     train, dropped = _fitting(config, model, prepared / "train.parquet", work / "train.parquet")
     dev, _ = _fitting(config, model, prepared / "dev.parquet", work / "dev.parquet")

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from research_rl import config
-from research_rl.config import PromptConfig, template_text
+from research_rl.config import PromptConfig, located, template_text
 from research_rl.episode.chat import ChatTemplate
-from research_rl.episode.prompts import FolderTokenizer, encode_prompt, located, render
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt, render
 from research_rl.errors import ConfigError, ModelError
 from research_rl.paths import CHECKOUT
-from research_rl.pipeline.stages import STAGES
+from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
 from research_rl.training.train import work_key
 
 SHAPES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "data" / "chat_templates").glob("*.jinja"))}
@@ -234,3 +234,13 @@ def test_a_model_without_an_end_of_turn_is_refused_and_one_without_padding_is_no
     with pytest.raises(ModelError, match="names no eos_token"):
         FolderTokenizer(write(eos_token=None))
     assert FolderTokenizer(write(pad_token=None)).pad_token is None
+
+
+def test_a_prompt_file_of_the_workspace_is_in_the_hash_of_its_stages(tmp_path: Path) -> None:
+    chosen, space = config.load_profile("laptop", ["prompt.path=mine.txt"]), Workspace(tmp_path)
+    hashes: set[str] = set()
+    for number, text in enumerate(("One {question}", "Two {question}")):
+        (tmp_path / "mine.txt").write_text(text)
+        template_text.template_text.cache_clear()
+        hashes.add(Context(STAGES["policy"], chosen, space, {}, silent).config_hash)
+        assert len(hashes) == number + 1
