@@ -16,6 +16,7 @@ RUN = re.compile(r"<!-- run -->\n```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = [pytest.param(block, id=page.stem) for page in PAGES for block in RUN.findall(page.read_text(encoding="utf-8"))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_commands_of_a_page_run_as_printed(block: str, tmp_path: Path) -> None:
     env = {**os.environ, "PATH": f"{CHECKOUT / '.venv/bin'}:{os.environ['PATH']}", "PYTHONPATH": str(CHECKOUT)}

@@ -144,6 +144,7 @@ class Foreign(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
 def test_a_page_of_another_origin_in_a_real_browser_reaches_nothing(stack: Stack, prefect: str, tmp_path: Path) -> None:
     Foreign.api = prefect

@@ -130,10 +130,12 @@ def test_a_stage_without_its_library_names_the_extra(bare: Installed) -> None:
     assert "the library great_expectations is not installed" in refused and "pip install 'research-rl[validate]'" in refused
 
 
+@pytest.mark.long
 def test_a_policy_environment_outside_a_checkout_must_be_named(installed: Installed) -> None:
     assert "environments.policy='.venv-policy/bin/python' is relative to a checkout" in installed.refuses("run", "policy")
 
 
+@pytest.mark.long
 def test_every_profile_is_read_from_the_wheel(installed: Installed) -> None:
     refused = installed.refuses("config", "show", "-p", "huge")
     assert all(repr(name) in refused for name in profiles())
@@ -141,6 +143,7 @@ def test_every_profile_is_read_from_the_wheel(installed: Installed) -> None:
     assert shown["profile"] == "smollm"
 
 
+@pytest.mark.long
 def test_the_chain_from_download_to_index_is_current_and_leaves_the_installation_alone(installed: Installed) -> None:
     states = installed.answers("status").splitlines()
     assert [line.split()[:2] for line in states[: len(CHAIN)]] == [[stage, "current"] for stage in CHAIN]
@@ -148,6 +151,7 @@ def test_the_chain_from_download_to_index_is_current_and_leaves_the_installation
     assert not list(installed.environment.rglob(".cache")) and not list(installed.environment.rglob("artifacts"))
 
 
+@pytest.mark.long
 def test_a_served_retriever_answers_a_question(installed: Installed) -> None:
     corpus = next(installed.workspace.glob("data/**/*corpus*.jsonl"))
     passage = yaml.safe_load(corpus.read_text().splitlines()[0])
@@ -157,6 +161,7 @@ def test_a_served_retriever_answers_a_question(installed: Installed) -> None:
     assert passage["contents"] in [document["contents"] for document in reply.json()]
 
 
+@pytest.mark.long
 def test_the_prompt_of_a_profile_is_read_from_the_wheel(installed: Installed) -> None:
     code = "from research_rl import config; from research_rl.episode.prompts import render;"
     code += "print(render('Who?', config.load_profile('laptop').prompt))"
