@@ -17,6 +17,7 @@ __all__ = ["EXTRAS", "missing_extras", "require"]
 EXTRAS: dict[str, str] = {
     "pyarrow": "retrieve",
     "bm25s": "retrieve",
+    "cachetools": "retrieve",
     "Stemmer": "retrieve",
     "faiss": "retrieve",
     "fastapi": "retrieve",
@@ -25,6 +26,7 @@ EXTRAS: dict[str, str] = {
     "uvicorn": "retrieve",
     "jinja2": "evaluate",
     "matplotlib": "evaluate",
+    "scipy": "evaluate",
     "tokenizers": "evaluate",
     "great_expectations": "validate",
     "pandas": "validate",

@@ -108,6 +108,8 @@ def imported() -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "import_module":
+                names |= {str(item.value).partition(".")[0] for item in node.args if isinstance(item, ast.Constant)}
     return names - set(sys.stdlib_module_names) - {"research_rl"}
 
 
