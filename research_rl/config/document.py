@@ -13,7 +13,6 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from research_rl.config.sections import Config
 
@@ -112,8 +111,9 @@ def _model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _default(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True)
-    return "" if value is PydanticUndefined else json.dumps(value, default=lambda item: item.model_dump(), ensure_ascii=False)
+    if field.is_required():
+        return ""
+    return json.dumps(field.get_default(call_default_factory=True), default=lambda item: item.model_dump(), ensure_ascii=False)
 
 
 def _unit(name: str) -> str:

@@ -25,6 +25,7 @@ EXTRAS: dict[str, str] = {
     "starlette": "retrieve",
     "uvicorn": "retrieve",
     "jinja2": "evaluate",
+    "markupsafe": "evaluate",
     "matplotlib": "evaluate",
     "scipy": "evaluate",
     "tokenizers": "evaluate",
