@@ -126,7 +126,7 @@ def by_vectors(language: Language) -> float:
 def test_passages_are_found_in_every_language_as_well_as_in_english(tmp_path: Path, language: str) -> None:
     english = LANGUAGES["English"]
     assert by_bm25(LANGUAGES[language], tmp_path / language) >= by_bm25(english, tmp_path / "english") - 0.05 > 0.9
-    # Hashed into 1,024 places, the n-grams of scripts without spaces collide more often than words do.
+    # Hashed into a fixed number of places, the n-grams of scripts without spaces collide more often than words do.
     assert by_vectors(LANGUAGES[language]) >= by_vectors(english) - 0.12 > 0.85
 
 
