@@ -25,6 +25,7 @@ def read_rollouts(files: Mapping[int, Path]) -> Iterator[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file of lines, gzipped or plain; nothing where there is no file."""
     if path.is_file():
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
             yield from (json.loads(line) for line in stream if line.strip())
