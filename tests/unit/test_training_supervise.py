@@ -274,7 +274,7 @@ def test_a_collapse_warns_then_stops_and_keeps_the_last_good_checkpoint(tmp_path
 
 
 def test_a_stopped_run_goes_on_with_its_rule_relaxed(tmp_path: Path) -> None:
-    run = make_run(tmp_path, [{"nan_from": 2, "pause": 0.3}, {}], steps=6)
+    run = make_run(tmp_path, [{"nan_from": 2, "pause": 1.0}, {}], steps=6)
     with pytest.raises(CollapseError):
         supervise(run, TrainHooks(), ignore)
     relaxed = run.config.watch.model_copy(update={"nan": run.config.watch.nan.model_copy(update={"action": "ignore"})})
