@@ -28,7 +28,7 @@ __all__ = ["compiled", "main"]
 class _Generation(Extension):
     """The block `{% generation %}`, which marks what the model writes; its body is rendered as it stands."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Return a call of the block's body: like in transformers, variables set inside stay inside."""
@@ -56,7 +56,8 @@ def compiled(source: str) -> Template:
     """Return a template in the environment that published chat templates are written for. Raises TemplateSyntaxError."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    functions: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals.update(functions)
     return environment.from_string(source)
 
 

@@ -11,16 +11,19 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from research_rl.reward.words import UNSEGMENTED
 
 __all__ = ["ENCODING_DEFECTS", "Bits", "Words", "encoding_defects", "keys", "phrase_keys", "phrases", "words"]
+
+pc: Any = import_module("pyarrow.compute")
+"""Its functions are made when it is imported, where no type checker sees them."""
 
 Bits = npt.NDArray[np.uint64]
 

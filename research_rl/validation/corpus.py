@@ -18,19 +18,22 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.json
 
 from research_rl.validation.answers import Sought
 from research_rl.validation.columns import Bits, Words, encoding_defects, keys, words
 
 __all__ = ["CorpusStatistics", "Example", "measure_corpus", "parse_lines", "repeated"]
+
+pc: Any = import_module("pyarrow.compute")
+"""Its functions are made when it is imported, where no type checker sees them."""
 
 SHARD_BYTES = 64 << 20
 BLOCK_BYTES = 4 << 20
@@ -221,7 +224,8 @@ def _parse(line: bytes) -> tuple[str, str] | None:
         identifier, contents = row["id"], row["contents"]
         if not (isinstance(identifier, str) and identifier.strip() and isinstance(contents, str) and contents.strip()):
             return None
-        identifier.encode(), contents.encode()
+        for text in (identifier, contents):
+            text.encode()
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return identifier, contents
