@@ -49,7 +49,8 @@ def bounded(limit: int, refused: Callable[[str], None], headers_s: float = _HEAD
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self.cycle is not None and not self.cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]  (uvicorn sets None between two requests)
+            # uvicorn's types deny that there is None between two requests.
+            if self.cycle is not None and not self.cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
                 self._no_longer_waits()
             elif self not in unfinished:
                 self._wait_for_headers()
