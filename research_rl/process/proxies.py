@@ -8,15 +8,15 @@ from collections.abc import Mapping
 
 from research_rl.errors import ServiceError
 
-__all__ = ["bypass_loopback", "require_usable"]
+__all__ = ["LOOPBACK", "bypass_loopback", "require_usable"]
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def bypass_loopback(env: Mapping[str, str]) -> dict[str, str]:
     """Return NO_PROXY, in both spellings that clients read, with loopback added to what `env` names."""
     names = [name.strip() for spelling in ("no_proxy", "NO_PROXY") for name in env.get(spelling, "").split(",")]
-    merged = ",".join(dict.fromkeys(filter(None, [*names, *_LOOPBACK])))
+    merged = ",".join(dict.fromkeys(filter(None, [*names, *LOOPBACK])))
     return {"NO_PROXY": merged, "no_proxy": merged}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from research_rl.process.proxies import LOOPBACK
+
 __all__ = ["LOOPBACK", "TOKEN"]
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 TOKEN = "RESEARCH_RETRIEVER_TOKEN"
 """Environment variable with the service's bearer token; servers and clients alike read it."""
