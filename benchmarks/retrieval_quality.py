@@ -16,7 +16,7 @@ import numpy as np
 
 from research_rl import config as configuration
 from research_rl.corpus.store import PassageStore
-from research_rl.index.text import Searcher, open_files
+from research_rl.index.text import IndexSearcher, open_files
 from research_rl.pipeline import manifest
 from research_rl.pipeline.run import run_stage
 from research_rl.pipeline.stages import STAGES, Workspace
@@ -60,13 +60,13 @@ def kinds(words: bool) -> dict[str, str]:
     return {"BM25": "bm25"} if words else {"BM25": "bm25", "MiniLM": "dense", "hybrid": "hybrid"}
 
 
-def opened(workspace: Workspace, kind: str) -> Searcher:
+def opened(workspace: Workspace, kind: str) -> IndexSearcher:
     """Open the built index, or one side of it."""
     index, embed = (manifest.load(workspace.folder(name), verify=False) for name in ("index", "embed"))
     return open_files(workspace.folder("index"), {**index.facts, "kind": kind}, index.counts, workspace.folder("embed"), embed)
 
 
-def recalls(searcher: Searcher, store: PassageStore, questions: list[dict[str, Any]]) -> list[float]:
+def recalls(searcher: IndexSearcher, store: PassageStore, questions: list[dict[str, Any]]) -> list[float]:
     """Return the mean share of supporting passages found, at each depth."""
     found: list[list[float]] = []
     for start in range(0, len(questions), BATCH):
@@ -78,7 +78,7 @@ def recalls(searcher: Searcher, store: PassageStore, questions: list[dict[str, A
     return np.mean(found, axis=0).tolist()
 
 
-def rate(searcher: Searcher, queries: list[str]) -> float:
+def rate(searcher: IndexSearcher, queries: list[str]) -> float:
     """Return queries answered per CPU-second."""
     started = time.process_time()
     for start in range(0, len(queries), BATCH):

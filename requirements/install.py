@@ -42,7 +42,7 @@ def install(name: str) -> None:
     if not python.is_file():
         venv.create(folder, with_pip=True)
     run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", UV)
-    run(python, "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", python, "--no-deps", "-r", lock)
+    run(python, "-m", "uv", "pip", "install", "--quiet", "--python", python, "--no-deps", "-r", lock)
     install_torch(python)
     if name == "pipeline":
         run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "-e", ROOT)

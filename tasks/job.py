@@ -32,7 +32,7 @@ from research_rl.process.services import reap
 from tasks.settings import stack_folder
 from tasks.tracking.track import Tracker, run_name
 
-__all__ = ["Job", "Outcome", "Stopped", "assignments", "flow_run_name", "opened", "resolve", "stop_services"]
+__all__ = ["Job", "StageOutcome", "Stopped", "assignments", "flow_run_name", "opened", "resolve", "stop_services"]
 
 _LOCK_WAIT_S = 15.0
 
@@ -42,7 +42,7 @@ class Stopped(ResearchError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageOutcome:
     """How a stage ended: its artifact, whether it was built, and in how many seconds."""
 
     manifest: Manifest
@@ -55,7 +55,7 @@ class Job:
 
     def __init__(self, config: Config, workspace: Workspace, tracker: Tracker, force: frozenset[str] = frozenset()) -> None:
         self.config, self.workspace, self.tracker, self.force = config, workspace, tracker, force
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, StageOutcome] = {}
         self._beside: list[PrefectFuture[Any]] = []
         self._over = threading.Event()
 

@@ -24,7 +24,7 @@ from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.run import run_stage
 from research_rl.pipeline.stages import STAGES, Context, Stage
 from tasks import quiet
-from tasks.job import Job, Outcome, Stopped
+from tasks.job import Job, StageOutcome, Stopped
 from tasks.tracking.track import StageRun
 
 __all__ = ["StageTask", "is_transient", "stage_task"]
@@ -64,7 +64,7 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
     return run  # type: ignore[return-value]
 
 
-def _outcome(stage: Stage, job: Job, after: After | None, build: Build | None) -> Outcome:
+def _outcome(stage: Stage, job: Job, after: After | None, build: Build | None) -> StageOutcome:
     """Run a stage under tracking, show what stands, and note how it ended."""
     progress = Progress(stage.name, get_run_logger().info, job.proceed)
     with job.tracker.stage(stage.name, job.config, stage.sections) as run:
@@ -74,13 +74,13 @@ def _outcome(stage: Stage, job: Job, after: After | None, build: Build | None) -
         manifest, built = run_stage(stage.name, job.config, job.workspace, force=force, progress=progress, function=work)
         run.finished(manifest, built)
         progress.finish()
-        job.outcomes[stage.name] = outcome = Outcome(manifest, built, time.monotonic() - started)
+        job.outcomes[stage.name] = outcome = StageOutcome(manifest, built, time.monotonic() - started)
         if after:
             after(job, manifest, run)
     return outcome
 
 
-def _ended(name: str, outcome: Outcome) -> State[Manifest]:
+def _ended(name: str, outcome: StageOutcome) -> State[Manifest]:
     manifest = outcome.manifest
     if not outcome.built:
         return Completed(name="Cached", message=f"{name} is current and was skipped: {manifest.hash[:12]}", data=manifest)

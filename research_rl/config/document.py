@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from research_rl.config.sections import Config
 
-__all__ = ["Parameter", "describe", "page", "parameters"]
+__all__ = ["DocumentedParameter", "describe", "page", "parameters"]
 
 _UNITS = {
     "_s": "seconds",
@@ -36,7 +36,7 @@ _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 @dataclass(frozen=True)
-class Parameter:
+class DocumentedParameter:
     """One parameter, or a section (`type` is then empty). A parameter of a list's items is named `list[].parameter`."""
 
     name: str
@@ -46,7 +46,7 @@ class Parameter:
     meaning: str
 
 
-def parameters() -> Iterator[Parameter]:
+def parameters() -> Iterator[DocumentedParameter]:
     """Yield sections and their parameters in the order of the tree."""
     yield from _of(Config, "")
 
@@ -73,8 +73,8 @@ def page() -> str:
     ]
     top = [item for item in parameters() if item.type and "." not in item.name]
     lines += ["", "## Top level", *_table(top)]
-    section: list[Parameter] = []
-    for item in [*parameters(), Parameter("", "", "", "", "")]:
+    section: list[DocumentedParameter] = []
+    for item in [*parameters(), DocumentedParameter("", "", "", "", "")]:
         if item.type:
             section += [item] if "." in item.name else []
             continue
@@ -84,7 +84,7 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: list[Parameter]) -> list[str]:
+def _table(rows: list[DocumentedParameter]) -> list[str]:
     if not rows:
         return []
     cells = ((f"`{item.name}`", item.type, f"`{item.default}`" if item.default else "required", item.unit, item.meaning) for item in rows)
@@ -93,15 +93,17 @@ def _table(rows: list[Parameter]) -> list[str]:
     ]
 
 
-def _of(model: type[BaseModel], prefix: str) -> Iterator[Parameter]:
+def _of(model: type[BaseModel], prefix: str) -> Iterator[DocumentedParameter]:
     # A section's own parameters come before its sections, so that each table stands under its heading.
     for name, field in sorted(model.model_fields.items(), key=lambda pair: _model(pair[1].annotation) is not None):
         if section := _model(field.annotation):
             doc = (section.__doc__ or "").strip()
-            yield Parameter(f"{prefix}{name}", "", "", "", doc if doc.startswith(field.description or "") else f"{field.description} {doc}")
+            yield DocumentedParameter(
+                f"{prefix}{name}", "", "", "", doc if doc.startswith(field.description or "") else f"{field.description} {doc}"
+            )
             yield from _of(section, f"{prefix}{name}.")
             continue
-        yield Parameter(f"{prefix}{name}", _type(field), _default(field), _unit(name), field.description or "")
+        yield DocumentedParameter(f"{prefix}{name}", _type(field), _default(field), _unit(name), field.description or "")
         if items := next((_model(part) for part in get_args(field.annotation) if _model(part)), None):
             yield from _of(items, f"{prefix}{name}[].")
 

@@ -24,9 +24,9 @@ __all__ = [
     "Entity",
     "Fact",
     "Hop",
-    "Question",
     "Relation",
     "World",
+    "WorldQuestion",
     "build_world",
     "generate",
     "lexicon",
@@ -249,7 +249,7 @@ class Hop:
 
 
 @dataclass(frozen=True)
-class Question:
+class WorldQuestion:
     """A question with its accepted answers and the hops that lead there."""
 
     text: str
@@ -290,15 +290,15 @@ def build_world(config: EncyclopediaConfig, rng: random.Random, half: Side) -> W
     return world
 
 
-def questions(world: World, split: str, number: int, config: EncyclopediaConfig, rng: random.Random) -> list[Question]:
+def questions(world: World, split: str, number: int, config: EncyclopediaConfig, rng: random.Random) -> list[WorldQuestion]:
     """Draw `number` distinct questions over the entities of `split`. Raises DataError when there are too few."""
     makers = {"bridge": _bridge, "attribute": _attribute, "comparison": _comparison}
     shares = (1 - config.attribute - config.comparison, config.attribute, config.comparison)
-    found: dict[tuple[Any, ...], Question] = {}
+    found: dict[tuple[Any, ...], WorldQuestion] = {}
     for _ in range(_PATIENCE * number):
         if len(found) == number:
             break
-        maker: Callable[..., Question | None] = makers[rng.choices(tuple(makers), shares)[0]]
+        maker: Callable[..., WorldQuestion | None] = makers[rng.choices(tuple(makers), shares)[0]]
         if question := maker(world, split, config, rng):
             key = (question.type, *sorted((hop.fact.subject.name, hop.fact.relation.name) for hop in question.hops))
             found.setdefault(key, question)
@@ -403,14 +403,14 @@ def _sentence(fact: Fact, rng: random.Random) -> str:
     return rng.choice(fact.relation.sentences).format(s=fact.subject.name, o=fact.answers[0])
 
 
-def _bridge(world: World, split: str, config: EncyclopediaConfig, rng: random.Random) -> Question | None:
+def _bridge(world: World, split: str, config: EncyclopediaConfig, rng: random.Random) -> WorldQuestion | None:
     multiple = range(2, config.max_hops + 1)
     depth = rng.choice(multiple) if multiple and rng.random() >= config.single_hop else 1
     chain = _chain(world, rng.choice(world.splits[split]), depth, rng)
     return _chained("bridge", chain, world, rng) if chain else None
 
 
-def _attribute(world: World, split: str, config: EncyclopediaConfig, rng: random.Random) -> Question | None:
+def _attribute(world: World, split: str, config: EncyclopediaConfig, rng: random.Random) -> WorldQuestion | None:
     """A chain that ends in a year: the last hop asks for an attribute, the ones before lead to its owner."""
     depth = rng.randint(0, config.max_hops - 1)
     start = rng.choice(world.splits[split])
@@ -438,30 +438,30 @@ def _chain(world: World, start: Entity, depth: int, rng: random.Random) -> list[
     return chain
 
 
-def _chained(type_: str, chain: list[Fact], world: World, rng: random.Random) -> Question:
+def _chained(type_: str, chain: list[Fact], world: World, rng: random.Random) -> WorldQuestion:
     phrase = chain[0].subject.name
     for fact in chain:
         phrase = rng.choice(fact.relation.phrases).format(x=phrase)
     heads = _WHO if chain[-1].relation.object is Kind.PERSON else _WHAT
-    return Question(rng.choice(heads).format(np=phrase), tuple(chain[-1].answers), type_, _hops(chain, world))
+    return WorldQuestion(rng.choice(heads).format(np=phrase), tuple(chain[-1].answers), type_, _hops(chain, world))
 
 
-def _comparison(world: World, split: str, config: EncyclopediaConfig, rng: random.Random) -> Question | None:
+def _comparison(world: World, split: str, config: EncyclopediaConfig, rng: random.Random) -> WorldQuestion | None:
     kind = rng.choice(tuple(Kind))
     first, second = rng.sample([entity for entity in world.splits[split] if entity.kind is kind], 2)
     return (_older if rng.random() < 0.5 else _same)(first, second, world, rng)
 
 
-def _older(first: Entity, second: Entity, world: World, rng: random.Random) -> Question | None:
+def _older(first: Entity, second: Entity, world: World, rng: random.Random) -> WorldQuestion | None:
     facts = [world.facts[entity.name, _YEAR_OF[entity.kind].name] for entity in (first, second)]
     years = [int(fact.answers[0]) for fact in facts]
     if years[0] == years[1]:
         return None
     answer = first if years[0] < years[1] else second
-    return Question(_OLDER.format(a=first.name, b=second.name), tuple(answer.answers), "comparison", _hops(facts, world))
+    return WorldQuestion(_OLDER.format(a=first.name, b=second.name), tuple(answer.answers), "comparison", _hops(facts, world))
 
 
-def _same(first: Entity, second: Entity, world: World, rng: random.Random) -> Question | None:
+def _same(first: Entity, second: Entity, world: World, rng: random.Random) -> WorldQuestion | None:
     """A yes/no question; an equal pair is looked for half of the time, as a random pair hardly ever is one."""
     relation = rng.choice([relation for relation in _OF_KIND[first.kind] if relation.object is not None])
     mine = world.facts[first.name, relation.name]
@@ -470,7 +470,7 @@ def _same(first: Entity, second: Entity, world: World, rng: random.Random) -> Qu
     theirs = world.facts[second.name, relation.name]
     answer = "yes" if mine.value == theirs.value else "no"
     text = _SAME.format(a=first.name, b=second.name, relation=relation.name)
-    return Question(text, (answer,), "comparison", _hops([mine, theirs], world))
+    return WorldQuestion(text, (answer,), "comparison", _hops([mine, theirs], world))
 
 
 def _with_equal(fact: Fact, world: World, rng: random.Random) -> Entity | None:
@@ -483,7 +483,7 @@ def _hops(chain: list[Fact], world: World) -> tuple[Hop, ...]:
     return tuple(Hop(fact, world.passage_of[fact.subject.name, fact.relation.name]) for fact in chain)
 
 
-def _row(id_: str, question: Question) -> dict[str, Any]:
+def _row(id_: str, question: WorldQuestion) -> dict[str, Any]:
     steps = [{"question": hop.question, "answer": hop.fact.answers[0], "passage_id": hop.passage_id} for hop in question.hops]
     metadata = {
         "type": question.type,

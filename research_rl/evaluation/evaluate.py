@@ -23,7 +23,7 @@ from research_rl.episode.agent import Engine, Limits, Searcher, run_episode
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tokenizer
 from research_rl.episode.trajectory import StopReason, Trajectory
 from research_rl.errors import ConfigError, ModelError, ServiceError
-from research_rl.evaluation.results import Question, Result, UnfinishedResults, read_questions, to_result, write_results
+from research_rl.evaluation.results import HeldOutQuestion, Result, UnfinishedResults, read_questions, to_result, write_results
 from research_rl.evaluation.summary import headline, summarise
 from research_rl.pipeline.stages import STAGES, Context
 from research_rl.process.services import Endpoint
@@ -44,7 +44,12 @@ def run_trained(context: Context) -> None:
 
 
 async def evaluate(
-    config: Config, questions: Sequence[Question], engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer, on_result: OnResult
+    config: Config,
+    questions: Sequence[HeldOutQuestion],
+    engine: Engine,
+    searcher: Searcher,
+    tokenizer: FolderTokenizer,
+    on_result: OnResult,
 ) -> list[Result]:
     """Play every question with at most `evaluation.concurrency` episodes in flight; return results in their order.
 
@@ -65,13 +70,15 @@ async def evaluate(
     return [done[question.row] for question in questions]
 
 
-async def _play(config: Config, question: Question, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer) -> Result:
+async def _play(config: Config, question: HeldOutQuestion, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer) -> Result:
     started = time.perf_counter()
     trajectory = await _trajectory(config, question, engine, searcher, tokenizer)
     return to_result(question, trajectory, tokenizer.eos_token, time.perf_counter() - started)
 
 
-async def _trajectory(config: Config, question: Question, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer) -> Trajectory:
+async def _trajectory(
+    config: Config, question: HeldOutQuestion, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer
+) -> Trajectory:
     try:
         prompt = encode_prompt(tokenizer, question.question, config.prompt)
     except (ConfigError, ModelError) as error:  # one question without a prompt must not end the others
@@ -92,7 +99,7 @@ def _run(context: Context, model: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _evaluate_served(context: Context, model: Path, missing: list[Question], journal: UnfinishedResults, total: int) -> None:
+def _evaluate_served(context: Context, model: Path, missing: list[HeldOutQuestion], journal: UnfinishedResults, total: int) -> None:
     """Start what is needed, play `missing`, once more what was lost, and keep what is still lost if it is little enough."""
     from research_rl.retriever.command import require_same_index
     from research_rl.retriever.command import running as retriever_running
@@ -119,7 +126,12 @@ def _evaluate_served(context: Context, model: Path, missing: list[Question], jou
 
 
 async def _connected(
-    config: Config, questions: Sequence[Question], served: Endpoint, retriever: Endpoint, tokenizer: FolderTokenizer, on_result: OnResult
+    config: Config,
+    questions: Sequence[HeldOutQuestion],
+    served: Endpoint,
+    retriever: Endpoint,
+    tokenizer: FolderTokenizer,
+    on_result: OnResult,
 ) -> list[Result]:
     from research_rl.retriever.client import RetrieverClient
     from research_rl.serving.client import HttpEngine, Sampling

@@ -18,11 +18,11 @@ from research_rl.pipeline import json_lines
 from research_rl.reward.metrics import recall
 from research_rl.reward.rules import grade
 
-__all__ = ["Question", "Result", "UnfinishedResults", "read_questions", "read_results", "to_result", "write_results"]
+__all__ = ["HeldOutQuestion", "Result", "UnfinishedResults", "read_questions", "read_results", "to_result", "write_results"]
 
 
 @dataclass(frozen=True)
-class Question:
+class HeldOutQuestion:
     """A held-out question; `row` is its place in the file, `supporting` the ids of the passages that answer it."""
 
     row: int
@@ -82,7 +82,7 @@ class Result:
         return cls(**values)
 
 
-def to_result(question: Question, trajectory: Trajectory, eos_token: str, seconds: float) -> Result:
+def to_result(question: HeldOutQuestion, trajectory: Trajectory, eos_token: str, seconds: float) -> Result:
     """Grade a trajectory by both reward rules and count what happened in it."""
     paper = grade(trajectory, question.golden_answers, "paper", eos_token)
     repository = grade(trajectory, question.golden_answers, "repository", eos_token)
@@ -112,7 +112,7 @@ def to_result(question: Question, trajectory: Trajectory, eos_token: str, second
     )
 
 
-def read_questions(path: Path, rows: int | None) -> list[Question]:
+def read_questions(path: Path, rows: int | None) -> list[HeldOutQuestion]:
     """Read the first `rows` questions of a prepared parquet file. Raises DataError when there is none."""
     import pyarrow.parquet as pq
 
@@ -123,9 +123,9 @@ def read_questions(path: Path, rows: int | None) -> list[Question]:
     return [_question(row, str(record["data_source"]), record["extra_info"]) for row, record in enumerate(records)]
 
 
-def _question(row: int, data_source: str, extra: dict[str, Any]) -> Question:
+def _question(row: int, data_source: str, extra: dict[str, Any]) -> HeldOutQuestion:
     answers, supporting = tuple(extra["golden_answers"]), tuple(extra.get("supporting_passage_ids") or ())
-    return Question(row, str(extra["id"]), data_source, str(extra["question"]), answers, supporting)
+    return HeldOutQuestion(row, str(extra["id"]), data_source, str(extra["question"]), answers, supporting)
 
 
 def read_results(folder: Path) -> list[Result]:

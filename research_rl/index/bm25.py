@@ -28,7 +28,7 @@ from research_rl.pipeline.stages import silent
 from research_rl.pipeline.work import Work
 from research_rl.reward.words import terms, unsegmented
 
-__all__ = ["STOP_WORDS", "Bm25", "Texts", "build", "write"]
+__all__ = ["STOP_WORDS", "Bm25", "CorpusTexts", "build", "write"]
 
 STOP_WORDS = (
     *bm25s.tokenization.STOPWORDS_EN,
@@ -58,7 +58,7 @@ class _Stems(dict[str, int]):
         return number
 
 
-class Texts(Protocol):
+class CorpusTexts(Protocol):
     """Passages read in batches, as a `PassageStore` gives them."""
 
     def __len__(self) -> int: ...
@@ -68,13 +68,13 @@ class Texts(Protocol):
         ...
 
 
-def write(texts: Texts, config: IndexConfig, folder: Path) -> None:
+def write(texts: CorpusTexts, config: IndexConfig, folder: Path) -> None:
     """Write a word index in one file into `folder`."""
     _count(texts, silent, folder)
     _score(folder, config, 0, 0, len(texts), folder)
 
 
-def build(work: Work, config: IndexConfig, store: Texts, ranges: Sequence[Range], progress: Progress) -> dict[str, Any]:
+def build(work: Work, config: IndexConfig, store: CorpusTexts, ranges: Sequence[Range], progress: Progress) -> dict[str, Any]:
     """Build the word index as units of `work`; return the facts `Bm25.open` needs."""
     counted = work.unit("bm25-words", partial(_count, store, progress))
     for number, (start, stop) in enumerate(ranges):
@@ -89,7 +89,7 @@ def unit(number: int) -> str:
     return f"bm25-{number:05d}"
 
 
-def _count(store: Texts, progress: Progress, folder: Path) -> dict[str, Any]:
+def _count(store: CorpusTexts, progress: Progress, folder: Path) -> dict[str, Any]:
     """Write every passage's stems as numbers, and how many passages hold each stem."""
     stems, lengths = _Stems(), np.zeros(len(store), np.int32)
     frequencies = np.zeros(1 << 16, np.int64)

@@ -15,7 +15,7 @@ from research_rl.embedding import vector_shards
 from research_rl.errors import ConfigError
 from research_rl.index import budget
 from research_rl.index.search import EXACT
-from research_rl.index.text import Searcher, open_files, ranges_of
+from research_rl.index.text import IndexSearcher, open_files, ranges_of
 from research_rl.index.vectors import VectorFiles
 from research_rl.pipeline.manifest import Staging
 from research_rl.pipeline.stages import Context
@@ -116,7 +116,7 @@ def _measure(config: IndexConfig, staging: Staging, vectors: VectorFiles) -> Non
     staging.measured["latency_rows"] = served.rows
 
 
-def _canary(index: Searcher, canaries: Sequence[dict[str, Any]], config: IndexConfig) -> dict[str, Any]:
+def _canary(index: IndexSearcher, canaries: Sequence[dict[str, Any]], config: IndexConfig) -> dict[str, Any]:
     """Return the first passage whose own beginning, as a query, finds it; the service asks for it when it starts."""
     _, rows = index.search([canary["query"] for canary in canaries], _CANARY_NEAR)
     for canary, near in zip(canaries, rows, strict=True):

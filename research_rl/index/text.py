@@ -15,13 +15,13 @@ from research_rl.index.search import VectorSearcher
 from research_rl.index.vectors import VectorFiles
 from research_rl.pipeline.manifest import Manifest
 
-__all__ = ["Dense", "Hybrid", "Searcher", "open_index", "part_rows", "reads_vectors"]
+__all__ = ["Dense", "Hybrid", "IndexSearcher", "open_index", "part_rows", "reads_vectors"]
 
 Rows = npt.NDArray[np.int64]
 Part = tuple[int, int]
 
 
-class Searcher(Protocol):
+class IndexSearcher(Protocol):
     """An index searched with text; from one thread at a time."""
 
     @property
@@ -50,14 +50,14 @@ class Dense:
         return self.vectors.rows
 
     def search(self, queries: Sequence[str], top_k: int) -> tuple[Vectors, Rows]:
-        """Return inner products and rows, see `Searcher`."""
+        """Return inner products and rows, see `IndexSearcher`."""
         return self.vectors.search(self.encoder.encode_queries(queries), top_k)
 
 
 class Hybrid:
     """Reciprocal rank fusion (Cormack et al. 2009): a passage scores the sum of 1 / (offset + rank) over both rankings."""
 
-    def __init__(self, sides: Sequence[Searcher], depth: int, offset: int) -> None:
+    def __init__(self, sides: Sequence[IndexSearcher], depth: int, offset: int) -> None:
         self._sides, self._depth, self._offset = sides, depth, offset
 
     @property
@@ -66,7 +66,7 @@ class Hybrid:
         return self._sides[0].rows
 
     def search(self, queries: Sequence[str], top_k: int) -> tuple[Vectors, Rows]:
-        """Return fused scores and rows, see `Searcher`; no passage beyond the first `depth` of both rankings is found."""
+        """Return fused scores and rows, see `IndexSearcher`; no passage beyond the first `depth` of both rankings is found."""
         k = min(top_k, self.rows)
         scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
         rankings = [side.search(queries, max(self._depth, k))[1].tolist() for side in self._sides]
@@ -85,7 +85,9 @@ class Hybrid:
         return sorted(found.items(), key=lambda item: (-item[1], item[0]))
 
 
-def open_index(folder: Path, found: Manifest, embed_folder: Path, embed: Manifest, threads: int = 0, *, part: Part = (0, 1)) -> Searcher:
+def open_index(
+    folder: Path, found: Manifest, embed_folder: Path, embed: Manifest, threads: int = 0, *, part: Part = (0, 1)
+) -> IndexSearcher:
     """Open the index artifact in `folder`, or the i-th of n parts of it (`part`, whole files each).
 
     Raises ManifestError for an artifact that cannot be opened and ConfigError for more parts than files.
@@ -103,11 +105,11 @@ def open_files(
     *,
     part: Part = (0, 1),
     keep: bool = True,
-) -> Searcher:
+) -> IndexSearcher:
     """Open index files by the facts and counts of their manifest; see `open_index` and `Joined` for `keep`."""
     ranges = ranges_of(counts["passages"], counts["shard_rows"])
     numbers = _numbers(len(ranges), part)
-    sides: list[Searcher] = []
+    sides: list[IndexSearcher] = []
     if facts["kind"] != "bm25":
         from research_rl.index.dense import open_vectors
 

@@ -17,7 +17,7 @@ from research_rl.errors import ConfigError
 from research_rl.pipeline.run import standing
 from research_rl.pipeline.stages import STAGES, Workspace
 
-__all__ = ["Estimate", "estimates", "refuse", "table"]
+__all__ = ["ResourceEstimate", "estimates", "refuse", "table"]
 
 KNOWN = {"wiki18_100w": 21_015_324, "psgs_w100": 21_015_324, "nq_corpus": 3_200_000}
 """Passages of public corpora, by a part of their file name."""
@@ -28,7 +28,7 @@ _MIB = 1024**2
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ResourceEstimate:
     """What a stage takes: bytes on disk and of memory, CPU-seconds, and where the rate comes from."""
 
     stage: str
@@ -47,7 +47,7 @@ def passages(config: Config, workspace: Workspace) -> int | None:
     return next((rows for name, rows in KNOWN.items() if name in config.data.corpus), None)
 
 
-def estimates(config: Config, workspace: Workspace, rows: int) -> list[Estimate]:
+def estimates(config: Config, workspace: Workspace, rows: int) -> list[ResourceEstimate]:
     """Return the estimates of corpus, embed and index. Raises ConfigError for an index that faiss refuses."""
     from research_rl.index import budget
     from research_rl.planning import calibrate
@@ -58,13 +58,13 @@ def estimates(config: Config, workspace: Workspace, rows: int) -> list[Estimate]
     encoded = rows if dim and config.encoder.vectors else 0
     sizes = {"corpus": rows * (text + 16), "embed": encoded * dim * 4.0, "index": budget.disk(config.index, dim, rows)}
     read = {"corpus": rows * text, "embed": sizes["corpus"], "index": sizes["corpus"] + sizes["embed"]}
-    corpus = Estimate("corpus", sizes["corpus"], budget.corpus_peak(config.corpus, text), *rates("corpus", rows, read["corpus"]))
-    embed = Estimate("embed", sizes["embed"], budget.embed_peak(config.encoder, dim), *rates("embed", encoded, read["embed"]))
-    index = Estimate("index", sizes["index"], budget.peak(config.index, dim, rows), *rates("index", rows, read["index"]))
+    corpus = ResourceEstimate("corpus", sizes["corpus"], budget.corpus_peak(config.corpus, text), *rates("corpus", rows, read["corpus"]))
+    embed = ResourceEstimate("embed", sizes["embed"], budget.embed_peak(config.encoder, dim), *rates("embed", encoded, read["embed"]))
+    index = ResourceEstimate("index", sizes["index"], budget.peak(config.index, dim, rows), *rates("index", rows, read["index"]))
     return [corpus, embed, index]
 
 
-def table(found: list[Estimate], rows: int) -> list[str]:
+def table(found: list[ResourceEstimate], rows: int) -> list[str]:
     """Return the estimates as lines of text."""
     lines = [f"knowledge side: {rows:,} passages", f"{'stage':<8}{'disk':>12}{'peak memory':>14}{'time, one core':>16}  rate"]
     for item in found:
@@ -73,7 +73,7 @@ def table(found: list[Estimate], rows: int) -> list[str]:
     return lines
 
 
-def refuse(found: list[Estimate], config: Config, workspace: Workspace) -> None:
+def refuse(found: list[ResourceEstimate], config: Config, workspace: Workspace) -> None:
     """Raise ConfigError when what is still to be built does not fit on the disk, in memory or in index.memory_gib."""
     import psutil
 

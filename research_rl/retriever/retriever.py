@@ -15,7 +15,7 @@ from research_rl.corpus.store import PassageStore
 from research_rl.embedding import ENCODER
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import ManifestError
-from research_rl.index.text import Searcher, open_index, part_rows, reads_vectors
+from research_rl.index.text import IndexSearcher, open_index, part_rows, reads_vectors
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
@@ -34,7 +34,7 @@ def _nothing(text: str) -> None:
 class Retriever:
     """Finds passages; `search` is for one thread at a time."""
 
-    def __init__(self, index: Searcher, store: PassageStore, facts: dict[str, Any], files: Iterable[Path] = ()) -> None:
+    def __init__(self, index: IndexSearcher, store: PassageStore, facts: dict[str, Any], files: Iterable[Path] = ()) -> None:
         self._index, self._store = index, store
         self._files = OpenedFiles(files)
         self.facts = facts

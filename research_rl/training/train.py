@@ -22,7 +22,7 @@ from research_rl.training.run import overrides
 from research_rl.training.run.checkpoints import link
 from research_rl.training.run.metrics_log import MetricsLog
 from research_rl.training.run.remote import Store
-from research_rl.training.run.run import Outcome, Run, TrainHooks, ray_folder
+from research_rl.training.run.run import AttemptOutcome, Run, TrainHooks, ray_folder
 from research_rl.training.run.supervise import supervise
 
 __all__ = ["TrainHooks", "run", "run_with", "work_key"]
@@ -94,7 +94,7 @@ def _require_rows(config: Config, path: Path) -> None:
         raise ConfigError(f"{asked} exceeds the {rows} questions of {path}; lower it or prepare more rows")
 
 
-def _publish(context: Context, training: Run, outcome: Outcome, dropped: int) -> None:
+def _publish(context: Context, training: Run, outcome: AttemptOutcome, dropped: int) -> None:
     log = MetricsLog(training.metrics)
     with context.publish() as staging:
         link(outcome.checkpoint.path, staging.path / "checkpoint")

@@ -35,7 +35,7 @@ _SERVERS = ("prefect-server", "mlflow-server", "prefect-worker")
 
 
 @dataclass(frozen=True)
-class Service:
+class LocalService:
     """One background process: its command, its environment, and the address that answers 200 once it is ready (None: at once)."""
 
     name: str
@@ -71,7 +71,7 @@ class Stack:
         self._deploy(env)
         settings.point_prefect_at(self.state, env)
         worker = (str(_BIN / "prefect"), "worker", "start", "--pool", "laptop", "--type", "process")
-        self._start(Service("prefect-worker", worker, env))
+        self._start(LocalService("prefect-worker", worker, env))
         return self.variables()
 
     def down(self) -> list[str]:
@@ -107,7 +107,7 @@ class Stack:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         self._write(known)
-        process = self._start(Service("s3", s3_command(self.state / ".services" / "s3", ports, known)))
+        process = self._start(LocalService("s3", s3_command(self.state / ".services" / "s3", ports, known)))
         services.wait_healthy(process, known["AWS_ENDPOINT_URL"] + "/status", _START_S)
         _make_bucket(known)
         return known
@@ -139,18 +139,18 @@ class Stack:
             "PATH": f"{_BIN}:{os.environ.get('PATH', os.defpath)}",
         }
 
-    def _prefect(self, addresses: Mapping[str, str]) -> Service:
+    def _prefect(self, addresses: Mapping[str, str]) -> LocalService:
         url = addresses["PREFECT_API_URL"]
         port = _port(url.removesuffix("/api"))
         env = apps.prefect_environment(port, settings.keys(self.state)["PREFECT_API_AUTH_STRING"])
-        return Service("prefect-server", apps.command("prefect", port), {**self._environment(), **env}, url + "/health")
+        return LocalService("prefect-server", apps.command("prefect", port), {**self._environment(), **env}, url + "/health")
 
-    def _mlflow(self, addresses: Mapping[str, str]) -> Service:
+    def _mlflow(self, addresses: Mapping[str, str]) -> LocalService:
         uri = addresses["MLFLOW_TRACKING_URI"]
         env = apps.mlflow_environment(_port(uri), self.state, settings.keys(self.state))
-        return Service("mlflow-server", apps.command("mlflow", _port(uri)), {**self._environment(), **env}, uri + "/health")
+        return LocalService("mlflow-server", apps.command("mlflow", _port(uri)), {**self._environment(), **env}, uri + "/health")
 
-    def _start(self, service: Service) -> services.Watched:
+    def _start(self, service: LocalService) -> services.Watched:
         """Start a service unless it runs; it outlives this process. Raises ServiceError."""
         if process := services.find(self.folder, service.name):
             return process

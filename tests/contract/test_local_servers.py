@@ -17,7 +17,7 @@ import pytest
 
 from research_rl.paths import CHECKOUT
 from research_rl.process.services import guarded
-from tasks.local.stack import Service, Stack
+from tasks.local.stack import LocalService, Stack
 
 START_S = 600.0
 RUN = """
@@ -47,7 +47,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
     return stack
 
 
-def serve(stack: Stack, service: Service) -> Iterator[str]:
+def serve(stack: Stack, service: LocalService) -> Iterator[str]:
     url = (service.health or "").removesuffix("/health")
     with guarded(service.name, service.command, folder=stack.state, health_url=f"{url}/health", deadline_s=START_S, env=service.env):
         yield url

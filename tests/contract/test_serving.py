@@ -18,7 +18,7 @@ from research_rl.episode.prompts import FolderTokenizer, load_tokenizer
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import ServiceError
 from research_rl.evaluation.evaluate import evaluate
-from research_rl.evaluation.results import Question
+from research_rl.evaluation.results import HeldOutQuestion
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Endpoint
 from research_rl.serving.client import HttpEngine, Sampling
@@ -167,7 +167,9 @@ def test_whole_episodes_are_played_and_measured(endpoint: Endpoint, tokenizer: F
     template = tmp_path / "template.txt"
     template.write_text("{question} ?")
     config = CONFIG.model_copy(update={"prompt": CONFIG.prompt.model_copy(update={"path": str(template)})})
-    questions = [Question(row, str(row), "test", "who wrote Borel", ("Ada",) if row % 2 else ("Bob",), ("p1", "p2")) for row in range(40)]
+    questions = [
+        HeldOutQuestion(row, str(row), "test", "who wrote Borel", ("Ada",) if row % 2 else ("Bob",), ("p1", "p2")) for row in range(40)
+    ]
 
     async def main() -> list[tuple[float, float, bool, int, float | None, str]]:
         async with HttpEngine(endpoint, Sampling()) as engine:

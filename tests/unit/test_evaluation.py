@@ -22,7 +22,7 @@ from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError, ServiceError
 from research_rl.evaluation import evaluate as module
 from research_rl.evaluation.evaluate import evaluate
-from research_rl.evaluation.results import Question, Result, UnfinishedResults, read_questions, read_results, write_results
+from research_rl.evaluation.results import HeldOutQuestion, Result, UnfinishedResults, read_questions, read_results, write_results
 from research_rl.evaluation.summary import headline, summarise
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
@@ -87,9 +87,9 @@ class Shelf:
 CONFIG = Config.model_validate({"prompt": {"max_tokens": 4096}, "episode": {"max_response_tokens": 400}, "evaluation": {"concurrency": 4}})
 
 
-def questions(count: int) -> list[Question]:
+def questions(count: int) -> list[HeldOutQuestion]:
     return [
-        Question(
+        HeldOutQuestion(
             n, f"q{n}", "even" if n % 2 == 0 else "odd", f"question number {n}.", ("Ada",) if n % 4 else ("Bob",), ("p1", "p2")[: 1 + n % 2]
         )
         for n in range(count)
@@ -97,7 +97,7 @@ def questions(count: int) -> list[Question]:
 
 
 def play(
-    tokenizer: FolderTokenizer, engine: Engine, asked: Sequence[Question], shelf: Shelf | None = None, config: Config = CONFIG
+    tokenizer: FolderTokenizer, engine: Engine, asked: Sequence[HeldOutQuestion], shelf: Shelf | None = None, config: Config = CONFIG
 ) -> list[Result]:
     return asyncio.run(evaluate(config, asked, engine, shelf or Shelf(), tokenizer, lambda result: None))
 
@@ -137,7 +137,7 @@ def test_a_lost_episode_costs_its_own_question_alone_and_stays_in_the_denominato
 
 
 def test_a_prompt_that_is_too_long_costs_its_own_question_alone(tokenizer: FolderTokenizer) -> None:
-    long = Question(0, "long", "even", "x" * 5000, ("Ada",), ())
+    long = HeldOutQuestion(0, "long", "even", "x" * 5000, ("Ada",), ())
     results = play(tokenizer, Engine(tokenizer), [long, questions(2)[1]])
     assert [result.stop for result in results] == ["engine_failure", "answered"]
     assert "prompt.max_tokens" in results[0].trajectory["error"]
@@ -159,7 +159,7 @@ def test_metrics_have_intervals_by_source_and_by_hops(tokenizer: FolderTokenizer
 
 
 def test_recall_is_left_out_where_no_supporting_passage_is_known(tokenizer: FolderTokenizer) -> None:
-    asked = [Question(0, "q", "s", "question", ("Ada",), ())]
+    asked = [HeldOutQuestion(0, "q", "s", "question", ("Ada",), ())]
     assert "recall" not in summarise(play(tokenizer, Engine(tokenizer), asked), 200, 1)
 
 

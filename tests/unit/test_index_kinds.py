@@ -13,7 +13,7 @@ import Stemmer
 from research_rl.config import RetrieverConfig
 from research_rl.errors import ConfigError
 from research_rl.index.bm25 import STOP_WORDS
-from research_rl.index.text import Hybrid, Searcher, open_index
+from research_rl.index.text import Hybrid, IndexSearcher, open_index
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.retriever.retriever import Retriever
@@ -23,7 +23,7 @@ ENCODER = {"dim": 128, "shard_rows": 100}
 QUERIES = ["Where does Person7 Surname7 live?", "Avonlea since 1005", "towns in Caldera", "zzz", "the of and"]
 
 
-def opened(workspace: Workspace, part: tuple[int, int] = (0, 1)) -> Searcher:
+def opened(workspace: Workspace, part: tuple[int, int] = (0, 1)) -> IndexSearcher:
     index, embed = (manifest.load(workspace.folder(name)) for name in ("index", "embed"))
     return open_index(workspace.folder("index"), index, workspace.folder("embed"), embed, part=part)
 

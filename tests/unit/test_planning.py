@@ -43,11 +43,11 @@ def test_a_rate_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_cannot_fit_is_refused_with_value_limit_and_remedy(tmp_path: Path) -> None:
     chosen, workspace = config.load_profile("paper-7b"), Workspace(tmp_path)
-    huge = [knowledge.Estimate("embed", 1e18, 1e6, 1, "")]
+    huge = [knowledge.ResourceEstimate("embed", 1e18, 1e6, 1, "")]
     with pytest.raises(ConfigError, match=r"embed need 1000000000.0 GB on disk, .* GB are free at .*; free some room"):
         knowledge.refuse(huge, chosen, workspace)
     with pytest.raises(ConfigError, match=r"stage index needs 931322574.6 GiB of memory, this machine has .*; lower index.memory_gib"):
-        knowledge.refuse([knowledge.Estimate("index", 1e6, 1e18, 1, "")], chosen, workspace)
+        knowledge.refuse([knowledge.ResourceEstimate("index", 1e6, 1e18, 1, "")], chosen, workspace)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "SQfp16", "HNSW16", "IVF8,Flat", "IVF8,PQ8", "Exact"])

@@ -15,7 +15,7 @@ import numpy as np
 
 from research_rl.config import PolicyConfig, PromptConfig
 from research_rl.data import encyclopedia, names
-from research_rl.data.encyclopedia import Hop, Question, World
+from research_rl.data.encyclopedia import Hop, World, WorldQuestion
 from research_rl.data.names import Kind, Side
 from research_rl.embedding.lexical import LexicalEncoder
 from research_rl.episode import prompts, protocol
@@ -58,7 +58,7 @@ def lesson(config: PolicyConfig, prompt: PromptConfig, seed: int) -> Iterator[Tr
         yield _trace(question, results, stop, prompt, rng)
 
 
-def _worlds(config: PolicyConfig, seed: int) -> Iterator[tuple[Question, list[str], random.Random]]:
+def _worlds(config: PolicyConfig, seed: int) -> Iterator[tuple[WorldQuestion, list[str], random.Random]]:
     """Yield questions with what each hop's search finds; each world deals its facts anew, so none can be learned by heart."""
     rng = random.Random(f"warm-up {seed}")
     while True:
@@ -71,7 +71,7 @@ def _worlds(config: PolicyConfig, seed: int) -> Iterator[tuple[Question, list[st
                 yield question, [_block(world, ids) for ids in results], rng
 
 
-def _questions(world: World, config: PolicyConfig, rng: random.Random) -> list[Question]:
+def _questions(world: World, config: PolicyConfig, rng: random.Random) -> list[WorldQuestion]:
     shares = encyclopedia.SPLITS.items()
     drawn = [
         question
@@ -97,7 +97,7 @@ def _block(world: World, ids: Sequence[str]) -> str:
     return protocol.neutralise("\n\n".join(world.passages[int(id_)] for id_ in ids))
 
 
-def _trace(question: Question, results: Sequence[str], stop: int, prompt: PromptConfig, rng: random.Random) -> Trace:
+def _trace(question: WorldQuestion, results: Sequence[str], stop: int, prompt: PromptConfig, rng: random.Random) -> Trace:
     pieces = [(prompts.render(question.text, prompt), False)]
     for number, (hop, result) in enumerate(zip(question.hops[:stop], results, strict=False)):
         pieces.append((_search(hop, "Now I" if number else "I"), True))
@@ -106,7 +106,7 @@ def _trace(question: Question, results: Sequence[str], stop: int, prompt: Prompt
     return Trace(tuple(pieces))
 
 
-def _stop(question: Question, config: PolicyConfig, rng: random.Random) -> int:
+def _stop(question: WorldQuestion, config: PolicyConfig, rng: random.Random) -> int:
     """Return after how many searches the trace answers: too early in a share of the questions with several hops."""
     if question.depth > 1 and rng.random() < config.warmup_early_stop:
         return rng.randint(1, question.depth - 1)
@@ -118,7 +118,7 @@ def _search(hop: Hop, opening: str) -> str:
     return f"{protocol.THINK_OPEN} {thought} {protocol.THINK_CLOSE} {protocol.SEARCH_OPEN} {_query(hop)} {protocol.SEARCH_CLOSE}"
 
 
-def _answer(question: Question, stop: int, rng: random.Random) -> str:
+def _answer(question: WorldQuestion, stop: int, rng: random.Random) -> str:
     last = question.hops[stop - 1].fact
     thought, answer = f"The {last.relation.name} is {last.answers[0]}.", last.answers[0]
     if question.type == "comparison":
@@ -128,7 +128,7 @@ def _answer(question: Question, stop: int, rng: random.Random) -> str:
     return f"{protocol.THINK_OPEN} {thought} {protocol.THINK_CLOSE} {protocol.ANSWER_OPEN} {boxed} {protocol.ANSWER_CLOSE}{tiny.EOS}"
 
 
-def _guess(question: Question, rng: random.Random) -> str:
+def _guess(question: WorldQuestion, rng: random.Random) -> str:
     if question.answers[0] in ("yes", "no"):
         return rng.choice(("yes", "no"))
     return rng.choice([hop.fact.subject.name for hop in question.hops])

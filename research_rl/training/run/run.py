@@ -19,7 +19,7 @@ from research_rl.training.run.overrides import Paths
 from research_rl.training.run.remote import Store
 from research_rl.training.run.watch import Finding
 
-__all__ = ["Outcome", "Run", "TrainHooks", "interpreter", "ray_folder"]
+__all__ = ["AttemptOutcome", "Run", "TrainHooks", "interpreter", "ray_folder"]
 
 
 class TrainHooks:
@@ -87,7 +87,7 @@ class Run:
 
 
 @dataclass
-class Outcome:
+class AttemptOutcome:
     """How a run ended: its last checkpoint, the attempts it took and the trajectories lost on the way."""
 
     checkpoint: Checkpoint

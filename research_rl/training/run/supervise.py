@@ -20,14 +20,14 @@ from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.metrics_log import MetricsLog
 from research_rl.training.run.records import Records
 from research_rl.training.run.remote import Uploader, restore
-from research_rl.training.run.run import Outcome, Run, TrainHooks
+from research_rl.training.run.run import AttemptOutcome, Run, TrainHooks
 
 __all__ = ["supervise"]
 
 _ERROR = re.compile(r"^(?:\x1b\[\d+m\(.*?\)\x1b\[0m )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 
-def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> Outcome:
+def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> AttemptOutcome:
     """Train until `train.steps` are done; resume after a failure. Raises TrainingError with the last log lines."""
     run.launcher.reap()
     _make_folders(run)
@@ -37,7 +37,7 @@ def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> Outcome:
     with _uploading(run, progress) as state.uploader:
         checkpoint = _train(state)
     checkpoints.prune(run.paths.checkpoints, run.config.trainer.keep_checkpoints)
-    return Outcome(checkpoint, state.attempts(), state.lost)
+    return AttemptOutcome(checkpoint, state.attempts(), state.lost)
 
 
 def _train(state: Records) -> Checkpoint:
