@@ -23,10 +23,13 @@ LINT = [
     [str(BIN / "pyright"), "--warnings"],
     [str(BIN / "lint-imports"), "--no-cache"],
 ]
+PYTEST = [PYTHON, "-m", "pytest", "--durations=10"]
+# A unit test keeps one core busy at most; the tiers after it start processes of their own, which share the cores.
 TIERS: dict[str, list[list[str]]] = {
     "lint": LINT,
-    **{tier: [[PYTHON, "-m", "pytest", f"tests/{tier}"]] for tier in ("unit", "contract", "fault", "flow")},
-    "long": [[PYTHON, "-m", "pytest", "-m", "long", "tests"]],
+    "unit": [[*PYTEST, "-n", "2", "--dist", "loadfile", "tests/unit"]],
+    **{tier: [[*PYTEST, f"tests/{tier}"]] for tier in ("contract", "fault", "flow")},
+    "long": [[*PYTEST, "-m", "long", "tests"]],
 }
 NO_TESTS = 5
 """pytest's exit code when it collected nothing."""
