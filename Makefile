@@ -18,8 +18,8 @@ setup:  ## create .venv and .venv-policy from the locks; seconds when they fit
 demo: setup  ## run the whole chain on the laptop profile
 	@.venv/bin/python -m flows.train
 
-test: setup  ## lint, types, layers and every test
-	@.venv/bin/python tests/run.py
+test: setup  ## every test, lint, types, layers; MINUTES=60 stops what has not ended by then and names it
+	@.venv/bin/python tests/run.py $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: setup  ## format check, lint, types, layers
 	@.venv/bin/python tests/run.py lint

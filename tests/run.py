@@ -1,11 +1,15 @@
 """Run the checks tier by tier, all of them even when one fails, and end with a table of what passed and how long it took.
 
-Usage: tests/run.py [lint|unit|contract|fault|flow|long ...]   (all but long when none is named)
+Usage: tests/run.py [--minutes N] [lint|unit|contract|fault|flow|long ...]   (all but long when none is named)
+
+With --minutes, what has not ended by then is stopped and named as not run; it counts neither as passed nor as failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,15 +28,18 @@ LINT = [
     [str(BIN / "lint-imports"), "--no-cache"],
 ]
 PYTEST = [PYTHON, "-m", "pytest", "--durations=10"]
+# The tests that see most come first, should the time not be enough for all.
 # A unit test keeps one core busy at most; the tiers after it start processes of their own, which share the cores.
 TIERS: dict[str, list[list[str]]] = {
-    "lint": LINT,
     "unit": [[*PYTEST, "-n", "2", "--dist", "loadfile", "tests/unit"]],
-    **{tier: [[*PYTEST, f"tests/{tier}"]] for tier in ("contract", "fault", "flow")},
+    **{tier: [[*PYTEST, f"tests/{tier}"]] for tier in ("flow", "contract", "fault")},
+    "lint": LINT,
     "long": [[*PYTEST, "-m", "long", "tests"]],
 }
 NO_TESTS = 5
 """pytest's exit code when it collected nothing."""
+CLOSING_S = 120
+"""For a stopped tier to end its services and write its report."""
 
 
 @dataclass
@@ -44,46 +51,74 @@ class Outcome:
     failed: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    stopped: int = 0
 
-    def count(self, code: int, report: Path) -> None:
-        """Add one command: the tests of its report, or the command itself. A command that failed without a failed test counts as one."""
+    def count(self, code: int | None, report: Path) -> None:
+        """Add one command: the tests of its report, or the command itself. A command that failed without a failed test counts as one.
+
+        `code` is None for a command whose time was up.
+        """
         suites = list(ElementTree.parse(report).getroot().iter("testsuite")) if report.is_file() else []
         total, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped"))
         failed = sum(int(suite.get(name, 0)) for suite in suites for name in ("failures", "errors"))
         self.skipped += skipped
-        self.failed += failed or int(code not in (0, NO_TESTS))
+        self.failed += failed or int(code not in (0, NO_TESTS, None))
+        self.stopped += int(code is None)
         self.passed += total - skipped - failed if suites else int(code == 0)
 
 
-def run(tier: str) -> Outcome:
-    """Run every command of a tier; their output is shown as it comes."""
+def run(tier: str, ends: float) -> Outcome:
+    """Run every command of a tier until `ends` (monotonic seconds); their output is shown as it comes."""
     outcome, started = Outcome(tier), time.monotonic()
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
     for command in TIERS[tier]:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             reporting = [f"--junitxml={report}"] if "pytest" in command else []
-            outcome.count(subprocess.run([*command, *reporting], cwd=ROOT, env=environment).returncode, report)
+            outcome.count(exit_code([*command, *reporting], ends), report)
     outcome.seconds = time.monotonic() - started
     return outcome
 
 
+def exit_code(command: list[str], ends: float) -> int | None:
+    """Run a command and return its exit code, or None when it was not started or was stopped because the time was up."""
+    if time.monotonic() >= ends:
+        return None
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    try:
+        return process.wait(None if ends == float("inf") else ends - time.monotonic())
+    except subprocess.TimeoutExpired:
+        # pytest ends its fixtures, hence the services they started, and writes its report on an interrupt only.
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(CLOSING_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return None
+
+
 def table(outcomes: list[Outcome]) -> str:
-    """Return one line a tier and one for the whole."""
+    """Return one line a tier and one for the whole, and one that names what the time was not enough for."""
     whole = Outcome("all", *(sum(getattr(outcome, name) for outcome in outcomes) for name in ("passed", "failed", "skipped", "seconds")))
     rows = [f"{'tier':10}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
-    return "\n".join([*rows, *(f"{o.tier:10}{o.passed:8}{o.failed:8}{o.skipped:9}{o.seconds:9.0f}" for o in (*outcomes, whole))])
+    rows += [f"{o.tier:10}{o.passed:8}{o.failed:8}{o.skipped:9}{o.seconds:9.0f}" for o in (*outcomes, whole)]
+    stopped = ", ".join(outcome.tier for outcome in outcomes if outcome.stopped)
+    return "\n".join([*rows, *([f"the time was up: not run, or not to the end: {stopped}"] if stopped else [])])
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run the named tiers, print the table; return 1 when anything failed, 2 for an unknown tier."""
-    if unknown := [name for name in names if name not in TIERS]:
+    parser = argparse.ArgumentParser(prog="tests/run.py", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("tiers", nargs="*", metavar="tier", help=f"of {', '.join(TIERS)}; all but long when none is named")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop what has not ended by then")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.tiers if name not in TIERS]:
         print(f"unknown tier {', '.join(unknown)}; the tiers are {', '.join(TIERS)}", file=sys.stderr)
         return 2
-    outcomes: list[Outcome] = []
-    for tier in names or [tier for tier in TIERS if tier != "long"]:
+    ends, outcomes = time.monotonic() + 60 * options.minutes, list[Outcome]()
+    for tier in options.tiers or [tier for tier in TIERS if tier != "long"]:
         print(f"== {tier}", flush=True)
-        outcomes.append(run(tier))
+        outcomes.append(run(tier, ends))
     print(f"\n{table(outcomes)}", flush=True)
     return int(any(outcome.failed for outcome in outcomes))
 

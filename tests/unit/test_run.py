@@ -30,6 +30,7 @@ def tiers(folder: Path, *, wrong: bool) -> dict[str, list[list[str]]]:
 def test_every_tier_runs_and_is_in_the_table(
     wrong: bool, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setattr(run, "TIERS", tiers(tmp_path, wrong=wrong))
     assert run.main([]) == int(wrong)
     written = capfd.readouterr().out.splitlines()
@@ -39,4 +40,15 @@ def test_every_tier_runs_and_is_in_the_table(
 
 def test_an_unknown_tier_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["unti"]) == 2
-    assert "unknown tier unti; the tiers are lint, unit" in capsys.readouterr().err
+    assert "unknown tier unti; the tiers are unit, flow" in capsys.readouterr().err
+
+
+def test_what_the_time_is_not_enough_for_is_named_and_counts_as_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    waits, fails = ([sys.executable, "-c", code] for code in ("import time; time.sleep(600)", "raise SystemExit(1)"))
+    monkeypatch.setattr(run, "TIERS", {"first": [waits], "second": [fails]})
+    assert run.main(["--minutes", "0.02"]) == 0
+    written = capfd.readouterr().out.splitlines()
+    assert [" ".join(line.split()[:4]) for line in written[-4:-2]] == ["first 0 0 0", "second 0 0 0"]
+    assert written[-1] == "the time was up: not run, or not to the end: first, second"
