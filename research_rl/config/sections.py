@@ -6,6 +6,7 @@ A section is frozen and refuses unknown keys. The description of a field is its 
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
@@ -27,6 +28,7 @@ __all__ = [
     "EnvironmentsConfig",
     "EpisodeConfig",
     "EvaluationConfig",
+    "FilterGroupsConfig",
     "IndexConfig",
     "JudgeConfig",
     "JudgeRule",
@@ -37,6 +39,7 @@ __all__ = [
     "RetrieverConfig",
     "RewardConfig",
     "RewardTerm",
+    "RolloutCorrectionConfig",
     "Section",
     "ServingConfig",
     "StrictConfig",
@@ -463,13 +466,57 @@ class JudgeConfig(Section):
     max_tokens: int = Field(default=64, ge=8, description="Longest reply, in tokens.")
 
 
+class FilterGroupsConfig(Section):
+    """Dynamic sampling (DAPO): groups whose rollouts all earn the same carry no gradient and give way to further questions."""
+
+    enabled: bool = Field(default=False, description="Play further questions until every group of a step has a spread.")
+    metric: Literal["reward", "f1", "em"] = Field(default="reward", description="What has to differ within a group.")
+    batches_in_flight: int = Field(
+        default=1, ge=1, description="Questions played at once, in multiples of train.prompts_per_step; more is faster and discards more."
+    )
+    max_batches: int = Field(
+        default=10,
+        ge=2,
+        description="Most questions played for one step, in multiples of train.prompts_per_step; when too few of their groups have a spread, training ends with an error.",
+    )
+
+
+class RolloutCorrectionConfig(Section):
+    """Importance weights for the gap between the probabilities of the rollout engine and of the trainer."""
+
+    method: Literal["none", "tis", "icepop"] = Field(
+        default="none", description="tis: weights cut off at upper; icepop: weights outside lower to upper count as 0."
+    )
+    level: Literal["token", "sequence"] = Field(default="token", description="One weight per token, or one per trajectory.")
+    upper: float | None = Field(default=None, gt=1, description="Largest weight; when empty 2 for tis, 5 for icepop.")
+    lower: float | None = Field(default=None, gt=0, lt=1, description="icepop: smallest weight; 0.5 when empty.")
+    normalise: bool = Field(default=False, description="Divide the weights by their mean over the batch.")
+
+    @model_validator(mode="after")
+    def _method_reads_what_is_set(self) -> RolloutCorrectionConfig:
+        if self.method == "none" and (self.level, self.upper, self.lower, self.normalise) != ("token", None, None, False):
+            raise ValueError("rollout_correction has values but no method; set train.rollout_correction.method to tis or icepop")
+        if self.method == "tis" and self.lower is not None:
+            raise ValueError(f"lower={self.lower:g} is a bound of icepop; set train.rollout_correction.method=icepop or leave it empty")
+        return self
+
+    @property
+    def threshold(self) -> str:
+        """The bounds as verl writes them: `upper` for truncated weights, `lower_upper` for IcePop's."""
+        if self.method == "icepop":
+            return f"{self.lower or 0.5:g}_{self.upper or 5.0:g}"
+        return f"{self.upper or 2.0:g}"
+
+
 class TrainConfig(Section):
     """GRPO by verl: what shapes the trained policy. Where and how patiently it runs is the section trainer."""
 
     seed: int | None = Field(
         default=None, ge=0, description="Seed of the order of questions and of sampling in rollouts; the top-level seed when empty."
     )
-    steps: int = Field(default=24, ge=1, description="Optimizer steps in all; raising it later continues the run.")
+    steps: int = Field(
+        default=24, ge=1, description="Optimizer steps in all; more continues the run, fewer publishes the checkpoint of that step."
+    )
     prompts_per_step: int = Field(default=16, ge=1, description="Questions per step.")
     rollouts_per_prompt: int = Field(default=8, ge=2, description="Rollouts per question (n of GRPO).")
     mini_batch: int | None = Field(default=None, ge=1, description="Questions per optimizer update; all when empty.")
@@ -479,7 +526,27 @@ class TrainConfig(Section):
     kl_coef: float = Field(
         default=0.001, ge=0, description="Coefficient of the KL loss against the reference model; 0 leaves the reference model out."
     )
-    clip_ratio: float = Field(default=0.2, gt=0, description="PPO clip range.")
+    advantage: Literal["grpo", "dr_grpo", "rloo", "opo"] = Field(
+        default="grpo",
+        description="What a rollout's reward is held against. grpo: its group's mean, divided by the group's standard deviation; dr_grpo: the mean, not divided; rloo: the mean of the others; opo: the mean weighted by length.",
+    )
+    loss: Literal["vanilla", "gspo", "cispo", "sapo", "geo_mean"] = Field(
+        default="vanilla",
+        description="Policy loss, by verl's name. vanilla: PPO's, clipped per token; gspo: one ratio a sequence; cispo: the clipped ratio as a constant weight; sapo: a smooth gate in place of clipping; geo_mean: the geometric mean of a sequence's ratios.",
+    )
+    loss_mean: Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
+        default="token-mean",
+        description="How the losses of tokens become one, by verl's name. seq-mean-token-sum-norm divides by episode.max_response_tokens, which with advantage dr_grpo is Dr. GRPO.",
+    )
+    clip_ratio: float = Field(default=0.2, gt=0, description="Clip range of the ratio of new to old probability, on both sides.")
+    clip_ratio_low: float | None = Field(default=None, gt=0, description="Clip range below 1; clip_ratio when empty.")
+    clip_ratio_high: float | None = Field(
+        default=None, gt=0, description="Clip range above 1; clip_ratio when empty. Larger than below 1 (clip-higher) keeps entropy up."
+    )
+    filter_groups: FilterGroupsConfig = Field(default_factory=FilterGroupsConfig, description="Dynamic sampling (DAPO).")
+    rollout_correction: RolloutCorrectionConfig = Field(
+        default_factory=RolloutCorrectionConfig, description="Correction of the engine's probabilities to the trainer's."
+    )
     entropy_coef: float = Field(default=0.0, description="Entropy bonus.")
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature of rollouts.")
     lora_rank: int = Field(default=0, ge=0, description="Rank of a low-rank adapter trained in place of the weights; 0 trains the weights.")
@@ -497,6 +564,66 @@ class TrainConfig(Section):
         default="float32", description="CPU: number format of rollouts and of the update's forward pass."
     )
     extra: dict[str, Any] = Field(default_factory=dict, description="Further verl overrides by dotted name; applied last.")
+
+    @model_validator(mode="after")
+    def _updates_are_whole(self) -> TrainConfig:
+        if self.mini_batch and self.prompts_per_step % self.mini_batch:
+            raise ValueError(
+                f"mini_batch={self.mini_batch} does not divide prompts_per_step={self.prompts_per_step}; "
+                f"set train.mini_batch to one of {_divisors(self.prompts_per_step)}, or empty"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_reads_what_is_set(self) -> TrainConfig:
+        clip = self.clip_ratio_low is not None or self.clip_ratio_high is not None
+        if self.loss == "sapo" and (clip or self.clip_ratio != 0.2):
+            raise ValueError("loss=sapo clips nothing; leave train.clip_ratio, clip_ratio_low and clip_ratio_high at their defaults")
+        if self.loss in ("sapo", "geo_mean") and self.loss_mean != "token-mean":
+            raise ValueError(f"loss={self.loss} has a mean of its own; leave train.loss_mean={self.loss_mean} at its default, token-mean")
+        return self
+
+    @model_validator(mode="after")
+    def _extra_is_heard(self) -> TrainConfig:
+        for name in self.extra_names:
+            for ignored, remedy in _UNHEARD.items():
+                if name == ignored or name.startswith((f"{ignored}.", f"{ignored}_")):
+                    raise ValueError(f"extra names {name}, which would change nothing here; {remedy}")
+        if self.rollout_correction.method != "none" and f"{_CORRECTION}.bypass_mode" in self.extra_names:
+            method = self.rollout_correction.method
+            raise ValueError(
+                f"extra names {_CORRECTION}.bypass_mode, which rollout_correction.method={method} sets to false; remove one of the two"
+            )
+        return self
+
+    @property
+    def extra_names(self) -> list[str]:
+        """The dotted names of `extra`'s values, without Hydra's plus signs."""
+        return list(_dotted(self.extra))
+
+
+_CORRECTION = "algorithm.rollout_correction"
+_UNHEARD = {
+    "algorithm.filter_groups": "set train.filter_groups",
+    f"{_CORRECTION}.rollout_is": "set train.rollout_correction",
+    "trainer.v1.sampler.sync_refill_failed_groups": "a failed search or a broken engine ends an episode and never loses its group",
+    "reward": "the agent loop grades its own trajectories: set the section reward",
+    "custom_reward_function": "the agent loop grades its own trajectories: set the section reward",
+}
+"""verl's options that our replay buffer and agent loop leave without effect, with what takes their place."""
+
+
+def _dotted(tree: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        name = f"{above}{key.lstrip('+')}"
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(cast(Mapping[str, Any], value), f"{name}.")
+        else:
+            yield name
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 class TrainerConfig(Section):
@@ -840,6 +967,20 @@ class Config(Section):
     def _judge_is_there(self) -> Config:
         if self.reward.asks_judge and self.judge.url is None:
             raise ValueError("reward.terms asks a judge; set judge.url to an OpenAI-compatible address such as http://127.0.0.1:8000/v1")
+        return self
+
+    @model_validator(mode="after")
+    def _updates_divide_among_processes(self) -> Config:
+        processes = self.trainer.nodes * self.trainer.gpus_per_node
+        update = self.train.mini_batch or self.train.prompts_per_step
+        if (update * self.train.rollouts_per_prompt) % processes:
+            name = "mini_batch" if self.train.mini_batch else "prompts_per_step"
+            step = processes // math.gcd(processes, self.train.rollouts_per_prompt)
+            raise ValueError(
+                f"train.{name}={update} times train.rollouts_per_prompt={self.train.rollouts_per_prompt} trajectories do not divide "
+                f"among trainer.nodes={self.trainer.nodes} times trainer.gpus_per_node={self.trainer.gpus_per_node} processes; "
+                f"make train.{name} a multiple of {step}"
+            )
         return self
 
     @model_validator(mode="after")

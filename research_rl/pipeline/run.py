@@ -69,7 +69,7 @@ def run_stage(
         stage = STAGES[name]
         parents = {parent: _parent(name, parent, config, workspace) for parent in stage.parents}
         work = function or _function(stage.function)
-        work(Context(stage, config, workspace, parents, progress))
+        work(Context(stage, config, workspace, parents, progress, force))
         return manifest.load(workspace.folder(name), verify=False), True
 
 

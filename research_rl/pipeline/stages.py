@@ -74,13 +74,17 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage function is given: configuration, verified parents, where to publish, whom to tell."""
+    """What a stage function is given: configuration, verified parents, where to publish, whom to tell.
+
+    `force` is true when the caller wants the work done anew, whatever unfinished work stands.
+    """
 
     stage: Stage
     config: Config
     workspace: Workspace
     parents: dict[str, Manifest]
     progress: Progress
+    force: bool = False
     meter: Meter = field(default_factory=Meter)
 
     @property

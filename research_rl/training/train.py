@@ -1,13 +1,15 @@
 """The stage `train`: GRPO by stock verl against a live retriever. Ties configuration, data, supervision and publication.
 
-Unfinished work lies in a folder named after everything that shapes the run but not its length, so that raising
-`train.steps` or restarting after a crash continues it.
+The work lies in a folder named after everything that shapes the run but not its length, so that raising `train.steps` or
+restarting after a crash continues it, and lowering it publishes the checkpoint of that step. Invariant: nothing trained is removed
+without being told; a forced run moves the earlier one aside.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from research_rl.config.template_text import template_text
 from research_rl.episode.prompts import load_tokenizer, prompt_text
 from research_rl.errors import ConfigError
 from research_rl.pipeline.manifest import Manifest
-from research_rl.pipeline.stages import STAGES, Context
+from research_rl.pipeline.stages import STAGES, Context, Progress
 from research_rl.retriever.command import running
 from research_rl.training.run import overrides
 from research_rl.training.run.checkpoints import link
@@ -25,7 +27,10 @@ from research_rl.training.run.remote import Store
 from research_rl.training.run.run import AttemptOutcome, Run, TrainHooks, ray_folder
 from research_rl.training.run.supervise import supervise
 
-__all__ = ["TrainHooks", "run", "run_with", "work_key"]
+__all__ = ["TrainHooks", "publish", "run", "run_with", "start_anew", "work_key"]
+
+_FORCED = "forced"
+"""Marks the work folder of a forced run until it is published."""
 
 
 def run(context: Context) -> None:
@@ -38,6 +43,8 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
     config = located(context.config, context.workspace.root)
     model, prepared = context.parent("policy"), context.parent("prepare")
     work = context.workspace.work(f"train-{work_key(config, context.parents)}")
+    if context.force:
+        start_anew(work, config.trainer.upload, context.progress)
     work.mkdir(parents=True, exist_ok=True)
     train, dropped = _fitting(config, model, prepared / "train.parquet", work / "train.parquet")
     dev, _ = _fitting(config, model, prepared / "dev.parquet", work / "dev.parquet")
@@ -47,7 +54,28 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
         store = Store.parse(config.trainer.upload, work.name) if config.trainer.upload else None
         training = Run(_with_own_prompt(config, work), paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
         outcome = supervise(training, hooks, context.progress)
-    _publish(context, training, outcome, dropped)
+    publish(context, training, outcome, dropped)
+    (work / _FORCED).unlink(missing_ok=True)
+
+
+def start_anew(work: Path, upload: str | None, progress: Progress) -> None:
+    """Move the run in `work` aside, so that a forced run begins at step 0; a forced run that did not end goes on.
+
+    Raises ConfigError when S3 holds checkpoints of that run, which the new one would go on from, ServiceError when S3 fails.
+    """
+    if (work / _FORCED).is_file():
+        return
+    if upload and (steps := (store := Store.parse(upload, work.name)).holds()):
+        raise ConfigError(
+            f"trainer.upload={upload} holds checkpoints of steps {', '.join(map(str, steps))} of the run to be done anew "
+            f"(s3://{store.bucket}/{store.prefix}), from which the new one would go on; name another place, or remove them"
+        )
+    if work.is_dir():
+        aside = next(path for number in count(1) if not (path := work.with_name(f"earlier-{work.name}-{number}")).exists())
+        work.rename(aside)
+        progress(f"the earlier run is kept in {aside}; remove that folder when it is not needed", 0.0)
+    work.mkdir(parents=True)
+    (work / _FORCED).touch()
 
 
 def _with_own_prompt(config: Config, work: Path) -> Config:
@@ -94,17 +122,16 @@ def _require_rows(config: Config, path: Path) -> None:
         raise ConfigError(f"{asked} exceeds the {rows} questions of {path}; lower it or prepare more rows")
 
 
-def _publish(context: Context, training: Run, outcome: AttemptOutcome, dropped: int) -> None:
-    log = MetricsLog(training.metrics)
+def publish(context: Context, training: Run, outcome: AttemptOutcome, dropped: int) -> None:
+    """Publish a run up to its outcome's checkpoint; `dropped` prompts were too long for it."""
+    log, last = MetricsLog(training.metrics), outcome.checkpoint.step
     with context.publish() as staging:
         link(outcome.checkpoint.path, staging.path / "checkpoint")
-        link(training.rollouts, staging.path / "rollouts")
-        link(training.metrics, staging.path / "metrics.jsonl")
+        link(training.rollouts, staging.path / "rollouts", lambda path: int(path.name.partition(".")[0]) <= last)
+        (staging.path / "metrics.jsonl").write_text(log.until(last), encoding="utf-8")
         (staging.path / "overrides.json").write_text(json.dumps(_portable_overrides(context.config), indent=1) + "\n")
-        staging.counts.update(
-            steps=outcome.checkpoint.step, attempts=outcome.attempts, lost_trajectories=outcome.lost, prompts_too_long=dropped
-        )
-        staging.facts.update(first=log.rows.get(1, {}), last=log.rows.get(outcome.checkpoint.step, {}))
+        staging.counts.update(steps=last, attempts=outcome.attempts, lost_trajectories=outcome.lost, prompts_too_long=dropped)
+        staging.facts.update(first=log.rows.get(1, {}), last=log.rows.get(last, {}))
 
 
 def _portable_overrides(config: Config) -> dict[str, Any]:

@@ -21,12 +21,22 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "smollm/gpu": ("smollm", ["train.hardware=gpu"]),
     "idle": ("paper-7b-node", ["trainer.offload=idle"]),
     "adapter": ("paper-7b-node", ["train.lora_rank=16", "train.lora_alpha=64", "train.lora_targets=[q_proj, v_proj]"]),
+    "filter": ("laptop", ["train.filter_groups.enabled=true", "train.filter_groups.metric=f1", "train.filter_groups.batches_in_flight=2"]),
+    "tis": ("laptop", ["train.rollout_correction.method=tis"]),
+    "icepop": ("paper-7b", ["train.rollout_correction={method: icepop, level: sequence, normalise: true}"]),
+    "dr_grpo": ("laptop", ["train.advantage=dr_grpo", "train.loss_mean=seq-mean-token-sum-norm", "train.clip_ratio_high=0.28"]),
+    **{loss: ("laptop", [f"train.loss={loss}"]) for loss in ("gspo", "cispo", "sapo", "geo_mean")},
+    **{advantage: ("laptop", [f"train.advantage={advantage}"]) for advantage in ("rloo", "opo")},
     "cluster": ("laptop", ["cluster.launcher=ray-job", "trainer.validate_every=5"]),
 }
 
 
-def paths(model: str = "/models/it's here") -> Paths:
-    return Paths(Path(model), Path("/d/train.parquet"), Path("/d/dev.parquet"), Path("/w"), Path("/tmp/r"))
+ODD = ("é研究 b", "()[]{}", ",=#'&!;~", '"%20?\\')
+"""Names of folders that Hydra, a shell or a URL would read as something else."""
+
+
+def paths(model: str = "/models/it's here", root: str = "/w") -> Paths:
+    return Paths(Path(model), Path("/d/train.parquet"), Path("/d/dev.parquet"), Path(root), Path("/tmp/r"))
 
 
 def config(name: str) -> Config:
@@ -36,12 +46,52 @@ def config(name: str) -> Config:
 
 @pytest.fixture(scope="module")
 def understood() -> dict[str, Any]:
-    return compose(Config(), {name: render(config(name), paths()) for name in CASES})
+    odd = {f"odd {name}": render(load_profile("laptop"), paths(f"/m/{name}/it", f"/w/{name}/it")) for name in ODD}
+    return compose(Config(), {**{name: render(config(name), paths()) for name in CASES}, **odd})
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_may_have_any_name(name: str, understood: dict[str, Any]) -> None:
+    """Hydra takes every path as it is, its own run folder's included, which stands among the overrides."""
+    found = understood[f"odd {name}"]
+    assert found["trainer"]["default_local_dir"] == f"/w/{name}/it/checkpoints"
+    assert found["actor_rollout_ref"]["model"]["path"] == f"/m/{name}/it"
+    assert [word for word in render(load_profile("laptop"), paths(root=f"/w/{name}/it")) if word.startswith("hydra.run.dir=")]
+
+
+def test_dynamic_sampling_reaches_verl_and_our_replay_buffer(understood: dict[str, Any]) -> None:
+    assert understood["filter"]["algorithm"]["filter_groups"]["enable"], "verl fetches questions one by one"
+    told = understood["filter"]["trainer"]["v1"]["sampler"]["sampler_kwargs"]
+    assert told == {"filter_groups_metric": "f1", "max_inflight_gen_batches": 2, "train_batch_size": 16, "max_batches": 10}
+    assert understood["laptop"]["trainer"]["v1"]["sampler"]["sampler_kwargs"] == {}
+
+
+@pytest.mark.parametrize(("name", "level", "threshold", "mean"), [("tis", "token", "2", False), ("icepop", "sequence", "0.5_5", True)])
+def test_rollout_correction_reaches_verl(name: str, level: str, threshold: str, mean: bool, understood: dict[str, Any]) -> None:
+    found = understood[name]["algorithm"]["rollout_correction"]
+    assert (found["rollout_is"], found["rollout_is_threshold"], found["rollout_is_batch_normalize"]) == (level, threshold, mean)
+    assert found["bypass_mode"] is False
+
+
+def test_losses_and_advantages_reach_verl(understood: dict[str, Any]) -> None:
+    actors = {name: understood[name]["actor_rollout_ref"]["actor"] for name in CASES}
+    for loss in ("gspo", "cispo", "sapo", "geo_mean"):
+        assert actors[loss]["policy_loss"]["loss_mode"] == loss
+    for name in ("rloo", "opo"):
+        assert understood[name]["algorithm"]["adv_estimator"] == name
+    dr_grpo, algorithm = actors["dr_grpo"], understood["dr_grpo"]["algorithm"]
+    assert (algorithm["adv_estimator"], algorithm["norm_adv_by_std_in_grpo"]) == ("grpo", False)
+    assert (dr_grpo["loss_agg_mode"], dr_grpo["loss_scale_factor"]) == (
+        "seq-mean-token-sum-norm",
+        config("dr_grpo").episode.max_response_tokens,
+    )
+    assert (dr_grpo["clip_ratio_low"], dr_grpo["clip_ratio_high"]) == (0.2, 0.28)
 
 
 def test_every_profile_composes_in_struct_mode_and_validates(understood: dict[str, Any]) -> None:
     assert len(GPU_PROFILES) == 8
-    for name, found in understood.items():
+    for name in CASES:
+        found = understood[name]
         train, trainer, policy = config(name).train, config(name).trainer, found["actor_rollout_ref"]
         assert policy["actor"]["fsdp_config"]["strategy"] == policy["ref"]["fsdp_config"]["strategy"] == "fsdp2", name
         assert policy["model"]["path"] == "/models/it's here"

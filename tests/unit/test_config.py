@@ -95,6 +95,62 @@ def test_a_warm_up_needs_a_prompt_it_can_write() -> None:
     assert config.load_profile("smollm-world").policy.warm_up
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.prompts_per_step=8", "train.mini_batch=3"], r"mini_batch=3 does not divide prompts_per_step=8; .* one of \[1, 2, 4, 8\]"),
+        (["train.prompts_per_step=4", "train.mini_batch=8"], r"mini_batch=8 does not divide prompts_per_step=4; .* one of \[1, 2, 4\]"),
+        (
+            ["train.prompts_per_step=4", "train.rollouts_per_prompt=3", "trainer.gpus_per_node=8"],
+            r"train\.prompts_per_step=4 times train\.rollouts_per_prompt=3 .* 8 processes; make train\.prompts_per_step a multiple of 8",
+        ),
+        (
+            ["train.mini_batch=2", "train.rollouts_per_prompt=6", "trainer.nodes=2", "trainer.gpus_per_node=4"],
+            r"train\.mini_batch=2 times train\.rollouts_per_prompt=6 .* make train\.mini_batch a multiple of 4",
+        ),
+    ],
+)
+def test_a_step_that_verl_would_pad_is_refused_with_what_fits(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.load_profile("laptop", overrides)
+
+
+def test_a_step_that_divides_is_taken() -> None:
+    fits = ["train.prompts_per_step=8", "train.mini_batch=4", "train.rollouts_per_prompt=6", "trainer.gpus_per_node=8"]
+    assert config.load_profile("laptop", fits).train.mini_batch == 4
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("algorithm.filter_groups.enable: true", r"algorithm\.filter_groups\.enable, .*; set train\.filter_groups"),
+        ("+algorithm: {filter_groups: {enable: true}}", r"algorithm\.filter_groups\.enable, .*; set train\.filter_groups"),
+        ("algorithm.rollout_correction.rollout_is: token", r"rollout_is, .*; set train\.rollout_correction"),
+        ("algorithm.rollout_correction.rollout_is_threshold: 3", r"rollout_is_threshold, .*; set train\.rollout_correction"),
+        ("trainer.v1.sampler.sync_refill_failed_groups: true", r"sync_refill_failed_groups, which would change nothing here"),
+        ("reward.custom_reward_function.path: a.py", r"set the section reward"),
+    ],
+)
+def test_an_option_of_verl_that_would_do_nothing_is_refused_with_what_does(extra: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.load_profile("laptop", [f"train.extra={{{extra}}}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.rollout_correction.upper=3"], r"has values but no method"),
+        (["train.rollout_correction.method=tis", "train.rollout_correction.lower=0.5"], r"lower=0\.5 is a bound of icepop"),
+        (["train.rollout_correction.method=tis", "train.extra={algorithm.rollout_correction.bypass_mode: true}"], r"remove one of the two"),
+        (["train.loss=sapo", "train.clip_ratio_high=0.3"], r"loss=sapo clips nothing"),
+        (["train.loss=geo_mean", "train.loss_mean=token-sum"], r"loss=geo_mean has a mean of its own"),
+    ],
+)
+def test_a_value_that_the_chosen_method_does_not_read_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.load_profile("laptop", overrides)
+
+
 def test_the_page_of_all_parameters_is_current() -> None:
     """Written by `python -m research_rl.config.document > docs/configuration.md`."""
     assert (CHECKOUT / "docs/configuration.md").read_text(encoding="utf-8") == document.page()

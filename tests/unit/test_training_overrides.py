@@ -32,6 +32,51 @@ def test_values_reach_verl_under_its_names() -> None:
     assert found["actor_rollout_ref.rollout.temperature"] == 0.7
 
 
+ACTOR = "actor_rollout_ref.actor"
+
+
+def test_the_clip_range_may_differ_on_its_two_sides() -> None:
+    found = overrides.resolved(config(clip_ratio=0.2, clip_ratio_high=0.28), PATHS)
+    assert [found[f"{ACTOR}.clip_ratio{end}"] for end in ("", "_low", "_high")] == [0.2, 0.2, 0.28]
+    assert overrides.resolved(config(clip_ratio_low=0.1), PATHS)[f"{ACTOR}.clip_ratio_low"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("advantage", "estimator", "divided"), [("grpo", "grpo", True), ("dr_grpo", "grpo", False), ("rloo", "rloo", True)]
+)
+def test_the_advantage_is_verls_estimator(advantage: str, estimator: str, divided: bool) -> None:
+    found = overrides.resolved(config(advantage=advantage), PATHS)
+    assert (found["algorithm.adv_estimator"], found["algorithm.norm_adv_by_std_in_grpo"]) == (estimator, divided)
+
+
+def test_a_sum_over_tokens_is_divided_by_the_longest_response_whatever_the_batch() -> None:
+    chosen = Config.model_validate({"train": {"loss_mean": "seq-mean-token-sum-norm"}, "episode": {"max_response_tokens": 700}})
+    assert overrides.resolved(chosen, PATHS)[f"{ACTOR}.loss_scale_factor"] == 700
+    assert overrides.resolved(config(), PATHS)[f"{ACTOR}.loss_scale_factor"] is None
+
+
+@pytest.mark.parametrize(
+    ("said", "threshold"),
+    [
+        ({"method": "tis"}, "2"),
+        ({"method": "tis", "upper": 3}, "3"),
+        ({"method": "icepop"}, "0.5_5"),
+        ({"method": "icepop", "lower": 0.2}, "0.2_5"),
+    ],
+)
+def test_rollout_correction_has_verls_bounds_and_makes_it_recompute_log_probabilities(said: dict[str, Any], threshold: str) -> None:
+    found = overrides.resolved(config(rollout_correction={"level": "sequence", **said}), PATHS)
+    values = [found[f"algorithm.rollout_correction.{name}"] for name in ("bypass_mode", "rollout_is", "rollout_is_threshold")]
+    assert values == [False, "sequence", threshold]
+
+
+def test_any_use_of_rollout_correction_makes_verl_recompute_log_probabilities() -> None:
+    """verl corrects nothing in the mode in which the engine's log-probabilities stand for the old policy's."""
+    found = overrides.resolved(config(extra={"algorithm.rollout_correction.rollout_rs": "token_k1"}), PATHS)
+    assert found["algorithm.rollout_correction.bypass_mode"] is False
+    assert overrides.resolved(config(), PATHS)["algorithm.rollout_correction.bypass_mode"] is True
+
+
 def test_no_kl_leaves_the_reference_model_out() -> None:
     assert overrides.resolved(config(kl_coef=0.0), PATHS)["actor_rollout_ref.actor.use_kl_loss"] is False
     assert overrides.resolved(config(kl_coef=0.001), PATHS)["actor_rollout_ref.actor.use_kl_loss"] is True

@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from research_rl.config import Config
 from research_rl.errors import CollapseError, TrainingError
+from research_rl.training.run import checkpoints
 from research_rl.training.run import run as module
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.overrides import Paths
@@ -292,6 +294,51 @@ def test_a_breach_that_passes_leaves_nothing_kept(tmp_path: Path) -> None:
 def altered(run: Run, **values: Any) -> Run:
     parts = {name: getattr(run.config, name).model_copy(update=part) for name, part in sections(**values).items()}
     return Run(run.config.model_copy(update=parts), run.paths, run.services, "u")
+
+
+def kept(run: Run) -> dict[str, int]:
+    """Return the files of checkpoints, metrics and rollouts with their sizes."""
+    folders = (run.paths.checkpoints, run.rollouts)
+    return {str(path): path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fewer_steps_publish_the_checkpoint_of_that_step_and_remove_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{}], steps=6, keep_checkpoints=4)
+    supervise(run, TrainHooks(), ignore)
+    before, metrics, said, listener = kept(run), read_metrics(run), list[str](), Listener()
+    outcome = supervise(altered(run, steps=4, keep_checkpoints=1), listener, lambda text, share: said.append(text))
+    assert (outcome.checkpoint.step, outcome.attempts) == (4, 1), "nothing was trained"
+    assert listener.steps == [1, 2, 3, 4]
+    assert kept(run) == before and read_metrics(run) == metrics, "what was trained after step 4 is still there"
+    assert "step 4 is taken from a run of 6 steps" in said[-1]
+    longer = supervise(altered(run, steps=7), TrainHooks(), ignore)
+    assert (longer.checkpoint.step, longer.attempts) == (7, 2), "more steps go on from the sixth"
+
+
+def test_fewer_steps_without_a_checkpoint_of_that_step_are_refused_and_remove_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{}], steps=6, keep_checkpoints=2)
+    supervise(run, TrainHooks(), ignore)
+    before, metrics = kept(run), read_metrics(run)
+    with pytest.raises(TrainingError, match=r"train\.steps=3: .*trained to step 6 .*only of 5, 6; .*--force"):
+        supervise(altered(run, steps=3), TrainHooks(), ignore)
+    assert kept(run) == before and read_metrics(run) == metrics
+
+
+def test_a_seal_that_takes_longer_than_a_step_may_does_not_end_a_healthy_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first checkpoint's seal waits until the trainer has gone on for longer than `step_deadline_s`, as a large model's does."""
+    run, listener = make_run(tmp_path, [{"pause": 0.3}], steps=8, step_deadline_s=1.5), Listener()
+    hashed, began = checkpoints.file_sha256, list[float]()
+
+    def slowly(path: Path) -> str:
+        began.append(time.monotonic())
+        while time.monotonic() - began[0] < 2 * 1.5 or not (run.paths.checkpoints / "global_step_6").is_dir():
+            time.sleep(0.02)
+        return hashed(path)
+
+    monkeypatch.setattr(checkpoints, "file_sha256", slowly)
+    outcome = supervise(run, listener, ignore)
+    assert (outcome.attempts, outcome.checkpoint.step) == (1, 8)
+    assert listener.steps == [1, 2, 3, 4, 5, 6, 7, 8] and listener.checkpoints[0] == 1 and listener.checkpoints[-1] == 8
 
 
 def test_a_failing_listener_stops_the_trainer(tmp_path: Path) -> None:

@@ -31,12 +31,16 @@ def main() -> None:
 def _checked(config: Any) -> Any:
     """Return a composed configuration with every reference resolved, after verl's dataclasses and validator took it."""
     from omegaconf import OmegaConf
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     for name in _TYPED:
         omega_conf_to_dataclass(OmegaConf.select(config, name))
+    # verl looks these names up at the first update only.
+    get_adv_estimator_fn(config.algorithm.adv_estimator)
+    get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
     return OmegaConf.to_container(config, resolve=True)
 
 

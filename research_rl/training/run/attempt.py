@@ -6,6 +6,7 @@ import json
 import secrets
 import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ class Attempt:
     steps: int = 0
     last: float = 0.0
     announced: int = 0
+    sealing: tuple[Checkpoint, Future[None]] | None = None
 
     def __post_init__(self) -> None:
+        self.sealer = ThreadPoolExecutor(1, "checkpoint-seal")
         self.pauses = Pauses(self.state.run.paths.pauses, self.state.run.config.retriever.pause_max_s)
 
     def run(self) -> Failure | None:
@@ -62,6 +65,7 @@ class Attempt:
             why = self._watch(process)
         finally:
             process.stop()
+            self.sealer.shutdown()
             shutil.rmtree(paths.ray, ignore_errors=True)
             hooks.on_attempt_end(self.number, why)
         return Failure(self.number, why, self.steps > 0, process.tail(_TAIL_LINES)) if why else None
@@ -75,7 +79,6 @@ class Attempt:
         if run.retriever_token:
             env[TOKEN] = run.retriever_token
         command = [str(run.interpreter), "-m", "verl.trainer.main_ppo", *overrides.render(run.config, paths)]
-        command.append(f"hydra.run.dir={paths.work / 'hydra'}")
         return run.launcher.start(command, env, paths.work, self._log)
 
     @property
@@ -99,9 +102,9 @@ class Attempt:
             self._announce()
             if self._done():
                 return None
-            if ended is not None:
+            if ended is not None and self.sealing is None:
                 return f"ended with code {ended}"
-            if why := self._silent():
+            if ended is None and not self._sealing_the_last() and (why := self._silent()):
                 return why
             time.sleep(_POLL_S)
 
@@ -135,15 +138,24 @@ class Attempt:
     def _announce(self) -> None:
         """Seal a checkpoint and tell the hooks, once verl's tracker (written after its files) names it and its step is recorded."""
         folder = self.state.run.paths.checkpoints
-        step = _tracked(folder / "latest_checkpointed_iteration.txt")
-        path = folder / f"global_step_{step}"
-        if self.announced < step <= self.state.log.last and checkpoints.fault(path) is None:
-            self.announced = step
-            checkpoints.seal(path)
+        if self.sealing is None:
+            step = _tracked(folder / "latest_checkpointed_iteration.txt")
+            path = folder / f"global_step_{step}"
+            if self.announced < step <= self.state.log.last and checkpoints.fault(path) is None:
+                # Every byte is read, for minutes where the model is large; steps are heard of meanwhile.
+                self.sealing = Checkpoint(step, path), self.sealer.submit(checkpoints.seal, path)
+        if self.sealing and self.sealing[1].done():
+            (found, sealed), self.sealing = self.sealing, None
+            sealed.result()
+            self.announced = found.step
             checkpoints.prune(folder, self.state.run.config.trainer.keep_checkpoints)
             if self.state.uploader:
-                self.state.uploader.offer(Checkpoint(step, path))
-            self.state.hooks.on_checkpoint(step, path)
+                self.state.uploader.offer(found)
+            self.state.hooks.on_checkpoint(found.step, found.path)
+
+    def _sealing_the_last(self) -> bool:
+        """Whether all steps are done and only the seal of the last checkpoint is waited for: then the trainer owes nothing more."""
+        return self.sealing is not None and self.sealing[0].step >= self.state.run.config.train.steps
 
     def _done(self) -> bool:
         return self.announced >= self.state.run.config.train.steps and self.state.log.last >= self.state.run.config.train.steps

@@ -80,7 +80,7 @@ def seal(path: Path) -> None:
         for file in sorted(path.rglob("*"))
         if file.is_file()
     }
-    temporary = path / f".{SEAL}.tmp"
+    temporary = path.with_name(f".{path.name}.{SEAL}.tmp")  # beside it: the folder's files may be given second names meanwhile
     temporary.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path / SEAL)
 
@@ -135,12 +135,12 @@ def prune(folder: Path, keep: int) -> None:
             shutil.rmtree(checkpoint.path)
 
 
-def link(source: Path, target: Path) -> None:
-    """Give a finished file, or a folder's files, a second name: nothing writes to them again."""
+def link(source: Path, target: Path, wanted: Callable[[Path], bool] = lambda path: True) -> None:
+    """Give a finished file, or the wanted ones of a folder's files, a second name: nothing writes to them again."""
     if source.is_file():
         os.link(source, target)
         return
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+    for path in sorted(path for path in source.rglob("*") if path.is_file() and wanted(path)):
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.link(path, place)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import pstdev
 from typing import Any
@@ -96,10 +96,24 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
+def played_groups(rows: Sequence[dict[str, Any]], prompts: int) -> int:
+    """Return how many groups a step played: its questions, and those that dynamic sampling played beyond them."""
+    return max(prompts, len({str(row["uid"]) for row in rows}))
+
+
 def losses(rows: Sequence[dict[str, Any]], prompts: int, group: int) -> dict[str, float]:
     """Return how many of a step's trajectories and groups are not there whole."""
     whole = sum(size >= group for size in Counter(str(row["uid"]) for row in rows).values())
-    return {"episode/lost": float(prompts * group - len(rows)), "episode/lost_groups": float(prompts - whole)}
+    played = played_groups(rows, prompts)
+    return {"episode/lost": float(played * group - len(rows)), "episode/lost_groups": float(played - whole)}
+
+
+def filtered(metrics: Mapping[str, float], groups: int) -> dict[str, float]:
+    """Return which shares of a step's `groups` verl's counts say were not trained on: without a spread, and more than needed."""
+    return {
+        "episode/filtered_groups": metrics.get("training/filter_groups/evicted_samples", 0.0) / groups,
+        "episode/surplus_groups": metrics.get("training/filter_groups/discarded_surplus_samples", 0.0) / groups,
+    }
 
 
 _FIELDS = {

@@ -41,14 +41,19 @@ class MetricsLog:
         self.rows = {done: metrics for done, metrics in self.rows.items() if done <= step}
         self._write()
 
+    def until(self, step: int) -> str:
+        """Return the file's text up to a step."""
+        return "".join(
+            json.dumps({"step": done, "metrics": self.rows[done]}, sort_keys=True) + "\n" for done in sorted(self.rows) if done <= step
+        )
+
     def missing(self, step: int) -> list[int]:
         """Return the steps up to `step` that have no metrics."""
         return [number for number in range(1, step + 1) if number not in self.rows]
 
     def _write(self) -> None:
-        lines = [json.dumps({"step": step, "metrics": self.rows[step]}, sort_keys=True) for step in sorted(self.rows)]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary.write_text(self.until(self.last), encoding="utf-8")
         temporary.replace(self.path)
 
 

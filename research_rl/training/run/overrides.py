@@ -154,9 +154,9 @@ def _data(config: Config, paths: Paths) -> dict[str, Any]:
 def _policy(config: Config, paths: Paths) -> dict[str, Any]:
     train, trainer = config.train, config.trainer
     return {
-        "algorithm.adv_estimator": "grpo",
-        "algorithm.use_kl_in_reward": False,
-        "algorithm.norm_adv_by_std_in_grpo": True,
+        **_objective(config),
+        **_filter(config),
+        **_correction(config),
         f"{_MODEL}.path": str(paths.model),
         f"{_MODEL}.enable_gradient_checkpointing": trainer.gradient_checkpointing,
         f"{_ACTOR}.strategy": "fsdp2",
@@ -165,9 +165,6 @@ def _policy(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ACTOR}.optim.weight_decay": train.weight_decay,
         f"{_ACTOR}.optim.lr_warmup_steps": train.lr_warmup_steps,
         f"{_ACTOR}.ppo_mini_batch_size": train.mini_batch or train.prompts_per_step,
-        f"{_ACTOR}.clip_ratio": train.clip_ratio,
-        f"{_ACTOR}.clip_ratio_low": train.clip_ratio,
-        f"{_ACTOR}.clip_ratio_high": train.clip_ratio,
         f"{_ACTOR}.entropy_coeff": train.entropy_coef,
         f"{_ACTOR}.calculate_entropy": True,
         f"{_ACTOR}.use_kl_loss": train.kl_coef > 0,
@@ -178,6 +175,52 @@ def _policy(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_REF}.strategy": "fsdp2",
         f"{_REF}.fsdp_config.strategy": "fsdp2",
         **_adapter(config),
+    }
+
+
+def _objective(config: Config) -> dict[str, Any]:
+    """The advantage and the loss; verl knows Dr. GRPO's advantage as GRPO's without the division by the standard deviation."""
+    train = config.train
+    return {
+        "algorithm.adv_estimator": "grpo" if train.advantage == "dr_grpo" else train.advantage,
+        "algorithm.use_kl_in_reward": False,
+        "algorithm.norm_adv_by_std_in_grpo": train.advantage != "dr_grpo",
+        f"{_ACTOR}.policy_loss.loss_mode": train.loss,
+        f"{_ACTOR}.loss_agg_mode": train.loss_mean,
+        # Unset, verl divides by the width of the padded batch, which differs from one to the next.
+        f"{_ACTOR}.loss_scale_factor": config.episode.max_response_tokens if train.loss_mean == "seq-mean-token-sum-norm" else None,
+        f"{_ACTOR}.clip_ratio": train.clip_ratio,
+        f"{_ACTOR}.clip_ratio_low": train.clip_ratio_low or train.clip_ratio,
+        f"{_ACTOR}.clip_ratio_high": train.clip_ratio_high or train.clip_ratio,
+    }
+
+
+def _filter(config: Config) -> dict[str, Any]:
+    """Dynamic sampling: `algorithm` makes verl fetch single questions, the sampler's words tell our replay buffer, which filters."""
+    wanted, sampler = config.train.filter_groups, "+trainer.v1.sampler.sampler_kwargs"
+    if not wanted.enabled:
+        return {}
+    return {
+        "algorithm.filter_groups.enable": True,
+        "algorithm.filter_groups.metric": wanted.metric,
+        "algorithm.filter_groups.max_inflight_gen_batches": wanted.batches_in_flight,
+        f"{sampler}.filter_groups_metric": wanted.metric,
+        f"{sampler}.max_inflight_gen_batches": wanted.batches_in_flight,
+        f"{sampler}.train_batch_size": config.train.prompts_per_step,
+        f"{sampler}.max_batches": wanted.max_batches,
+    }
+
+
+def _correction(config: Config) -> dict[str, Any]:
+    """Importance weights of the rollout; verl computes them only where it recomputes the old policy's log-probabilities."""
+    wanted, name = config.train.rollout_correction, "algorithm.rollout_correction"
+    if wanted.method == "none":
+        return {}
+    return {
+        f"{name}.bypass_mode": False,
+        f"{name}.rollout_is": wanted.level,
+        f"{name}.rollout_is_threshold": wanted.threshold,
+        f"{name}.rollout_is_batch_normalize": wanted.normalise,
     }
 
 
@@ -241,6 +284,7 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
         "trainer.val_before_train": trainer.validate_every is not None,
         "trainer.total_epochs": train.steps + 1,
         "trainer.total_training_steps": train.steps,
+        "hydra.run.dir": str(paths.work / "hydra"),
     }
 
 
@@ -290,7 +334,7 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ACTOR}.use_dynamic_bsz": True,
         f"{_ACTOR}.ppo_max_token_len_per_gpu": trainer.micro_batch * length,
         # The engine's log-probabilities of one step's trajectories are the old policy's: equal to 1e-6 in float32.
-        "algorithm.rollout_correction.bypass_mode": train.cpu_dtype == "float32",
+        "algorithm.rollout_correction.bypass_mode": train.cpu_dtype == "float32" and not _corrects(config),
         f"{_ROLLOUT}.dtype": train.cpu_dtype,
         f"{_ROLLOUT}.enforce_eager": True,
         f"{_ROLLOUT}.free_cache_engine": False,
@@ -306,6 +350,12 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         "trainer.device": "cpu",
         **(_small_ray(paths) if config.cluster.launcher == "local" else {}),
     }
+
+
+def _corrects(config: Config) -> bool:
+    """Whether something compares the engine's log-probabilities with the trainer's, which needs both."""
+    extra = any(name.startswith("algorithm.rollout_correction.") for name in config.train.extra_names)
+    return extra or config.train.rollout_correction.method != "none"
 
 
 def _small_ray(paths: Paths) -> dict[str, Any]:

@@ -53,7 +53,11 @@ class Records:
                 self._tell(step)
 
     def rewind(self) -> Checkpoint | None:
-        """Return the checkpoint to go on from, after forgetting everything later than it."""
+        """Return the checkpoint to go on from, after forgetting the unfinished steps later than it.
+
+        When it is of the last step wanted, nothing is forgotten: a longer run of which it is a part stays as it is. Raises
+        TrainingError when such a run has no checkpoint of that step, because training to it would discard what it has.
+        """
         watch.restore(self.run.paths.checkpoints, self.run.paths.work)
         found = self._with_metrics(
             checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps, verify=True, passed_over=self._passed_over)
@@ -61,16 +65,30 @@ class Records:
         step = found.step if found else 0
         if found:
             checkpoints.seal(found.path)
+        if step < self.run.config.train.steps:
+            self._forget_after(step)
+        for missing in self.log.missing(step):
+            # Where more than one step would be done again, the episodes are the only witness of a step that was saved but not logged.
+            self.finish(missing, self._logged(missing))
+        return found
+
+    def _forget_after(self, step: int) -> None:
+        """Remove what is left of steps after `step`, which are about to be done again, and say which. Raises TrainingError."""
+        wanted, whole = self.run.config.train.steps, [found.step for found in checkpoints.complete(self.run.paths.checkpoints)]
+        if whole and whole[-1] > wanted:
+            raise TrainingError(
+                f"train.steps={wanted}: this run was trained to step {whole[-1]} and has no checkpoint of step {wanted}, only of "
+                f"{', '.join(map(str, whole))}; set train.steps to one of them to publish it, to more than {whole[-1]} to train on, or "
+                f"force the stage to train anew (`research run train --force` keeps the earlier run beside the new one)"
+            )
+        if self.log.last > step:
+            self.say(f"steps {step + 1} to {self.log.last} have no whole checkpoint and are done again")
         checkpoints.discard_after(self.run.paths.checkpoints, step)
         episodes.discard_after(self.run.paths.episodes, step)
         for path in self.run.rollouts.rglob("*.jsonl.gz"):
             if int(path.name.split(".")[0]) > step:
                 path.unlink()
         self.log.rewind(step)
-        for missing in self.log.missing(step):
-            # Where more than one step would be done again, the episodes are the only witness of a step that was saved but not logged.
-            self.finish(missing, self._logged(missing))
-        return found
 
     def _with_metrics(self, found: Checkpoint | None) -> Checkpoint | None:
         """Return the one of the step before, where verl was killed between saving a step and logging it and this costs one step only."""
@@ -88,8 +106,10 @@ class Records:
         _write_rollouts(self.run.rollouts / f"{step:06d}.jsonl.gz", rows)
         validated = self.validated(step)
         episodes.discard(self.run.paths.episodes, step)
-        losses = episodes.losses(rows, self.run.config.train.prompts_per_step, self.run.config.train.rollouts_per_prompt)
-        self.log.put(step, {**metrics, **episodes.summarise(rows), **losses, **validated})
+        train = self.run.config.train
+        losses = episodes.losses(rows, train.prompts_per_step, train.rollouts_per_prompt)
+        filtered = episodes.filtered(metrics, episodes.played_groups(rows, train.prompts_per_step)) if train.filter_groups.enabled else {}
+        self.log.put(step, {**metrics, **episodes.summarise(rows), **losses, **filtered, **validated})
         findings = watch.verdicts(self.run.config.watch, self.log.rows, step)
         self.log.put(step, {**self.log.rows[step], **watch.levels(self.run.config.watch, findings)})
         self._tell(step)
@@ -145,7 +165,7 @@ class Records:
 
     def _require_whole(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         train = self.run.config.train
-        expected = train.prompts_per_step * train.rollouts_per_prompt
+        expected = episodes.played_groups(rows, train.prompts_per_step) * train.rollouts_per_prompt
         missing, self.padding = expected - len(rows) - self.padding, 0
         if missing > 0:
             self._lose(missing, expected, f"step {step} left no record of them; the agent loop raised, see the log")

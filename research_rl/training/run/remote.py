@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research_rl.errors import ConfigError
+from research_rl.errors import ConfigError, ServiceError
 from research_rl.training.run.checkpoints import SEAL, Checkpoint, fault
+from research_rl.training.run.metrics_log import MetricsLog
 
 __all__ = ["Store", "Uploader", "restore"]
 
@@ -68,6 +69,16 @@ class Store:
                 body = client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
                 found[int(folder.rpartition("_")[2])] = json.loads(body)["files"]
         return found
+
+    def holds(self) -> list[int]:
+        """Return the steps of the whole checkpoints there. Raises ServiceError."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return sorted(self.sealed(self.client()))
+        except (Boto3Error, BotoCoreError, ClientError) as error:
+            raise ServiceError(f"trainer.upload: s3://{self.bucket}/{self.prefix} cannot be read: {error}") from error
 
     def remove(self, client: Any, step: int) -> None:
         """Delete a checkpoint, its seal first."""
@@ -205,7 +216,7 @@ def _fetch(store: Store, client: Any, step: int, files: dict[str, Any], folder: 
 
 def _fetch_records(store: Store, client: Any, step: int, checkpoint: Path, work: Path) -> None:
     """Bring the metrics up to `step` and the episodes of its steps; what is there already stays."""
-    if _METRICS in store.names(client, checkpoint.name):
+    if MetricsLog(work / _METRICS).last < step and _METRICS in store.names(client, checkpoint.name):
         _get(store, client, store.key(checkpoint.name, _METRICS), work / _METRICS)
     for name in store.names(client, _ROLLOUTS):
         target = work / _ROLLOUTS / name

@@ -36,7 +36,12 @@ def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> AttemptOutcome
     state.replay()
     with _uploading(run, progress) as state.uploader:
         checkpoint = _train(state)
-    checkpoints.prune(run.paths.checkpoints, run.config.trainer.keep_checkpoints)
+    if checkpoint.step < state.log.last:
+        state.say(
+            f"the checkpoint of step {checkpoint.step} is taken from a run of {state.log.last} steps, which stays in {run.paths.work}"
+        )
+    else:
+        checkpoints.prune(run.paths.checkpoints, run.config.trainer.keep_checkpoints)
     return AttemptOutcome(checkpoint, state.attempts(), state.lost)
 
 

@@ -156,7 +156,7 @@ RULES: dict[str, Rule] = {
         _level("episode/flat_groups"),
         "above",
         "share of groups whose rollouts all earn the same without being right",
-        f"raise train.rollouts_per_prompt or train.temperature, mix in easier questions, {_PAY}",
+        f"raise train.rollouts_per_prompt or train.temperature, mix in easier questions, set train.filter_groups.enabled=true, {_PAY}",
     ),
     "entropy_low": Rule(
         _of_start(_ENTROPY),
