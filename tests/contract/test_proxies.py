@@ -15,7 +15,7 @@ from research_rl.config import JudgeConfig, TransferConfig
 from research_rl.data.sources import TransientError
 from research_rl.data.sources.http import Web
 from research_rl.data.sources.hub import HubSource
-from research_rl.data.sources.s3 import S3Source
+from research_rl.data.sources.s3 import BucketSource
 from research_rl.errors import DataError, ServiceError
 from research_rl.paths import CHECKOUT
 from research_rl.process import hub
@@ -80,7 +80,7 @@ def fetch_model(proxy: str | None, folder: Path) -> None:
 
 def read_bucket(proxy: str | None, folder: Path) -> None:
     with pytest.raises((TransientError, DataError)):
-        S3Source("s3://bucket/x", NOBODY, transfer(proxy)).locate("a")
+        BucketSource("bucket", "x", NOBODY, transfer(proxy)).locate("a")
 
 
 def upload(proxy: str | None, folder: Path) -> None:

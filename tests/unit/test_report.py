@@ -17,7 +17,7 @@ import pytest
 from research_rl.config import Config, JudgeConfig, RewardConfig
 from research_rl.episode.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
 from research_rl.errors import DataError
-from research_rl.evaluation.results import Question, Result, to_result, write_results
+from research_rl.evaluation.results import HeldOutQuestion, Result, to_result, write_results
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace
