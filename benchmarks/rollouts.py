@@ -2,7 +2,8 @@
 
 Scripted engine: turns of lognormal length (mean 110 tokens, sigma 0.6), one to five turns an episode, and a token step of
 12 ms + 0.06 ms a sequence decoded at once. With a workspace
-whose index and policy stand (`BENCH_WORKSPACE`, default: the checkout), also vLLM on CPU serving that policy, sampled.
+whose index and policy stand (`BENCH_WORKSPACE`, default: the checkout), also vLLM on CPU serving that policy, sampled; its note says how
+much CPU time each process takes for a rollout and how many steps the engine makes in a round, for both patterns.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ import os
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
+
+import httpx
+import psutil
 
 from benchmarks.duel import Duel, alternate
 from benchmarks.peers import lockstep
@@ -24,6 +30,7 @@ from research_rl.episode.prompts import FolderTokenizer, encode_prompt
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.run import current, run_stage
 from research_rl.pipeline.stages import Workspace
+from research_rl.process.proxies import httpx_options
 from research_rl.process.services import Endpoint
 from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.command import running as retriever_running
@@ -145,12 +152,62 @@ def _served(rounds: int) -> Iterator[Duel]:
         retriever = services.enter_context(retriever_running(config, workspace))
         model = services.enter_context(model_running(config, workspace, workspace.folder("policy"), name="bench-model"))
         seeds = iter(range(10**6))
-        ours, peer = (_on_vllm(play, config, workspace, retriever, model, seeds) for play in (_ours, _lockstep))
-        yield alternate("P8", "64 episodes, vLLM on CPU, tiny policy", "rollouts/s", ours, peer, 1.0, rounds)
+        costs = Costs(model), Costs(model)
+        ours, peer = (
+            _on_vllm(play, config, workspace, retriever, model, seeds, cost) for play, cost in zip((_ours, _lockstep), costs, strict=True)
+        )
+        duel = alternate("P8", "64 episodes, vLLM on CPU, tiny policy", "rollouts/s", ours, peer, 1.0, rounds)
+        yield replace(duel, note=f"ours: {costs[0]}; lock-step: {costs[1]}")
+
+
+class Costs:
+    """What a pattern's rounds cost after the first, which warms up: CPU time by process, and steps of the engine."""
+
+    def __init__(self, model: Endpoint) -> None:
+        self._model = model
+        self._rounds = self._rollouts = 0
+        self._spent: Counter[str] = Counter()
+        self._before: Counter[str] = Counter()
+
+    def begin(self) -> None:
+        """Note where every counter stands."""
+        self._before = self._counters()
+
+    def end(self, rollouts: int) -> None:
+        """Add what a round took."""
+        self._rounds += 1
+        if self._rounds > 1:
+            now = self._counters()
+            self._spent.update({name: now[name] - self._before[name] for name in now})
+            self._rollouts += rollouts
+
+    def __str__(self) -> str:
+        if not self._rollouts:
+            return "not measured in one round"
+        steps = self._spent.pop("engine steps")
+        times = ", ".join(f"{name} {1000 * seconds / self._rollouts:.1f}" for name, seconds in sorted(self._spent.items()))
+        return f"CPU ms a rollout {times}; {steps / (self._rounds - 1):.0f} engine steps a round"
+
+    def _counters(self) -> Counter[str]:
+        seconds = Counter({"episodes": time.process_time()})
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                times, command = process.cpu_times(), " ".join(process.cmdline())
+                name = "engine" if "EngineCore" in command else "retriever" if "retriever" in command else "model server"
+                seconds[name] += times.user + times.system
+        text = httpx.get(f"{self._model.url}/metrics", timeout=60, **httpx_options()).text
+        steps = [line for line in text.splitlines() if line.startswith("vllm:iteration_tokens_total_count")]
+        return seconds + Counter({"engine steps": sum(float(line.rpartition(" ")[2]) for line in steps)})
 
 
 def _on_vllm(
-    play: Callable[..., Awaitable[None]], config: Config, workspace: Workspace, retriever: Endpoint, model: Endpoint, seeds: Iterator[int]
+    play: Callable[..., Awaitable[None]],
+    config: Config,
+    workspace: Workspace,
+    retriever: Endpoint,
+    model: Endpoint,
+    seeds: Iterator[int],
+    costs: Costs,
 ) -> Callable[[], float]:
     from research_rl.evaluation.results import read_questions
     from research_rl.serving.client import HttpEngine, Sampling
@@ -165,8 +222,11 @@ def _on_vllm(
             # Each round draws anew, so that no side finds the other's prefixes in the engine's cache.
             engine = await clients.enter_async_context(HttpEngine(model, Sampling(1.0, next(seeds)), connections=64))
             searcher = await clients.enter_async_context(RetrieverClient(retriever.url, token=retriever.token))
+            costs.begin()
             started = time.perf_counter()
             await play(prompts, engine, searcher, tokenizer, Limits(**config.episode.model_dump()))
-            return len(prompts) / (time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            costs.end(len(prompts))
+            return len(prompts) / seconds
 
     return lambda: asyncio.run(once())

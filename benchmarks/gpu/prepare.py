@@ -41,7 +41,8 @@ NEEDS = {"search": (), "serving": ("site", "model"), "grpo": ("site", "model", "
 COMMANDS = {
     "search": "python tests/gpu/search.py",
     "serving": "PYTHONPATH=$PWD $HOME/env/bin/python tests/gpu/serving.py --model $HOME/model --python $HOME/env/bin/python",
-    "grpo": "PYTHONPATH=$PWD $HOME/env/bin/python tests/gpu/grpo.py --workspace $HOME/workspace --python $HOME/env/bin/python "
+    "grpo": "PYTHONPATH=$PWD $HOME/env/bin/python tests/gpu/grpo.py --since ${SINCE:-$(date +%s)} --workspace $HOME/workspace "
+    "--python $HOME/env/bin/python "
     "policy.source=folder policy.path=$HOME/model",
 }
 INTERPRETER = (

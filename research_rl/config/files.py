@@ -45,6 +45,7 @@ FORMER_NAMES: dict[str, str | None] = {
     "train.group": "train.rollouts_per_prompt",
     "reward.strict.on": "reward.strict.enabled",
     "index.metric": None,
+    "data.hub_endpoint": "transfer.hub_endpoint",
     **{f"train.{name}": f"trainer.{name}" for name in _TO_TRAINER},
 }
 """Parameters of earlier versions: what each is called now; None for one that is gone."""

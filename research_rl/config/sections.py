@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -130,9 +131,8 @@ class DataConfig(Section):
     s3_endpoint: str | None = Field(default=None, description="Address of the S3 service; AWS_ENDPOINT_URL or Amazon's when empty.")
     hub_repo: str = Field(default="RUC-NLPIR/FlashRAG_datasets", description="Dataset repository when source is hub.")
     hub_revision: str = Field(default="main", description="Revision (branch, tag or commit) of the dataset repository.")
-    hub_endpoint: str = Field(default="https://huggingface.co", description="Hub address; a mirror or a local server works too.")
 
-    @field_validator("url", "corpus", "train", "dev", "test", "files", "sha256", "s3_endpoint", "hub_endpoint")
+    @field_validator("url", "corpus", "train", "dev", "test", "files", "sha256", "s3_endpoint")
     @classmethod
     def _no_secret(cls, value: Any) -> Any:
         for address in _texts(value):
@@ -149,10 +149,15 @@ class TransferConfig(Section):
     piece_mb: int = Field(default=256, ge=1, description="Largest piece of a file fetched by one connection, in MB.")
     proxy: str | None = Field(
         default=None,
-        description="Proxy for all sources, such as http://host:port; HTTP_PROXY and its like are not used, as they would be sent tokens.",
+        description="Proxy for all sources, model repositories and uploads, such as http://host:port; HTTP_PROXY and its like are not used, as they would be sent tokens.",
     )
 
-    @field_validator("proxy")
+    hub_endpoint: str | None = Field(
+        default=None,
+        description="Address of the Hugging Face hub for data, encoder and policy, such as a mirror's; HF_ENDPOINT or https://huggingface.co when empty.",
+    )
+
+    @field_validator("proxy", "hub_endpoint")
     @classmethod
     def _no_secret(cls, value: str | None) -> str | None:
         addresses.check(value or "")
@@ -253,6 +258,7 @@ class EncoderConfig(Section):
         default=True, description="Encode the passages; off for an index that was built elsewhere: then only the encoder is published."
     )
     model: str | None = Field(default=None, description="kind sentence: model folder, hub name or pypi:<package>[==<version>][/<folder>].")
+    revision: str = Field(default="main", description="kind sentence: branch, tag or commit of a model from the hub.")
     dim: int = Field(default=1024, ge=16, le=8192, description="Vector length of the lexical encoder; a sentence model brings its own.")
     query_prefix: str | None = Field(
         default=None, description="kind sentence: put before each query (e5: 'query: '); the known model's own when empty, else none."
@@ -449,21 +455,26 @@ class RewardConfig(Section):
 
 
 class JudgeConfig(Section):
-    """The judge's server, OpenAI-compatible. Changes no artifact; its token comes from RESEARCH_JUDGE_TOKEN."""
+    """The judge's server, OpenAI-compatible. url and max_tokens decide its verdicts and so trained and evaluated rewards; the rest changes no artifact. Its token comes from RESEARCH_JUDGE_TOKEN."""
 
     url: str | None = Field(default=None, description="Address up to the version, such as http://127.0.0.1:8000/v1.")
+    max_tokens: int = Field(default=64, ge=8, description="Longest reply, in tokens; a longer one is cut and may lack its verdict.")
+    proxy: str | None = Field(
+        default=None, description="Proxy on the way to the judge, such as http://host:port; HTTP_PROXY and its like are not used."
+    )
 
-    @field_validator("url")
+    @field_validator("url", "proxy")
     @classmethod
     def _without_credentials(cls, url: str | None) -> str | None:
         if url and has_secret(url):
             raise ValueError(f"{redact(url)} holds credentials, which parameters must not; set the token as RESEARCH_JUDGE_TOKEN instead")
+        if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
+            raise ValueError(f"{url} is no address; write http://host:port or https://host, with the path that belongs to it")
         return url
 
     timeout_s: float = Field(default=20.0, gt=0, description="Seconds per request.")
     attempts: int = Field(default=3, ge=1, description="Requests per answer before the fallback stands in.")
     concurrency: int = Field(default=16, ge=1, description="Requests in flight per agent worker.")
-    max_tokens: int = Field(default=64, ge=8, description="Longest reply, in tokens.")
 
 
 class FilterGroupsConfig(Section):

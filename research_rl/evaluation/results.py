@@ -1,5 +1,5 @@
-"""One question and what became of it: records, files and the journal of an unfinished evaluation. Grades trajectories;
-drives none.
+"""One question and what became of it: records, files and the journal of an unfinished evaluation. Grades trajectories by the
+published rules; is given the grade that training would pay; drives none.
 
 Invariant: every question of an evaluation has exactly one result, also when its episode was lost: a lost one scores 0.
 """
@@ -15,8 +15,9 @@ from typing import Any
 from research_rl.episode.trajectory import Author, StopReason, Trajectory
 from research_rl.errors import DataError
 from research_rl.pipeline import json_lines
+from research_rl.reward.grader import GradingTarget
 from research_rl.reward.metrics import recall
-from research_rl.reward.rules import grade
+from research_rl.reward.rules import Grade, grade
 
 __all__ = ["HeldOutQuestion", "Result", "UnfinishedResults", "read_questions", "read_results", "to_result", "write_results"]
 
@@ -32,11 +33,17 @@ class HeldOutQuestion:
     golden_answers: tuple[str, ...]
     supporting: tuple[str, ...]
 
+    @property
+    def target(self) -> GradingTarget:
+        """What its trajectories are graded against."""
+        return GradingTarget(self.question, self.golden_answers, self.supporting)
+
 
 @dataclass(frozen=True)
 class Result:
     """What became of one question.
 
+    `reward` is what training pays for this trajectory, the sum of `reward_parts`; `suspicion` and `judge` are as in `rules.Grade`.
     `hops` counts its supporting passages (0: unknown). `recall` is the share of them that was retrieved, None when
     unknown. `tokens` were written by the model, `response_tokens` include results. `failed_searches` got no answer from
     the retriever. `seconds` is wall time.
@@ -53,6 +60,10 @@ class Result:
     f1: float
     format: bool
     fault: str
+    reward: float
+    reward_parts: dict[str, float]
+    suspicion: str | None
+    judge: str | None
     reward_paper: float
     reward_repository: float
     searches: int
@@ -82,8 +93,8 @@ class Result:
         return cls(**values)
 
 
-def to_result(question: HeldOutQuestion, trajectory: Trajectory, eos_token: str, seconds: float) -> Result:
-    """Grade a trajectory by both reward rules and count what happened in it."""
+def to_result(question: HeldOutQuestion, trajectory: Trajectory, trained: Grade, eos_token: str, seconds: float) -> Result:
+    """Grade a trajectory by both published rules, beside the grade `trained` by the reward of training, and count what happened in it."""
     paper = grade(trajectory, question.golden_answers, "paper", eos_token)
     repository = grade(trajectory, question.golden_answers, "repository", eos_token)
     found = [passage for search in trajectory.searches for passage in search.passage_ids]
@@ -99,6 +110,10 @@ def to_result(question: HeldOutQuestion, trajectory: Trajectory, eos_token: str,
         f1=repository.f1,
         format=repository.format_ok,
         fault=repository.reason,
+        reward=trained.score,
+        reward_parts=trained.parts,
+        suspicion=trained.suspicion,
+        judge=trained.judge,
         reward_paper=paper.score,
         reward_repository=repository.score,
         searches=len(trajectory.searches),

@@ -1,7 +1,7 @@
 """Aggregate results into metrics with 95 % intervals. Knows results; writes nothing.
 
-Every mean runs over all questions, lost episodes included; `recall` alone runs over the questions whose supporting
-passages are known.
+`reward` is the reward that training pays, judge and all. Every mean runs over all questions, lost episodes included, but for two:
+`recall` runs over the questions whose supporting passages are known, `judge_failed` over those about which the judge was asked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from research_rl.episode.trajectory import StopReason
 from research_rl.evaluation.intervals import interval
 from research_rl.evaluation.results import Result
 
-__all__ = ["HEADLINE", "METRICS", "SCORES", "headline", "summarise"]
+__all__ = ["BETTER_HIGH", "HEADLINE", "METRICS", "SCORES", "headline", "summarise"]
 
 Metric = Callable[[Result], float | None]
 
@@ -21,6 +21,7 @@ METRICS: dict[str, Metric] = {
     "em": lambda r: r.em,
     "f1": lambda r: r.f1,
     "format": lambda r: float(r.format),
+    "reward": lambda r: r.reward,
     "reward_repository": lambda r: r.reward_repository,
     "reward_paper": lambda r: r.reward_paper,
     "searches": lambda r: float(r.searches),
@@ -28,13 +29,18 @@ METRICS: dict[str, Metric] = {
     "tokens": lambda r: float(r.tokens),
     "response_tokens": lambda r: float(r.response_tokens),
     "failed_searches": lambda r: float(r.failed_searches),
+    "suspect": lambda r: float(r.suspicion is not None),
+    "judge_failed": lambda r: None if r.judge is None else float(r.judge != "asked"),
 }
 """Metric by name, each a number per question (None: not defined for it)."""
 
 SCORES = frozenset({"em", "f1", "format", "reward_repository", "reward_paper", "recall"})
 """Metrics between 0 and 1 of which more is better."""
 
-HEADLINE = ("em", "f1", "format", "searches", "recall")
+BETTER_HIGH = SCORES | {"reward"}
+"""Metrics of which more is better; the reward as trained may have any range."""
+
+HEADLINE = ("reward", "em", "f1", "format", "searches", "recall")
 
 
 def summarise(results: Sequence[Result], resamples: int, seed: int) -> dict[str, Any]:

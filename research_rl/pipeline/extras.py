@@ -17,7 +17,6 @@ __all__ = ["EXTRAS", "missing_extras", "require"]
 EXTRAS: dict[str, str] = {
     "pyarrow": "retrieve",
     "bm25s": "retrieve",
-    "cachetools": "retrieve",
     "Stemmer": "retrieve",
     "faiss": "retrieve",
     "fastapi": "retrieve",

@@ -132,6 +132,10 @@ def _measured(workspace: Workspace, stage: str) -> Path:
     return workspace.work("measured") / f"{stage}.json"
 
 
+_REWARD = ("reward", "judge.url", "judge.max_tokens")
+"""What decides a reward: its terms, and which judge is asked for how long a reply. The judge's time limits, proxy and concurrency do not."""
+
+
 def _table(*stages: Stage) -> dict[str, Stage]:
     return {stage.name: stage for stage in stages}
 
@@ -144,9 +148,9 @@ STAGES = _table(
     Stage("embed", "research_rl.embedding.build:run", ("corpus",), ("encoder",), "artifacts/embeddings", "passage vectors"),
     Stage("index", "research_rl.index.build:run", ("corpus", "embed"), ("index",), "artifacts/index", "search index"),
     Stage("policy", "research_rl.training.policy:run", (), ("seed", "policy", "prompt"), "artifacts/policy", "initial policy"),
-    Stage("baseline", "research_rl.evaluation.evaluate:run_baseline", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "evaluation", "serving.engine", "serving.dtype"), "artifacts/baseline", "evaluation before training"),
-    Stage("train", "research_rl.training.train:run", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "reward", "train"), "artifacts/train", "GRPO"),
+    Stage("baseline", "research_rl.evaluation.evaluate:run_baseline", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", *_REWARD, "evaluation", "serving.engine", "serving.dtype"), "artifacts/baseline", "evaluation before training"),
+    Stage("train", "research_rl.training.train:run", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", *_REWARD, "train"), "artifacts/train", "GRPO"),
     Stage("export", "research_rl.training.export:run", ("policy", "train"), (), "artifacts/model", "trained policy as a Hugging Face folder"),
-    Stage("evaluate", "research_rl.evaluation.evaluate:run_trained", ("export", "prepare", "corpus", "embed", "index"), ("prompt", "episode", "evaluation", "serving.engine", "serving.dtype"), "artifacts/evaluation", "evaluation after training"),
+    Stage("evaluate", "research_rl.evaluation.evaluate:run_trained", ("export", "prepare", "corpus", "embed", "index"), ("prompt", "episode", *_REWARD, "evaluation", "serving.engine", "serving.dtype"), "artifacts/evaluation", "evaluation after training"),
     Stage("report", "research_rl.report.build:run", ("train", "baseline", "evaluate"), (), "artifacts/report", "curves, paired difference, trajectories"),
 )  # fmt: skip

@@ -75,7 +75,7 @@ def _corpus(config: Config, sample: list[str], folder: Path) -> float:
 
 def _embed(config: Config, sample: list[str], folder: Path) -> float:
     if config.encoder.kind == "sentence":
-        return _sentence(config.encoder, sample[: _SAMPLE // 16])
+        return _sentence(config, sample[: _SAMPLE // 16])
     from research_rl.embedding.lexical import LexicalEncoder
 
     def work() -> None:
@@ -88,15 +88,16 @@ def _embed(config: Config, sample: list[str], folder: Path) -> float:
     return _seconds(work) / len(sample)
 
 
-def _sentence(config: EncoderConfig, sample: list[str]) -> float:
+def _sentence(config: Config, sample: list[str]) -> float:
     from research_rl.embedding import models, presets
     from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
 
-    source = models.resolve(config.model, cache_folder())
-    facts = {**presets.settle(config, source), "dtype": fast_bfloat16() if config.dtype == "auto" else config.dtype}
-    encoder = SentenceEncoder.load(source, facts)
-    encoder.encode_passages(sample[:16])
-    return _seconds(lambda: encoder.encode_passages(sample)) / len(sample)
+    dtype = config.encoder.dtype
+    source = models.resolve(config.encoder, config.transfer, cache_folder())
+    facts = {**presets.settle(config.encoder, source), "dtype": fast_bfloat16() if dtype == "auto" else dtype}
+    with SentenceEncoder.load(source, facts) as encoder:
+        encoder.encode_passages(sample[:16])
+        return _seconds(lambda: encoder.encode_passages(sample)) / len(sample)
 
 
 def _index(config: Config, sample: list[str], folder: Path) -> float:

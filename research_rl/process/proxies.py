@@ -1,16 +1,42 @@
-"""Proxies of the environment: traffic to this machine never goes through one. Knows variables only. Standard library only."""
+"""Which proxy a request goes through: a configured one or none, never one that the environment names. Sends nothing. Standard library only.
+
+HTTP_PROXY and its like belong to a shell, not to a run, and the proxy of a plain http request reads its headers, tokens included. So every
+client of this package takes its options here. Libraries with clients of their own (Prefect, MLflow, DVC) read the environment; for
+them traffic to this machine is kept away from any proxy.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import urllib.request
 from collections.abc import Mapping
+from typing import TypedDict
 
 from research_rl.errors import ServiceError
 
-__all__ = ["LOOPBACK", "bypass_loopback", "require_usable"]
+__all__ = ["LOOPBACK", "HttpxOptions", "botocore_options", "bypass_loopback", "httpx_options", "require_usable"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class HttpxOptions(TypedDict):
+    """The options of an httpx client or request that decide its proxy."""
+
+    trust_env: bool
+    proxy: str | None
+
+
+def httpx_options(proxy: str | None = None) -> HttpxOptions:
+    """Return the options for httpx: through `proxy`, else straight to the server."""
+    return {"trust_env": False, "proxy": proxy}
+
+
+def botocore_options(proxy: str | None = None) -> dict[str, dict[str, str]]:
+    """Return the options for botocore's Config: through `proxy`, else straight to the server.
+
+    A mapping without entries must be given too: without it botocore reads the environment.
+    """
+    return {"proxies": {"http": proxy, "https": proxy} if proxy else {}}
 
 
 def bypass_loopback(env: Mapping[str, str]) -> dict[str, str]:

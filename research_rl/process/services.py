@@ -28,7 +28,7 @@ import psutil
 from research_rl.errors import ServiceError
 from research_rl.process.identity import Identity
 from research_rl.process.private import write_private
-from research_rl.process.proxies import bypass_loopback
+from research_rl.process.proxies import bypass_loopback, httpx_options
 
 __all__ = [
     "Endpoint",
@@ -201,7 +201,7 @@ def wait_healthy(process: Watched, health_url: str, deadline_s: float) -> None:
     deadline = time.monotonic() + deadline_s
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if httpx.get(health_url, timeout=5.0, trust_env=False).status_code == 200:
+            if httpx.get(health_url, timeout=5.0, **httpx_options()).status_code == 200:
                 return
         except httpx.HTTPError:
             pass

@@ -57,8 +57,15 @@ def load(a: Path, b: Path) -> EvaluationComparison:
             f"{a} and {b} share no question ({len(before)} and {len(after)} questions); compare evaluations of the same test set"
         )
     changes = parameters.differences(parameters.read(a), parameters.read(b))
-    metrics = compare_metrics(matched.pairs, RESAMPLES, SEED)
+    metrics = [
+        metric for metric in compare_metrics(matched.pairs, RESAMPLES, SEED) if metric.name != "reward" or not _rewards_differ(changes)
+    ]
     return EvaluationComparison(names[0], names[1], changes, metrics, matched, (len(before) - shared, len(after) - shared))
+
+
+def _rewards_differ(changes: Sequence[parameters.Row]) -> bool:
+    """Whether A and B were trained for different rewards, whose means say nothing about each other."""
+    return any(name.startswith(("reward", "judge.")) for name, *_ in changes)
 
 
 def _name(folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from research_rl.evaluation.intervals import FEWEST, Difference
-from research_rl.evaluation.summary import SCORES
+from research_rl.evaluation.summary import BETTER_HIGH
 from research_rl.report.html import Cell
 from research_rl.report.pairs import Pair, PairedMetric
 
@@ -15,6 +15,7 @@ LABELS = {
     "em": "exact match",
     "f1": "F1",
     "format": "right format",
+    "reward": "reward as trained",
     "reward_repository": "reward (repository)",
     "reward_paper": "reward (paper)",
     "searches": "searches per question",
@@ -22,6 +23,8 @@ LABELS = {
     "tokens": "tokens by the model",
     "response_tokens": "tokens in all",
     "failed_searches": "failed searches",
+    "suspect": "suspect answers",
+    "judge_failed": "judge without a verdict",
 }
 _COUNTS = frozenset({"searches", "tokens", "response_tokens", "failed_searches"})
 
@@ -81,7 +84,7 @@ def _judge(difference: Difference) -> str:
 
 
 def _kind(metric: PairedMetric) -> str:
-    if not metric.difference.significant or metric.name not in SCORES:
+    if not metric.difference.significant or metric.name not in BETTER_HIGH:
         return ""
     return "good" if metric.difference.mean > 0 else "bad"
 

@@ -89,7 +89,7 @@ def _result(phase: str, result: Result) -> dict[str, Any]:
     return {
         "phase": phase,
         "kind": phase,
-        "reward": result.reward_repository,
+        "reward": result.reward,
         "f1": result.f1,
         "fault": result.fault,
         "stop": result.stop,

@@ -21,6 +21,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from research_rl.episode.agent import SearchFailure
 from research_rl.episode.trajectory import SearchFault
+from research_rl.process.proxies import httpx_options
 from research_rl.retriever import replies
 from research_rl.retriever.fleet import Part, ReplicaError, parts
 from research_rl.retriever.replies import Dialect, Passages
@@ -253,7 +254,7 @@ def _pools(url: str, token: str | None, connections: int) -> list[httpx.AsyncCli
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S)
     # One context for all pools: reading the system's certificates takes as long as a hundred searches.
     verify = httpx.create_ssl_context() if "https:" in url.lower() else False
-    return [httpx.AsyncClient(headers=headers, trust_env=False, limits=limits, verify=verify) for _ in range(0, connections, _POOL)]
+    return [httpx.AsyncClient(headers=headers, limits=limits, verify=verify, **httpx_options()) for _ in range(0, connections, _POOL)]
 
 
 def _pause(state: RetryCallState) -> float:

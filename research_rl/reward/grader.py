@@ -11,12 +11,13 @@ judge that fails is counted and replaced by the term `reward.judge.fallback` nam
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 from research_rl.config import JudgeConfig, RewardConfig, RewardTerm
 from research_rl.episode.trajectory import Author, Trajectory
+from research_rl.process.tokens import token_from
 from research_rl.reward import hacking, rules
 from research_rl.reward.judge import TOKEN, Judge, Verdict
 from research_rl.reward.metrics import contains, normalize, recall
@@ -35,11 +36,22 @@ class GradingTarget:
 
 
 class Grader:
-    """Grades episodes by one RewardConfig; use it within one event loop."""
+    """Grades episodes by one RewardConfig; use it within one event loop, and close it or use it as an async context manager."""
 
     def __init__(self, config: RewardConfig, judge: JudgeConfig, eos_token: str) -> None:
         self._config, self._eos = config, eos_token
-        self._judge = Judge(judge, str(config.judge.model), config.judge.max_chars, os.environ.get(TOKEN)) if config.asks_judge else None
+        self._judge = Judge(judge, str(config.judge.model), config.judge.max_chars, token_from(TOKEN)) if config.asks_judge else None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections to the judge."""
+        if self._judge is not None:
+            await self._judge.aclose()
 
     async def grade(self, trajectory: Trajectory, target: GradingTarget) -> Grade:
         """Return the reward with its parts."""

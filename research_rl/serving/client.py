@@ -17,6 +17,7 @@ import httpx
 
 from research_rl.episode.agent import Completion
 from research_rl.errors import ServiceError
+from research_rl.process.proxies import httpx_options
 from research_rl.process.services import Endpoint
 
 __all__ = ["HttpEngine", "Sampling", "parse_sglang", "parse_vllm", "render_sglang", "render_vllm"]
@@ -53,7 +54,7 @@ class HttpEngine:
             headers={"Authorization": f"Bearer {endpoint.token}"} if endpoint.token else {},
             timeout=timeout_s,
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-            trust_env=False,
+            **httpx_options(),
         )
 
     async def __aenter__(self) -> Self:

@@ -20,6 +20,7 @@ from research_rl.errors import ServiceError
 from research_rl.paths import interpreter_path
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.private import write_private
+from research_rl.process.proxies import httpx_options
 from research_rl.process.services import Endpoint, base_url, guarded, require_free
 from research_rl.process.tokens import token_from
 from research_rl.serving import launch
@@ -105,7 +106,7 @@ def _served(url: str, token: str | None) -> list[str]:
     """Return the names of the models that a server has. Raises ServiceError."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        reply = httpx.get(f"{url}/v1/models", headers=headers, timeout=10.0, trust_env=False)
+        reply = httpx.get(f"{url}/v1/models", headers=headers, timeout=10.0, **httpx_options())
         if reply.status_code in (401, 403):
             raise ServiceError(f"{url} refuses the token (HTTP {reply.status_code}); set {TOKEN_VARIABLE} to the server's")
         return [str(model["id"]) for model in reply.raise_for_status().json()["data"]]

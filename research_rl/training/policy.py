@@ -17,11 +17,12 @@ from typing import Any
 from research_rl.config import PromptConfig, located
 from research_rl.embedding.models import wheel_folder
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt
-from research_rl.errors import ModelError, TrainingError
+from research_rl.errors import ModelError, ServiceError, TrainingError
 from research_rl.paths import RUN_FROM, cache_folder, python_path
 from research_rl.pipeline.copying import clone
 from research_rl.pipeline.stages import Context
 from research_rl.process import services
+from research_rl.process.hub import snapshot
 from research_rl.serving.model import inspect
 from research_rl.serving.tensors import weight_files
 from research_rl.training.run.run import interpreter
@@ -111,27 +112,17 @@ def _folder(context: Context) -> tuple[Path, dict[str, Any]]:
 
 
 def _hub(context: Context) -> tuple[Path, dict[str, Any]]:
-    """Download a repository of the hub; HF_ENDPOINT and HF_TOKEN are honoured."""
-    from httpx import HTTPError
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    """Download a repository of the hub."""
     name, revision = context.config.policy.path, context.config.policy.revision
     if not name:
         raise ModelError("policy.path is empty but policy.source=hub; set it to a repository name such as Qwen/Qwen2.5-7B-Instruct")
     context.progress(f"downloading {name}", 0.1)
-    endpoint = os.environ.get("HF_ENDPOINT")
+    patterns = [*_DESCRIPTION, "*.safetensors"]
     try:
-        patterns = [*_DESCRIPTION, "*.safetensors"]
-        snapshot = Path(
-            str(snapshot_download(name, revision=revision, endpoint=endpoint, cache_dir=cache_folder() / "hub", allow_patterns=patterns))
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"policy.path={name!r} at {revision!r} cannot be downloaded ({reason}); check name, HF_ENDPOINT and network"
-        ) from error
-    return snapshot, {"origin": f"{name}@{snapshot.name}"}
+        folder = snapshot(name, revision, context.config.transfer, cache_folder() / "hub", only=patterns)
+    except ServiceError as error:
+        raise ModelError(f"policy.path={name!r}: {error}; check name, policy.revision, transfer.hub_endpoint and the network") from error
+    return folder, {"origin": f"{name}@{folder.name}"}
 
 
 _SOURCES: dict[str, Callable[[Context], tuple[Path, dict[str, Any]]]] = {

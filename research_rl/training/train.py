@@ -51,7 +51,7 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
     _require_rows(config, train)
     paths = overrides.Paths(model, train, dev, work, ray_folder(work))
     with running(config, context.workspace) as endpoint:
-        store = Store.parse(config.trainer.upload, work.name) if config.trainer.upload else None
+        store = Store.parse(config.trainer.upload, work.name, config.transfer.proxy) if config.trainer.upload else None
         training = Run(_with_own_prompt(config, work), paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
         outcome = supervise(training, hooks, context.progress)
     publish(context, training, outcome, dropped)

@@ -21,6 +21,7 @@ from research_rl.config import Config
 from research_rl.errors import ServiceError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
+from research_rl.process.proxies import httpx_options
 from research_rl.process.services import Process, base_url, reap, require_free, wait_healthy
 from research_rl.process.tokens import token_from
 from research_rl.report import markdown
@@ -104,7 +105,7 @@ def _edition(workspace: Workspace) -> bytes:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False).is_success
+        return httpx.get(f"{url}/health", timeout=5.0, **httpx_options()).is_success
     except httpx.HTTPError:
         return False
 
@@ -115,7 +116,7 @@ def _show(workspace: Workspace, url: str, starts: int) -> None:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     rows = [("address", url), ("description", f"{url}/openapi.json"), ("metrics", f"{url}/metrics"), ("start", str(starts))]
     with showing("the retriever's address"):
-        facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, trust_env=False).raise_for_status().json()
+        facts: dict[str, Any] = httpx.get(f"{url}/info", headers=headers, timeout=10.0, **httpx_options()).raise_for_status().json()
         rows += [(name, f"`{json.dumps(value)}`") for name, value in facts.items()]
         text = f"# Retriever\n\n{markdown.table(('', ''), rows)}\n\nWorkspace {workspace.root}"
         create_markdown_artifact(text, key="retriever", description=f"Retriever at {url}")

@@ -206,6 +206,7 @@ def s3_command(folder: Path, ports: Sequence[int], keys: Mapping[str, str]) -> t
 
 def _make_bucket(keys: Mapping[str, str]) -> None:
     import boto3
+    from botocore.config import Config as BotocoreConfig
 
     client = boto3.client(
         "s3",
@@ -213,6 +214,7 @@ def _make_bucket(keys: Mapping[str, str]) -> None:
         aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
         region_name=keys["AWS_DEFAULT_REGION"],
+        config=BotocoreConfig(**proxies.botocore_options()),
     )
     if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
         client.create_bucket(Bucket=BUCKET)

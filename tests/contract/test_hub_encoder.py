@@ -19,10 +19,15 @@ import pytest
 from research_rl.embedding.sentence import SentenceEncoder
 from tests.encoder_model import FACTS, texts, write_model
 
-COMMIT, REPOSITORY = "0123456789abcdef0123456789abcdef01234567", "owner/encoder"
-RESOLVE = (
-    "import sys; from pathlib import Path; from research_rl.embedding.models import resolve; print(resolve(sys.argv[1], Path(sys.argv[2])))"
-)
+COMMIT, TAG, REPOSITORY = "0123456789abcdef0123456789abcdef01234567", "v2", "owner/encoder"
+RESOLVE = """
+import sys
+from pathlib import Path
+from research_rl.config import EncoderConfig, TransferConfig
+from research_rl.embedding.models import resolve
+
+print(resolve(EncoderConfig(kind="sentence", model=sys.argv[1], revision=sys.argv[3]), TransferConfig(), Path(sys.argv[2])))
+"""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -42,7 +47,8 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         names = [file.relative_to(self._folder).as_posix() for file in self._folder.rglob("*") if file.is_file()]
         name = path.removeprefix(f"/{REPOSITORY}/resolve/{COMMIT}/")
-        if path == f"/api/models/{REPOSITORY}/revision/main":
+        if path in (f"/api/models/{REPOSITORY}/revision/{name}" for name in ("main", TAG)):
+            self._asked.append(path)
             self._send(200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": []}).encode(), body)
         elif path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
             files = [{"type": "file", "path": name, "size": (self._folder / name).stat().st_size, "oid": name} for name in names]
@@ -80,9 +86,9 @@ def server(tmp_path: Path, asked: list[str]) -> Iterator[str]:
     found.server_close()
 
 
-def _resolve(server: str, model: str, cache: Path) -> subprocess.CompletedProcess[str]:
+def _resolve(server: str, model: str, cache: Path, revision: str = "main") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_ENDPOINT": server, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run([sys.executable, "-c", RESOLVE, model, str(cache)], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", RESOLVE, model, str(cache), revision], env=environment, capture_output=True, text=True)
 
 
 def test_a_model_of_the_hub_encodes_like_its_folder(server: str, asked: list[str], tmp_path: Path) -> None:
@@ -97,4 +103,10 @@ def test_a_model_of_the_hub_encodes_like_its_folder(server: str, asked: list[str
 
 def test_an_unknown_model_is_named(server: str, tmp_path: Path) -> None:
     found = _resolve(server, "owner/nothing", tmp_path / "cache")
-    assert "ModelError: encoder.model=owner/nothing is no folder and the hub does not give it" in found.stderr
+    assert "does not give owner/nothing at main" in found.stderr
+
+
+def test_the_revision_that_is_named_is_fetched(server: str, asked: list[str], tmp_path: Path) -> None:
+    found = _resolve(server, REPOSITORY, tmp_path / "cache", TAG)
+    assert COMMIT in Path(found.stdout.strip()).parts, found.stderr
+    assert f"/api/models/{REPOSITORY}/revision/{TAG}" in asked

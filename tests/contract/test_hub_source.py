@@ -81,8 +81,9 @@ def hub() -> Iterator[str]:
 
 def context(root: Path, hub: str, transfer: dict[str, Any] | None = None, **data: Any) -> Context:
     named = {"corpus": "wiki/corpus.jsonl", "train": ["musique/train.jsonl"], "dev": ["musique/dev.jsonl"], "test": ["musique/dev.jsonl"]}
-    tree = {"source": "hub", "hub_endpoint": hub, "hub_repo": REPOSITORY, **named, **data}
-    return Context(STAGES["download"], Config.model_validate({"data": tree, "transfer": transfer or {}}), Workspace(root), {}, silent)
+    tree = {"source": "hub", "hub_repo": REPOSITORY, **named, **data}
+    config = Config.model_validate({"data": tree, "transfer": {"hub_endpoint": hub, **(transfer or {})}})
+    return Context(STAGES["download"], config, Workspace(root), {}, silent)
 
 
 def test_the_hubs_checksum_is_enforced(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,5 +57,7 @@ def test_a_failing_warm_up_shows_the_logs_tail_and_publishes_nothing(tmp_path: P
 def test_an_unreachable_hub_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ModelError, match=r"policy\.path='a/b' at 'main' cannot be downloaded .*check name, HF_ENDPOINT and network"):
+    with pytest.raises(
+        ModelError, match=r"policy\.path='a/b': http://127\.0\.0\.1:9 does not give a/b at main .*check name, policy\.revision"
+    ):
         build(tmp_path, load_profile("laptop", ("policy.source=hub", "policy.path=a/b")))

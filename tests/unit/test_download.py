@@ -106,9 +106,10 @@ def test_a_bad_row_leaves_the_old_snapshot(tmp_path: Path, source: Path) -> None
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["data"]
 
 
-def test_an_unreachable_hub_is_named(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"http://127.0.0.1:9.* at main"):
-        download.run(context(tmp_path, source="hub", hub_endpoint="http://127.0.0.1:9"))
+        download.run(context(tmp_path, source="hub"))
     assert not (tmp_path / "data").exists()
 
 
@@ -145,7 +146,7 @@ def test_a_changed_folder_makes_the_stage_stale(tmp_path: Path, source: Path) ->
         ({"corpus": "https://host/c.jsonl?X-Amz-Signature=hunter2"}, "carries X-Amz-Signature in its query.*AWS_"),
         ({"train": ["https://host/c.jsonl?a=1&access_token=hunter2"]}, "carries access_token"),
         ({"files": {"x": ["http://hunter2@host/x"]}}, "carries a user or password"),
-        ({"hub_endpoint": "https://u:hunter2@hub"}, "HF_TOKEN"),
+        ({"corpus": "https://u:hunter2@hub/c"}, "HF_TOKEN"),
         ({"s3_endpoint": "https://u:hunter2@s3"}, "AWS_"),
         ({"url": "http://[::1"}, r"http://... is malformed"),
     ],

@@ -119,6 +119,28 @@ def test_every_number_of_a_question(tokenizer: FolderTokenizer) -> None:
     assert [segment["author"] for segment in result.trajectory["segments"]] == ["model", "search", "model"]
 
 
+def test_the_reward_that_was_trained_is_measured_beside_the_published_ones(tokenizer: FolderTokenizer) -> None:
+    terms = [{"kind": "f1", "weight": 1.0}, {"kind": "retrieval", "weight": 4.0}, {"kind": "length", "weight": -0.5}]
+    config = Config.model_validate({**CONFIG.model_dump(mode="json"), "reward": {"rule": "composed", "terms": terms}})
+    results = play(tokenizer, Engine(tokenizer), questions(8), config=config)
+    assert results[1].reward_parts == {"f1": 1.0, "retrieval": 2.0, "length": -0.5}
+    assert (results[1].reward, results[1].reward_repository) == (2.5, 1.0)
+    metrics = summarise(results, 200, 1)
+    assert metrics["reward"]["mean"] == headline(metrics)["reward"] == pytest.approx(sum(r.reward for r in results) / 8)
+    assert metrics["reward"]["mean"] > 1 >= metrics["reward_repository"]["mean"]
+
+
+def test_the_judge_of_training_judges_an_evaluation_and_its_failures_are_counted(tokenizer: FolderTokenizer) -> None:
+    reward = {"rule": "composed", "terms": [{"kind": "judge", "weight": 1.0}], "judge": {"model": "m", "fallback": "zero"}}
+    tree = {**CONFIG.model_dump(mode="json"), "reward": reward, "judge": {"url": "http://127.0.0.1:9/v1", "attempts": 1}}
+    results = play(tokenizer, Engine(tokenizer), questions(4), config=Config.model_validate(tree))
+    assert [result.judge is None for result in results] == [False, True, True, True], "a gold answer needs no judge"
+    metrics = summarise(results, 200, 1)
+    assert metrics["judge_failed"] == {**metrics["judge_failed"], "mean": 1.0, "n": 1}
+    assert metrics["reward"]["mean"] == 0.75
+    assert "judge_failed" not in summarise(play(tokenizer, Engine(tokenizer), questions(4)), 200, 1)
+
+
 def test_concurrency_is_bounded_and_the_order_kept(tokenizer: FolderTokenizer) -> None:
     engine = Engine(tokenizer)
     results = play(tokenizer, engine, questions(20))
@@ -155,7 +177,7 @@ def test_metrics_have_intervals_by_source_and_by_hops(tokenizer: FolderTokenizer
     assert metrics["by_data_source"]["odd"]["f1"] == {"mean": 1.0, "low": 0.630583, "high": 1.0, "n": 8}
     assert {hops: group["recall"]["mean"] for hops, group in metrics["by_hops"].items()} == {"1": 1.0, "2": 0.5}
     assert sum(share["mean"] for share in metrics["stop"].values()) == pytest.approx(1.0)
-    assert headline(metrics) == {"n": 16, "em": 0.75, "f1": 0.75, "format": 1.0, "searches": 1.0, "recall": 0.75}
+    assert headline(metrics) == {"n": 16, "em": 0.75, "f1": 0.75, "format": 1.0, "searches": 1.0, "recall": 0.75, "reward": 0.775}
 
 
 def test_recall_is_left_out_where_no_supporting_passage_is_known(tokenizer: FolderTokenizer) -> None:

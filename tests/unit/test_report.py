@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import hashlib
@@ -13,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from research_rl.config import Config
+from research_rl.config import Config, JudgeConfig, RewardConfig
 from research_rl.episode.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
 from research_rl.errors import DataError
-from research_rl.evaluation.results import Question, Result, to_result, write_results
+from research_rl.evaluation.results import HeldOutQuestion, Result, to_result, write_results
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace
@@ -26,6 +27,7 @@ from research_rl.report.compare import compare, load
 from research_rl.report.pairs import compare_metrics, match, outcome
 from research_rl.report.training import SERIES, read_curves
 from research_rl.report.viewer import QUESTIONS, SEGMENT_CHARS, evaluated, rolled_out, spread, validated
+from research_rl.reward.grader import Grader
 from research_rl.reward.rules import grade
 from research_rl.training.run.episodes import record, summarise
 from research_rl.training.run.rollouts import read_rollouts, rollout_files
@@ -46,9 +48,13 @@ def result(row: int, answer: str, searches: int = 1) -> Result:
         trajectory.segments.append(segment(Author.SEARCH, f" <result>\n{EVIL}\n</result>"))
         trajectory.searches.append(SearchRecord(f"query {number}", (f"p{number}",), 0.01))
     trajectory.segments.append(segment(Author.MODEL, f"<think>so</think><answer>\\boxed{{{answer}}}</answer>"))
-    return to_result(
-        Question(row, f"q{row}", "made", f"Question {row}? {EVIL}", ("Ada",), ("p0", "p1")[: 1 + row % 2]), trajectory, "<eos>", 0.1
-    )
+    return measured(row, trajectory)
+
+
+def measured(row: int, trajectory: Trajectory) -> Result:
+    question = HeldOutQuestion(row, f"q{row}", "made", f"Question {row}? {EVIL}", ("Ada",), ("p0", "p1")[: 1 + row % 2])
+    trained = asyncio.run(Grader(RewardConfig(), JudgeConfig(), "<eos>").grade(trajectory, question.target))
+    return to_result(question, trajectory, trained, "<eos>", 0.1)
 
 
 def evaluation(folder: Path, results: list[Result], **parameters: object) -> Manifest:
@@ -214,8 +220,7 @@ def test_pairs_are_matched_by_question_not_by_place() -> None:
 
 def lost(row: int) -> Result:
     """A question whose episode the model server ended."""
-    question = Question(row, f"q{row}", "made", f"Question {row}? {EVIL}", ("Ada",), ("p0", "p1")[: 1 + row % 2])
-    return to_result(question, Trajectory((1, 2), stop=StopReason.ENGINE_FAILURE, error="gone"), "<eos>", 0.1)
+    return measured(row, Trajectory((1, 2), stop=StopReason.ENGINE_FAILURE, error="gone"))
 
 
 def test_an_outage_during_one_evaluation_is_neither_a_gain_nor_a_loss(tmp_path: Path) -> None:
@@ -260,6 +265,13 @@ def test_compare_names_what_was_set_differently_and_what_came_of_it(tmp_path: Pa
     assert "5 questions decide nothing, it takes 10." in text
     assert "F1 0.000 in A, 1.000 in B" in (tmp_path / "page.html").read_text()
     assert len(load(tmp_path / "a", tmp_path / "b").matched.pairs) == 5
+
+
+def test_compare_sets_no_reward_against_a_reward_of_another_kind(tmp_path: Path) -> None:
+    for name, rule in (("a", "paper"), ("b", "paper"), ("c", "composed")):
+        evaluation(tmp_path / name, [result(n, "Ada") for n in range(5)], reward={"rule": rule}, **{"judge.url": None})
+    names = [{metric.name for metric in load(tmp_path / "a", tmp_path / other).metrics} for other in ("b", "c")]
+    assert "reward" in names[0] and names[0] - names[1] == {"reward"}
 
 
 def test_compare_refuses_evaluations_of_different_questions(tmp_path: Path) -> None:

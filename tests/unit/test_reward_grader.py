@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from research_rl import config as configuration
@@ -31,8 +32,11 @@ def play(answer: str, *, before: str = "", queries: tuple[str, ...] = ("a", "A",
 
 
 def graded(reward: dict[str, Any], trajectory: Trajectory, target: GradingTarget = TARGET, judge: JudgeConfig | None = None) -> Grade:
-    grader = Grader(RewardConfig.model_validate(reward), judge or JudgeConfig(), "<eos>")
-    return asyncio.run(grader.grade(trajectory, target))
+    async def once() -> Grade:
+        async with Grader(RewardConfig.model_validate(reward), judge or JudgeConfig(), "<eos>") as grader:
+            return await grader.grade(trajectory, target)
+
+    return asyncio.run(once())
 
 
 def term(kind: str, **more: Any) -> dict[str, Any]:
@@ -128,6 +132,7 @@ class JudgeServer(BaseHTTPRequestHandler):
 
     script: ClassVar[list[Any]] = []
     asked: ClassVar[list[dict[str, Any]]] = []
+    over: ClassVar[threading.Event] = threading.Event()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -135,7 +140,7 @@ class JudgeServer(BaseHTTPRequestHandler):
         case = json.loads(body["messages"][1]["content"])
         told = self.script.pop(0) if self.script else 200
         if told == "hang":
-            time.sleep(1.0)
+            self.over.wait(60)
         says = told if isinstance(told, str) else "Verdict: " + json.dumps({"correct": case["candidate"].startswith("P")})
         reply = json.dumps({"choices": [{"message": {"content": says}}]}).encode()
         self.send_response(told if isinstance(told, int) else 200)
@@ -148,10 +153,11 @@ class JudgeServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    JudgeServer.script, JudgeServer.asked = [], []
+    JudgeServer.script, JudgeServer.asked, JudgeServer.over = [], [], threading.Event()
     found = ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
     threading.Thread(target=found.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{found.server_port}/v1"
+    JudgeServer.over.set()
     found.shutdown()
     found.server_close()
 
@@ -177,20 +183,20 @@ def test_the_judge_is_not_asked_what_is_plain(server: str, answer: str) -> None:
 
 def test_many_rollouts_with_one_answer_ask_once(server: str) -> None:
     async def all_at_once() -> set[bool | None]:
-        judge = Judge(JudgeConfig(url=server), "m", 100)
-        return {verdict.correct for verdict in await asyncio.gather(*(judge.ask("q", ["g"], "Px") for _ in range(20)))}
+        async with Judge(JudgeConfig(url=server), "m", 100) as judge:
+            return {verdict.correct for verdict in await asyncio.gather(*(judge.ask("q", ["g"], "Px") for _ in range(20)))}
 
     assert asyncio.run(all_at_once()) == {True} and len(JudgeServer.asked) == 1
 
 
 def test_a_waiter_that_is_cancelled_leaves_the_verdict_to_the_others(server: str) -> None:
     async def one_gives_up() -> bool | None:
-        judge = Judge(JudgeConfig(url=server), "m", 100)
-        impatient = asyncio.create_task(judge.ask("q", ["g"], "Px"))
-        patient = asyncio.create_task(judge.ask("q", ["g"], "Px"))
-        await asyncio.sleep(0)
-        impatient.cancel()
-        return (await patient).correct
+        async with Judge(JudgeConfig(url=server), "m", 100) as judge:
+            impatient = asyncio.create_task(judge.ask("q", ["g"], "Px"))
+            patient = asyncio.create_task(judge.ask("q", ["g"], "Px"))
+            await asyncio.sleep(0)
+            impatient.cancel()
+            return (await patient).correct
 
     assert asyncio.run(one_gives_up()) is True
 
@@ -198,7 +204,7 @@ def test_a_waiter_that_is_cancelled_leaves_the_verdict_to_the_others(server: str
 @pytest.mark.parametrize("fault", [500, 429, "hang", "no object", '{"correct": "maybe"}'])
 def test_a_judge_that_fails_once_is_asked_again(server: str, fault: Any) -> None:
     JudgeServer.script = [fault]
-    found = graded(JUDGED, play("Pariis"), judge=JudgeConfig(url=server, timeout_s=0.3, attempts=2))
+    found = graded(JUDGED, play("Pariis"), judge=JudgeConfig(url=server, timeout_s=3.0 if fault == "hang" else 60.0, attempts=2))
     assert found.score == 1.0 and found.judge == "asked" and len(JudgeServer.asked) == 2
 
 
@@ -212,8 +218,8 @@ def test_a_judge_that_keeps_failing_is_counted_and_replaced(server: str, fallbac
 
 def test_an_order_the_judge_refuses_is_not_repeated_and_a_failure_is_not_remembered(server: str) -> None:
     async def twice() -> list[bool | None]:
-        judge = Judge(JudgeConfig(url=server, attempts=3), "m", 100)
-        return [(await judge.ask("q", ["g"], "Px")).correct for _ in range(2)]
+        async with Judge(JudgeConfig(url=server, attempts=3), "m", 100) as judge:
+            return [(await judge.ask("q", ["g"], "Px")).correct for _ in range(2)]
 
     JudgeServer.script = [400]
     assert asyncio.run(twice()) == [None, True] and len(JudgeServer.asked) == 2
@@ -222,6 +228,51 @@ def test_an_order_the_judge_refuses_is_not_repeated_and_a_failure_is_not_remembe
 def test_nobody_there_is_a_failure_like_another() -> None:
     found = graded(JUDGED, play("Pariis"), judge=JudgeConfig(url="http://127.0.0.1:9/v1", attempts=1))
     assert found.score == 0.0 and str(found.judge).startswith("failed: ConnectError")
+
+
+def test_a_grader_that_is_left_gives_its_connections_back_and_asks_nothing_more(server: str) -> None:
+    async def once() -> int:
+        process = psutil.Process()
+        async with Grader(RewardConfig.model_validate(JUDGED), JudgeConfig(url=server), "<eos>") as grader:
+            assert (await grader.grade(play("Pariis"), TARGET)).judge == "asked"
+            assert [c for c in process.net_connections("tcp") if c.raddr and c.raddr.port == port]
+        JudgeServer.script = ["hang"]
+        waiting = Judge(JudgeConfig(url=server), "m", 100)
+        question = asyncio.create_task(waiting.ask("q", ["g"], "Px"))
+        while len(JudgeServer.asked) < 2:
+            await asyncio.sleep(0.01)
+        await waiting.aclose()
+        assert question.cancelled() or isinstance((await asyncio.gather(question, return_exceptions=True))[0], asyncio.CancelledError)
+        return len([c for c in process.net_connections("tcp") if c.raddr and c.raddr.port == port and c.status == psutil.CONN_ESTABLISHED])
+
+    port = urlsplit(server).port
+    assert asyncio.run(once()) == 0
+
+
+@pytest.mark.parametrize(
+    "said", ['{reasons} {"correct": true}', '```json\n{"correct": true}\n```', '{"correct": false} no: {"correct": true}']
+)
+def test_the_verdict_is_found_among_other_text(server: str, said: str) -> None:
+    JudgeServer.script = [said]
+    assert graded(JUDGED, play("Rome"), judge=JudgeConfig(url=server, attempts=1)).score == 1.0
+
+
+def test_half_a_character_in_a_question_costs_no_verdict(server: str) -> None:
+    target = GradingTarget("where\ud800?", ("Paris",))
+    assert graded(JUDGED, play("Pariis"), target, JudgeConfig(url=server, attempts=1)).judge == "asked"
+
+
+def test_a_token_from_a_file_with_a_last_newline_is_sent_without_it(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESEARCH_JUDGE_TOKEN", "secret\n")
+    assert graded(JUDGED, play("Pariis"), judge=JudgeConfig(url=server, attempts=1)).judge == "asked"
+    assert JudgeServer.asked[0]["token"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("name", ["url", "proxy"])
+@pytest.mark.parametrize("value", ["127.0.0.1:8000/v1", "judge", "ftp://host/v1"])
+def test_an_address_that_no_request_can_be_sent_to_is_refused_at_once(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"judge\.{name}: .*is no address; write http://"):
+        configuration.load_profile("laptop", [f"judge.{name}={value}"])
 
 
 def test_the_default_configuration_composes_nothing() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from research_rl.config import Config
+from research_rl.config import Config, config_hash
+from research_rl.pipeline.stages import STAGES
 from research_rl.retriever import TOKEN
 from research_rl.training.run import overrides
 from research_rl.training.run.overrides import Paths
@@ -154,3 +155,14 @@ def test_the_work_folder_outlives_a_longer_run_but_not_other_parameters() -> Non
     base = work_key(config(steps=10), {})
     assert base == work_key(config(steps=20, save_every=3, step_deadline_s=5.0, max_attempts=9), {})
     assert base != work_key(config(steps=10, lr=1e-3), {})
+
+
+def test_another_judge_is_another_training_run_and_another_evaluation_but_more_patience_with_it_is_not() -> None:
+    def identities(**judge: object) -> list[str]:
+        asked = Config.model_validate({"judge": {"url": "http://127.0.0.1:1/v1", **judge}})
+        return [work_key(asked, {}), *(config_hash(asked, STAGES[name].sections) for name in ("train", "baseline", "evaluate"))]
+
+    base = identities()
+    assert identities(timeout_s=1.0, attempts=9, concurrency=1, proxy="http://127.0.0.1:2") == base
+    for other in ({"url": "http://127.0.0.1:3/v1"}, {"max_tokens": 1024}):
+        assert not set(identities(**other)) & set(base)

@@ -140,7 +140,7 @@ class Sources:
     def _hub(self, repository: str, revision: str) -> Source:
         from research_rl.data.sources.hub import HubSource
 
-        return HubSource(self._data.hub_endpoint, repository, revision, self._transfer)
+        return HubSource(repository, revision, self._transfer)
 
     def _bucket(self, bucket: str, prefix: str) -> Source:
         from research_rl.data.sources.s3 import BucketSource

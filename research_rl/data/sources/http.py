@@ -19,6 +19,7 @@ import httpx
 from research_rl.config import TransferConfig, addresses
 from research_rl.data.sources import ChangedError, Remote, TransientError, encoding_suffix
 from research_rl.errors import DataError
+from research_rl.process.proxies import httpx_options
 
 __all__ = ["HttpSource", "Web"]
 
@@ -69,11 +70,13 @@ class Web:
     """HTTP requests whose failures are sorted into passing and lasting ones; safe to share between threads."""
 
     def __init__(self, transfer: TransferConfig, headers: Callable[[], Mapping[str, str]] = dict, auth: httpx.Auth | None = None) -> None:
-        # The environment's proxies are not used: they would be sent the headers, tokens included, of plain http requests.
         self._client = httpx.Client(
-            timeout=transfer.timeout_s, follow_redirects=True, trust_env=False, proxy=transfer.proxy, auth=auth,
+            timeout=transfer.timeout_s,
+            follow_redirects=True,
+            auth=auth,
             event_hooks={"response": [_outside]},
-        )  # fmt: skip
+            **httpx_options(transfer.proxy),
+        )
         self._headers = headers
 
     @contextmanager

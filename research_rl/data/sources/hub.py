@@ -17,6 +17,7 @@ from research_rl.config import TransferConfig
 from research_rl.data.sources import Remote, TransientError, nearest
 from research_rl.data.sources.http import Web
 from research_rl.errors import DataError
+from research_rl.process.hub import connect
 
 __all__ = ["HubSource"]
 
@@ -26,11 +27,10 @@ _ALGORITHMS = {64: "sha256", 40: "git-blob"}
 class HubSource:
     """One dataset repository at one commit; a token is taken from HF_TOKEN or the hub's own login."""
 
-    def __init__(self, endpoint: str, repository: str, revision: str, transfer: TransferConfig) -> None:
-        self._endpoint, self._repository, self._revision = endpoint, repository, revision
+    def __init__(self, repository: str, revision: str, transfer: TransferConfig) -> None:
+        self._endpoint, self._repository, self._revision = connect(transfer), repository, revision
         self._timeout = transfer.timeout_s
         self._web = Web(transfer, _headers)
-        _use_own_client(transfer.proxy)
 
     @property
     def key(self) -> str:
@@ -97,19 +97,9 @@ class HubSource:
             passing = isinstance(error, (HTTPError, OSError)) if status is None else status >= 500 or status in (408, 429)
             kind = TransientError if passing else DataError
             raise kind(
-                f"cannot fetch {where}: {reason}; check data.hub_endpoint, data.hub_repo, data.hub_revision and the network, "
+                f"cannot fetch {where}: {reason}; check transfer.hub_endpoint, data.hub_repo, data.hub_revision and the network, "
                 "or put the files in a folder and set data.source=folder"
             ) from error
-
-
-def _use_own_client(proxy: str | None) -> None:
-    """Have huggingface_hub send its requests, which carry the token, by no proxy but the configured one."""
-    import httpx
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
-    hooks = default_client_factory().event_hooks
-    set_client_factory(lambda: httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=None, trust_env=False, proxy=proxy))
 
 
 def _headers() -> dict[str, str]:

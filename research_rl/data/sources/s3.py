@@ -13,6 +13,7 @@ from typing import Any
 from research_rl.config import TransferConfig
 from research_rl.data.sources import ChangedError, Remote, TransientError, encoding_suffix, nearest
 from research_rl.errors import DataError
+from research_rl.process.proxies import botocore_options
 
 __all__ = ["BucketSource"]
 
@@ -81,9 +82,7 @@ class BucketSource:
         session = boto3.Session()
         if session.get_credentials() is None:
             options["signature_version"] = UNSIGNED
-        proxy = self._transfer.proxy
-        options["proxies"] = {"http": proxy, "https": proxy} if proxy else {}  # an empty one, as without it the environment's are used
-        config = Config(retries={"total_max_attempts": 1}, **options)
+        config = Config(retries={"total_max_attempts": 1}, **options, **botocore_options(self._transfer.proxy))
         region = session.region_name or "us-east-1"
         try:
             return session.client("s3", endpoint_url=self._endpoint, region_name=region, config=config)

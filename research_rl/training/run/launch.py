@@ -24,6 +24,7 @@ import httpx
 from research_rl.config import Config
 from research_rl.errors import ConfigError, ServiceError
 from research_rl.process import services
+from research_rl.process.proxies import httpx_options
 
 __all__ = ["Launcher", "LocalLauncher", "RayJob", "RayJobLauncher", "RayJobs", "Started", "launcher"]
 
@@ -93,7 +94,7 @@ class RayJobs:
         self.address = address
         token = token or _token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.client = httpx.Client(base_url=address, headers=headers, timeout=httpx.Timeout(60.0, connect=5.0), trust_env=False)
+        self.client = httpx.Client(base_url=address, headers=headers, timeout=httpx.Timeout(60.0, connect=5.0), **httpx_options())
 
     def submit(self, name: str, entrypoint: str, env: Mapping[str, str]) -> None:
         """Submit a job under the id `name`; a cluster that has just started may need a while to take it. Raises ServiceError."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.errors import ConfigError, ServiceError
+from research_rl.process.proxies import botocore_options
 from research_rl.training.run.checkpoints import SEAL, Checkpoint, fault
 from research_rl.training.run.metrics_log import MetricsLog
 
@@ -39,15 +40,16 @@ class Store:
 
     bucket: str
     prefix: str
+    proxy: str | None = None
 
     @classmethod
-    def parse(cls, address: str, run: str) -> Store:
+    def parse(cls, address: str, run: str, proxy: str | None = None) -> Store:
         """Return the place of one run below `s3://bucket/prefix`. Raises ConfigError."""
         scheme, _, rest = address.partition("://")
         bucket, _, prefix = rest.partition("/")
         if scheme != "s3" or not bucket:
             raise ConfigError(f"trainer.upload={address!r} is not of the form s3://bucket/prefix; correct it or leave it empty")
-        return cls(bucket, "/".join(filter(None, (prefix.strip("/"), run))))
+        return cls(bucket, "/".join(filter(None, (prefix.strip("/"), run))), proxy)
 
     def key(self, folder: str, name: str) -> str:
         """Return the key of one file below a folder of this run."""
@@ -58,7 +60,8 @@ class Store:
         import boto3
         from botocore.config import Config
 
-        return boto3.Session().client("s3", config=Config(connect_timeout=10, read_timeout=60, retries={"max_attempts": 2}))
+        limits: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}
+        return boto3.Session().client("s3", config=Config(**limits, **botocore_options(self.proxy)))
 
     def sealed(self, client: Any) -> dict[int, dict[str, Any]]:
         """Return the files of every whole checkpoint there, by step, as its seal lists them."""
