@@ -73,7 +73,7 @@ def test_prefect_refuses_pages_of_other_origins_and_requests_without_the_key(sta
     json_type = {"Content-Type": "application/json"}
     for headers, status in (
         ({**json_type, "Origin": "https://evil.example"}, 403),
-        ({**json_type, "Host": "evil.example"}, 403),
+        ({**json_type, "Host": "evil.example"}, 421),
         ({"Content-Type": "text/plain"}, 415),
         ({}, 415),
     ):
@@ -92,7 +92,7 @@ def test_mlflow_refuses_pages_of_other_origins_and_requests_without_the_key(stac
     assert post(json={"max_results": 1}, auth=key).status_code == 200
     assert post(json={"max_results": 1}).status_code == 401
     assert post(json={"max_results": 1}, auth=key, headers={"Origin": "http://localhost:8000"}).status_code == 403
-    assert post(json={"max_results": 1}, auth=key, headers={"Host": "evil.example"}).status_code == 403
+    assert post(json={"max_results": 1}, auth=key, headers={"Host": "evil.example"}).status_code == 421
     assert post(content=b'{"max_results": 1}', auth=key, headers={"Content-Type": "text/plain"}).status_code == 415
 
 
