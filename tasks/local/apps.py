@@ -87,6 +87,4 @@ def mlflow() -> Guard:
     from mlflow.server.handlers import initialize_backend_stores
 
     initialize_backend_stores(store, store, artifacts)
-    return Guard(
-        sign_in.mlflow(app), Access(content_types=_MLFLOW_TYPES, authorization=basic(user_and_key), open_paths=("/health",))
-    )
+    return Guard(sign_in.mlflow(app), Access(content_types=_MLFLOW_TYPES, authorization=basic(user_and_key), open_paths=("/health",)))

@@ -132,6 +132,7 @@ class Stack:
         return {
             "PREFECT_HOME": self.home,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            **settings.PATIENCE,
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "DO_NOT_TRACK": "1",
             "RESEARCH_CHECKOUT": str(CHECKOUT),
@@ -223,7 +224,9 @@ def _up(stack: Stack) -> None:
     private = sys.stdout.isatty()
     prefect, mlflow = _pages(variables, private)
     print(f"Prefect  {prefect}\nMLflow   {mlflow}\nlogs     {stack.folder}\nkeys     {stack.folder / settings.KEYS}")
-    print("         " + ("these links sign your browser in" if private else "in a terminal, `make up` prints links that sign your browser in"))
+    print(
+        "         " + ("these links sign your browser in" if private else "in a terminal, `make up` prints links that sign your browser in")
+    )
     print("\nStart a run, in the checkout, with:\n")
     print("  .venv/bin/prefect deployment run research-train/laptop --watch\n")
     if (proxied := sorted(name for name in os.environ if name.lower() in ("http_proxy", "all_proxy"))) and "127.0.0.1" not in _no_proxy():
