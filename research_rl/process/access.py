@@ -180,7 +180,9 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
         elif refused := self._access.refused(scope):
-            _logger.warning("refused %s %r from %s: %s", scope.get("method", "websocket"), scope["path"], scope.get("client"), refused.detail)
+            _logger.warning(
+                "refused %s %r from %s: %s", scope.get("method", "websocket"), scope["path"], scope.get("client"), refused.detail
+            )
             await _refuse(scope, send, refused, self._access.challenge)
         else:
             await self._app(scope, receive, _with_headers(send))
