@@ -265,7 +265,7 @@ def _key(name: Any) -> str:
 
 def _explain(item: Mapping[str, Any]) -> str:
     """Turn one pydantic error into `name=value: reason`, with the new or the nearest known name for an unknown one."""
-    name = ".".join(str(part) for part in item["loc"])
+    name = _brief(".".join(str(part) for part in item["loc"]), bare=True)
     if item["type"] == "value_error":
         return ": ".join(part for part in (name, str(item["ctx"]["error"])) if part)
     if item["type"] == "tuple_type":
