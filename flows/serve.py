@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
 from research_rl.pipeline.stages import Workspace
-from tasks.job import flow_run_name, resolve
+from tasks.job import flow_run_name, folder_of, resolve
 from tasks.local.keeper import keep, stop_serving
 from tasks.local.server import server
 
@@ -34,7 +33,7 @@ def research_serve(workspace: str = ".", overrides: dict[str, Any] = {}, part: s
         overrides: Parameters by dotted name, for example {"retriever.port": 8080}; params.yaml stays as it is.
         part: Which part of the index to serve, as i/n.
     """
-    root = Path(workspace).expanduser().resolve()
+    root = folder_of(workspace)
     keep(resolve(root, None, overrides), Workspace(root), part)
 
 

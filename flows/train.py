@@ -18,7 +18,7 @@ from tasks.evaluate import baseline, evaluate, report
 from tasks.forms import Profile, StageName
 from tasks.index import corpus, embed, index
 from tasks.job import assignments, flow_run_name, opened, resolve, stop_services
-from tasks.local.server import server
+from tasks.local.server import served
 from tasks.policy import policy
 from tasks.prepare import prepare
 from tasks.preview import preview
@@ -89,8 +89,8 @@ def main(arguments: list[str]) -> int:
     try:
         overrides = assignments(options.overrides)
         resolve(Path(), options.profile, overrides)
-        server()
-        research_train(profile=options.profile, overrides=overrides, dry_run=options.dry_run)
+        with served():
+            research_train(profile=options.profile, overrides=overrides, dry_run=options.dry_run)
         if not options.dry_run:
             print("\n".join(closing(Workspace(Path().resolve()))))
     except ResearchError as error:

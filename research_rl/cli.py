@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _print(f"research: {error.filename!s:.300}: {error.strerror}; use a workspace in which this user may write", sys.stderr)
+        return 1
     return 0
 
 

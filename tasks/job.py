@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from prefect import get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -32,7 +31,7 @@ from research_rl.process.services import reap
 from tasks.settings import stack_folder
 from tasks.tracking.track import Tracker, run_name
 
-__all__ = ["Job", "StageOutcome", "Stopped", "assignments", "flow_run_name", "opened", "resolve", "stop_services"]
+__all__ = ["Job", "StageOutcome", "Stopped", "assignments", "flow_run_name", "folder_of", "opened", "resolve", "stop_services"]
 
 _LOCK_WAIT_S = 15.0
 
@@ -89,10 +88,19 @@ def resolve(folder: Path, profile: str | None, overrides: Mapping[str, Any]) -> 
 
     Raises ConfigError for an unknown profile or parameter.
     """
-    items = [f"{name}={yaml.safe_dump([value], default_flow_style=True, width=10**9).strip()[1:-1]}" for name, value in overrides.items()]
     if profile is None and (folder / "params.yaml").is_file():
-        return configuration.load(folder / "params.yaml", items)
-    return configuration.load_profile(profile or "laptop", items)
+        return configuration.load(folder / "params.yaml", overrides)
+    return configuration.load_profile(profile or "laptop", overrides)
+
+
+def folder_of(workspace: Any) -> Path:
+    """Return the folder that a flow's parameter names. Raises ConfigError for a text that names none."""
+    try:
+        return Path(str(workspace)).expanduser().resolve()
+    except (ValueError, RuntimeError, OSError) as error:  # a NUL; `~nobody`; links in a circle, a name of more than 255 bytes
+        raise ConfigError(
+            f"workspace={str(workspace)[:200]!r} names no folder ({error!s:.200}); give a path that exists or can be made"
+        ) from None
 
 
 def assignments(items: Sequence[str]) -> dict[str, Any]:
@@ -105,7 +113,7 @@ def opened(
     workspace: str, profile: str | None, overrides: Mapping[str, Any], *, flow: str, run_id: str, force: frozenset[str] = frozenset()
 ) -> Generator[Job]:
     """Lock the workspace, write params.yaml, start tracking; close all of it on any exit."""
-    root = Path(workspace).expanduser().resolve()
+    root = folder_of(workspace)
     config = resolve(root, profile, overrides)
     root.mkdir(parents=True, exist_ok=True)
     space = Workspace(root)
@@ -130,7 +138,7 @@ def flow_run_name() -> str:
     """Return what a flow run is called: its flow, profile and seed. Prefect calls it before the run starts."""
     parameters, flow = flow_run.parameters, str(flow_run.flow_name)
     try:
-        root = Path(str(parameters.get("workspace", "."))).expanduser().resolve()
+        root = folder_of(parameters.get("workspace", "."))
         return run_name(flow, resolve(root, parameters.get("profile"), parameters.get("overrides") or {}))
     except ConfigError:  # the run itself says what is wrong with its parameters
         return flow
@@ -144,12 +152,12 @@ def reap_all(workspace: Workspace) -> list[str]:
 
 def stop_services(flow: Any, flow_run: Any, state: Any) -> None:
     """Flow hook: end what a failed, cancelled or crashed run left behind. Leaves the workspace alone while a run holds it."""
-    workspace = Workspace(Path(str(flow_run.parameters.get("workspace", "."))).expanduser().resolve())
-    if not workspace.services.is_dir():
-        return
     try:
+        workspace = Workspace(folder_of(flow_run.parameters.get("workspace", ".")))
+        if not workspace.services.is_dir():
+            return
         with locked(workspace, _LOCK_WAIT_S, f"clean-up after {flow_run.name}"):
             for name in reap_all(workspace):
                 logging.getLogger("prefect.flow_runs").warning("ended %s, left behind by %s", name, flow_run.name)
-    except (ServiceError, StorageError) as error:
+    except (ConfigError, ServiceError, StorageError) as error:
         logging.getLogger("prefect.flow_runs").warning("services were left alone: %s", error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -13,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from research_rl.pipeline.stages import Workspace
 from research_rl.planning.dry_run import dry_run
 from tasks.artifacts import showing
-from tasks.job import resolve
+from tasks.job import folder_of, resolve
 
 __all__ = ["preview"]
 
@@ -21,7 +20,7 @@ __all__ = ["preview"]
 @task(name="dry-run", description="what a run would do, resolved to the last value", cache_policy=NO_CACHE, persist_result=False)
 def preview(workspace: str, profile: str | None, overrides: dict[str, Any]) -> None:
     """Print the resolved run and publish it. Raises ConfigError or TrainingError."""
-    root = Path(workspace).expanduser().resolve()
+    root = folder_of(workspace)
     planned = dry_run(resolve(root, profile, overrides), Workspace(root))
     sys.stdout.write(planned.text() + "\n")
     print(planned.summary)

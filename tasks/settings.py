@@ -20,6 +20,7 @@ from research_rl.process.proxies import bypass_loopback
 __all__ = [
     "ADDRESSES",
     "KEYS",
+    "PATIENCE",
     "apply",
     "keys",
     "point_prefect_at",
@@ -33,6 +34,8 @@ __all__ = [
 ADDRESSES = "addresses.json"
 KEYS = "keys.json"
 USER = "research"
+PATIENCE = {"PREFECT_CLIENT_MAX_RETRIES": "3"}
+"""Each of the dozen requests with which a run ends waits 2 + 4 + 8 s for a server that is gone, not for a minute as by default."""
 _SERVERS = {"PREFECT_API_URL": "prefect-server", "MLFLOW_TRACKING_URI": "mlflow-server"}
 _MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _TOML = "prefect.toml"
@@ -50,6 +53,7 @@ def apply(checkout: Path = CHECKOUT) -> None:
         "PREFECT_HOME": str(checkout / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        **PATIENCE,
         "DO_NOT_TRACK": "1",
         "GX_ANALYTICS_ENABLED": "false",
     }

@@ -1,30 +1,22 @@
 """What an address in the configuration may hold, and where a redirect may lead. Knows addresses; sends no request.
 
-Addresses are recorded in params.yaml, manifests and tracking, so one that carries a secret is refused when it is read.
+Addresses are recorded in params.yaml, manifests and tracking, so one that carries credentials is refused when it is read.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
+from research_rl.config.redact import credentials
 from research_rl.errors import ConfigError
 
 __all__ = ["check", "is_internal"]
 
-_SECRET = re.compile(
-    r"(^|[-_])(sig|signature|token|key|apikey|secret|password|passwd|pwd|auth|authorization|credential|awsaccesskeyid)$", re.IGNORECASE
-)
-_REMEDY = (
-    "addresses are recorded; keep credentials in the environment instead: HF_TOKEN for a hub, the AWS_ variables for s3://, "
-    "for a web server ~/.netrc or the file that NETRC names"
-)
 
-
-def check(address: str) -> None:
-    """Raise ConfigError for an address that is malformed or carries a user, a password or a signed query. Other names pass."""
+def check(address: str, remedy: str) -> None:
+    """Raise ConfigError for an address that is malformed or carries credentials; `remedy` says where they belong. Other texts pass."""
     if "://" not in address:
         return
     try:
@@ -32,11 +24,8 @@ def check(address: str) -> None:
         host, _ = parts.hostname, parts.port
     except ValueError as error:
         raise ConfigError(f"{address.partition('://')[0]}://... is malformed ({error}); write scheme://host[:port]/path") from None
-    if "@" in parts.netloc:
-        raise ConfigError(f"the address at {host} carries a user or password; {_REMEDY}")
-    secrets = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)]
-    if secrets and parts.scheme in ("http", "https"):
-        raise ConfigError(f"the address at {host} carries {', '.join(secrets)} in its query; {_REMEDY}")
+    if found := credentials(address):
+        raise ConfigError(f"the address at {host or parts.scheme} carries {', '.join(found)}; parameters are recorded: {remedy}")
 
 
 def is_internal(host: str) -> bool:

@@ -16,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from research_rl.config import template_text
+from research_rl.config.plain_yaml import MOST_BYTES, read_yaml
+from research_rl.config.redact import redact
 from research_rl.config.sections import Config
 from research_rl.errors import ConfigError
 from research_rl.paths import PROFILES
@@ -35,11 +37,17 @@ __all__ = [
     "update",
 ]
 
+Overrides = Iterable[str] | Mapping[str, Any]
+"""`section.key=value` texts, whose values are read as YAML, or values by dotted name."""
 _TO_TRAINER = (
     *("nodes", "gpus_per_node", "tensor_parallel", "gpu_memory_utilization", "gradient_checkpointing", "offload", "micro_batch"),
     *("max_tokens_per_gpu", "episodes_in_flight", "validate_every", "save_every", "keep_checkpoints", "upload", "upload_wait_s"),
     *("step_deadline_s", "start_deadline_s", "max_attempts"),
 )
+_DEEPEST = 20
+"""Most parts of a parameter's name; one below train.extra has some of its own."""
+_SHOWN = 200
+"""Characters of a value that a message shows."""
 FORMER_NAMES: dict[str, str | None] = {
     "train.prompts": "train.prompts_per_step",
     "train.group": "train.rollouts_per_prompt",
@@ -56,27 +64,27 @@ def profiles() -> list[str]:
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Config:
+def load(path: Path, overrides: Overrides = ()) -> Config:
     """Read a resolved params.yaml and apply dotted overrides. Raises ConfigError."""
     return _build(_read(path), overrides, str(path))
 
 
-def load_profile(name: str, overrides: Iterable[str] = ()) -> Config:
+def load_profile(name: str, overrides: Overrides = ()) -> Config:
     """Read `configs/<name>.yaml` over the defaults and apply dotted overrides. Raises ConfigError.
 
     A profile may name another as `extends`; its own values then replace that one's.
     """
-    path = PROFILES / f"{name}.yaml"
-    return _build({**_profile(name), "profile": name}, overrides, str(path))
+    return _build({**_profile(name), "profile": name}, overrides, str(PROFILES / f"{name}.yaml"))
 
 
-def _profile(name: str) -> dict[str, Any]:
-    path = PROFILES / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"profile={name!r} is not one of {profiles()}; choose one of them or add {path}")
-    tree = _read(path)
+def _profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    if name not in profiles():
+        raise ConfigError(f"profile={_brief(name)} is not one of {profiles()}; choose one of them or add {PROFILES}/<name>.yaml")
+    if name in above:
+        raise ConfigError(f"profile={name!r} extends itself by way of {' and '.join(above)}; remove one `extends`")
+    tree = _read(PROFILES / f"{name}.yaml")
     base = tree.pop("extends", None)
-    return _overlay(_profile(base), tree) if base else tree
+    return _overlay(_profile(base, (*above, name)), tree) if base else tree
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -174,14 +182,16 @@ def config_hash(config: Config, sections: Iterable[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return `tree` with `a.b=value` assignments applied; values are read as YAML. Raises ConfigError.
+def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Return `tree` with overrides applied. Raises ConfigError.
 
     A mapping given to a section changes the parameters it names and leaves the others as they are.
     """
-    for item in overrides:
-        name, value = assignment(item)
-        _assign(tree, name.split("."), value, Config)
+    for name, value in overrides.items() if isinstance(overrides, Mapping) else map(assignment, overrides):
+        keys = name.split(".")
+        if not all(keys) or len(keys) > _DEEPEST:
+            raise ConfigError(f"override {_brief(name)}: a name is section.key, such as train.steps; `research config describe` lists all")
+        _assign(tree, keys, value, Config)
     return tree
 
 
@@ -189,12 +199,13 @@ def assignment(item: str) -> tuple[str, Any]:
     """Split `section.key=value`; the value is read as YAML. Raises ConfigError."""
     name, equals, text = item.partition("=")
     if not equals or not name:
-        raise ConfigError(f"override {item!r} is not of the form section.key=value; an example: train.steps=40")
+        raise ConfigError(f"override {_brief(item)} is not of the form section.key=value; an example: train.steps=40")
     try:
-        return name, yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that no calendar has
+        return name, read_yaml(text)
+    except ConfigError as error:
+        shown = f"override {_brief(name, bare=True)}={_brief(text, bare=True)}: the value {error}"
         quoted = "'" + text.replace("'", "''") + "'"
-        raise ConfigError(f"override {name}={text}: the value is not YAML; for this text itself write {name}={quoted!r}") from None
+        raise ConfigError(shown if len(text) > _SHOWN else f"{shown}; for this text itself write {name}={quoted!r}") from None
 
 
 def _assign(tree: dict[str, Any], keys: list[str], value: Any, model: Any) -> None:
@@ -219,19 +230,25 @@ def _section(model: Any, key: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+        tree = read_yaml(content.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; write it with `research init` or run inside a workspace") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); it must be a file that this user may read") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path} {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}; a mapping of sections is needed")
-    return tree
+    return cast(dict[str, Any], tree)
 
 
-def _build(tree: Mapping[str, Any], overrides: Iterable[str], origin: str) -> Config:
+def _build(tree: Mapping[str, Any], overrides: Overrides, origin: str) -> Config:
     try:
         return Config.model_validate(_text_keys(apply_overrides(dict(tree), overrides)))
     except ValidationError as error:
@@ -249,16 +266,27 @@ def _key(name: Any) -> str:
 
 def _explain(item: Mapping[str, Any]) -> str:
     """Turn one pydantic error into `name=value: reason`, with the new or the nearest known name for an unknown one."""
-    name = ".".join(str(part) for part in item["loc"])
+    name = _brief(".".join(str(part) for part in item["loc"]), bare=True)
     if item["type"] == "value_error":
         return ": ".join(part for part in (name, str(item["ctx"]["error"])) if part)
     if item["type"] == "tuple_type":
-        return f"{name}={item['input']!r}: Input should be a list; write {name}=[{item['input']}]"
+        return f"{name}={_brief(item['input'])}: Input should be a list; write {name}=[{_brief(item['input'], bare=True)}]"
     if item["type"] != "extra_forbidden":
-        return f"{name}={item['input']!r}: {item['msg']}"
+        quotes = f"; to give it as text, quote it: {name}='\"...\"'" if item["type"] == "string_type" else ""
+        return f"{name}={_brief(item['input'])}: {item['msg']}{quotes}"
     if name in FORMER_NAMES:
         return f"{name} is now {FORMER_NAMES[name]}" if FORMER_NAMES[name] else f"{name} is no longer a parameter; remove it"
     return f"{name} is unknown{_nearest(item['loc'])}"
+
+
+def _brief(value: Any, *, bare: bool = False) -> str:
+    """Return a value as a message shows it: in one line, cut, and without credentials; `bare`: a text without quotes."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__} with such a number"
+    text = redact(text[1:-1] if bare and isinstance(value, str) else text)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
 def _nearest(location: tuple[Any, ...]) -> str:

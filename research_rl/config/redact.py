@@ -1,4 +1,4 @@
-"""Credentials in addresses: found, refused in parameters, and taken out of all that is written. Knows text only.
+"""Credentials in addresses: found, and taken out of all that is written. Knows text only; `addresses` refuses them in parameters.
 
 An address holds a secret as `user:password@` in front of the host, or as the value of a query parameter such as a signature or a token.
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
-__all__ = ["HIDDEN", "has_secret", "redact", "redact_tree"]
+__all__ = ["HIDDEN", "credentials", "redact", "redact_tree"]
 
 HIDDEN = "***"
 _USER = re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.\-]*://)[^\s/?#'\"<>@]*(?:@[^\s/?#'\"<>@]*)*@")
-_QUERY = re.compile(
-    r"(?P<name>[?&;](?:x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|googleaccessid|signature|sig"
-    r"|(?:access|auth|refresh|session|id)?[_-]?token|api[_-]?key|access[_-]?key(?:[_-]?id)?|key|secret|client[_-]?secret|password|passwd|pwd)=)"
-    r"[^&;#\s'\"<>]+",
+_QUERY = re.compile(r"[?&;](?P<name>[^=&;#?\s'\"<>]+)=[^&;#\s'\"<>]+")
+_NAME = re.compile(
+    r"(?:[\w.\-]*[-_.])?(?:(?:access|auth|refresh|session|security|api|id|client|private|secret|shared)?[-_]?"
+    r"(?:signature|sig|token|key|key[-_]?id|secret|password|passwd|pwd|auth|authorization|credentials?)|(?:aws|google)access(?:key)?id)",
     re.IGNORECASE,
 )
 
@@ -25,7 +26,16 @@ def redact(text: str) -> str:
     """Return `text` with the credentials of every address in it replaced by `***`; text without any is returned as it is."""
     if "://" not in text:
         return text
-    return _QUERY.sub(rf"\g<name>{HIDDEN}", _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
+    return _QUERY.sub(_hidden, _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
+
+
+def _hidden(found: re.Match[str]) -> str:
+    return f"{found[0][0]}{found['name']}={HIDDEN}" if _secret(found) else found[0]
+
+
+def _secret(found: re.Match[str]) -> bool:
+    """Whether a parameter of a query is a secret; its name is read as a server decodes it."""
+    return _NAME.fullmatch(unquote(found["name"])) is not None
 
 
 def redact_tree(value: Any) -> Any:
@@ -39,6 +49,9 @@ def redact_tree(value: Any) -> Any:
     return value
 
 
-def has_secret(address: str) -> bool:
-    """Return whether an address holds credentials."""
-    return redact(address) != address
+def credentials(address: str) -> list[str]:
+    """Return what an address carries that others must not read, in words."""
+    if "://" not in address:
+        return []
+    user = ["a user or password"] if _USER.search(address) else []
+    return user + [f"{unquote(found['name'])} in its query" for found in _QUERY.finditer(address) if _secret(found)]

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from research_rl.config import addresses
-from research_rl.config.redact import has_secret, redact
 
 __all__ = [
     "ClusterConfig",
@@ -53,10 +53,51 @@ __all__ = [
 ]
 
 
-class Section(BaseModel):
-    """A frozen group of parameters that refuses unknown keys."""
+_LONGEST = 20_000
+"""Characters of one parameter; the longest that is of use is a judge's question."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+class Section(BaseModel):
+    """A frozen group of parameters. It refuses unknown keys and, in whatever field, what cannot be recorded: see `_recordable`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    credentials_belong: ClassVar[str] = "keep credentials in the environment"
+
+    @field_validator("*")
+    @classmethod
+    def _recordable(cls, value: Any) -> Any:
+        """Refuse addresses with credentials, texts that no file takes, and numbers that JSON and the libraries below do not hold."""
+        for leaf in _leaves(value):
+            if isinstance(leaf, str):
+                _check_text(leaf)
+                addresses.check(leaf, cls.credentials_belong)
+            elif isinstance(leaf, int) and leaf.bit_length() > 63:
+                raise ValueError(f"a number of {leaf.bit_length()} bits is given, the limit is 63; choose a smaller one")
+            elif isinstance(leaf, float) and not math.isfinite(leaf):
+                raise ValueError(f"{leaf} is no finite number; write one")
+        return value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield all values inside a field's value, keys included; sections inside have been checked."""
+    if isinstance(value, Mapping):
+        for pair in cast(Mapping[Any, Any], value).items():
+            yield from _leaves(pair)
+    elif isinstance(value, tuple | list):
+        for item in cast(Sequence[Any], value):
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _check_text(text: str) -> None:
+    if len(text) > _LONGEST:
+        raise ValueError(f"a text of {len(text):,} characters is given, the limit is {_LONGEST:,}; shorten it")
+    for place, character in enumerate(() if text.isascii() and "\0" not in text else text):
+        if character == "\0" or "\ud800" <= character <= "\udfff":
+            raise ValueError(f"the character U+{ord(character):04X} at position {place} is in no file name or file; remove it")
+    if re.match(r"~[\w.-]+(/|$)", text) and os.path.expanduser(text) == text:
+        raise ValueError(f"{text[:80]!r} begins with a user that this machine does not have; write the path from / on")
 
 
 class EncyclopediaConfig(Section):
@@ -86,20 +127,13 @@ class EncyclopediaConfig(Section):
     )
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield all strings of a field's value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for pair in cast(Mapping[str, Any], value).items():
-            yield from _texts(pair)
-    elif isinstance(value, tuple):
-        for item in cast(tuple[Any, ...], value):
-            yield from _texts(item)
-
-
 class DataConfig(Section):
     """Where questions and passages come from."""
+
+    credentials_belong: ClassVar[str] = (
+        "keep credentials in the environment: HF_TOKEN for a hub, the AWS_ variables for s3://, "
+        "for a web server ~/.netrc or the file that NETRC names"
+    )
 
     seed: int | None = Field(
         default=None, ge=0, description="Seed of the generated encyclopedia and of the selection of rows; the top-level seed when empty."
@@ -132,17 +166,13 @@ class DataConfig(Section):
     hub_repo: str = Field(default="RUC-NLPIR/FlashRAG_datasets", description="Dataset repository when source is hub.")
     hub_revision: str = Field(default="main", description="Revision (branch, tag or commit) of the dataset repository.")
 
-    @field_validator("url", "corpus", "train", "dev", "test", "files", "sha256", "s3_endpoint")
-    @classmethod
-    def _no_secret(cls, value: Any) -> Any:
-        for address in _texts(value):
-            addresses.check(address)
-        return value
-
 
 class TransferConfig(Section):
     """How files are fetched. Changes no artifact."""
 
+    credentials_belong: ClassVar[str] = (
+        "a proxy that asks for a user cannot be named; let one without, on this machine, pass requests on to it"
+    )
     parallel: int = Field(default=4, ge=1, le=64, description="Transfers at once; a large file is fetched in pieces side by side.")
     attempts: int = Field(default=5, ge=1, description="Tries without a byte of progress, and fetches of one file, before giving up.")
     timeout_s: float = Field(default=30.0, gt=0, description="Seconds a connection may take or stay silent.")
@@ -156,12 +186,6 @@ class TransferConfig(Section):
         default=None,
         description="Address of the Hugging Face hub for data, encoder and policy, such as a mirror's; HF_ENDPOINT or https://huggingface.co when empty.",
     )
-
-    @field_validator("proxy", "hub_endpoint")
-    @classmethod
-    def _no_secret(cls, value: str | None) -> str | None:
-        addresses.check(value or "")
-        return value
 
 
 class DriftConfig(Section):
@@ -457,24 +481,22 @@ class RewardConfig(Section):
 class JudgeConfig(Section):
     """The judge's server, OpenAI-compatible. url and max_tokens decide its verdicts and so trained and evaluated rewards; the rest changes no artifact. Its token comes from RESEARCH_JUDGE_TOKEN."""
 
+    credentials_belong: ClassVar[str] = "set the token as RESEARCH_JUDGE_TOKEN"
     url: str | None = Field(default=None, description="Address up to the version, such as http://127.0.0.1:8000/v1.")
     max_tokens: int = Field(default=64, ge=8, description="Longest reply, in tokens; a longer one is cut and may lack its verdict.")
     proxy: str | None = Field(
         default=None, description="Proxy on the way to the judge, such as http://host:port; HTTP_PROXY and its like are not used."
     )
-
-    @field_validator("url", "proxy")
-    @classmethod
-    def _without_credentials(cls, url: str | None) -> str | None:
-        if url and has_secret(url):
-            raise ValueError(f"{redact(url)} holds credentials, which parameters must not; set the token as RESEARCH_JUDGE_TOKEN instead")
-        if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
-            raise ValueError(f"{url} is no address; write http://host:port or https://host, with the path that belongs to it")
-        return url
-
     timeout_s: float = Field(default=20.0, gt=0, description="Seconds per request.")
     attempts: int = Field(default=3, ge=1, description="Requests per answer before the fallback stands in.")
     concurrency: int = Field(default=16, ge=1, description="Requests in flight per agent worker.")
+
+    @field_validator("url", "proxy")
+    @classmethod
+    def _leads_somewhere(cls, url: str | None) -> str | None:
+        if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
+            raise ValueError(f"{url} is no address; write http://host:port or https://host, with the path that belongs to it")
+        return url
 
 
 class FilterGroupsConfig(Section):
@@ -748,6 +770,7 @@ class EvaluationConfig(Section):
 class RetrieverConfig(Section):
     """The retriever service. Changes no artifact."""
 
+    credentials_belong: ClassVar[str] = "set the token as RESEARCH_RETRIEVER_TOKEN"
     host: str = Field(
         default="127.0.0.1", description="Address to bind; any other than loopback needs RESEARCH_RETRIEVER_TOKEN, or auth: none."
     )
@@ -891,6 +914,9 @@ class EnvironmentsConfig(Section):
 class TrackingConfig(Section):
     """MLflow and DVC. Changes no artifact."""
 
+    credentials_belong: ClassVar[str] = (
+        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); for a database, MLFLOW_TRACKING_URI"
+    )
     mlflow_uri: str | None = Field(
         default=None, description="Tracking server; sqlite:///<workspace>/mlflow.db when empty. MLFLOW_TRACKING_URI wins."
     )
@@ -902,16 +928,6 @@ class TrackingConfig(Section):
         description="Name in MLflow's model registry under which every trained policy becomes a version; none when empty.",
     )
     dvc: bool = Field(default=True, description="Commit finished stages to DVC, so that dvc repro is a no-op after a flow.")
-
-    @field_validator("mlflow_uri")
-    @classmethod
-    def _without_credentials(cls, uri: str | None) -> str | None:
-        if uri and has_secret(uri):
-            raise ValueError(
-                f"{redact(uri)} holds credentials, which parameters must not; leave it out here and set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment"
-            )
-        return uri
 
     @field_validator("registered_model")
     @classmethod

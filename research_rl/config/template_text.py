@@ -18,6 +18,7 @@ __all__ = ["PLACE", "by_content", "template_text"]
 
 PLACE = "{question}"
 """Where a template takes the question; nothing else in it has a meaning."""
+_MOST_BYTES = 1 << 20
 _SHIPPED = Path(__file__).parents[1] / "episode" / "templates"
 
 
@@ -53,6 +54,12 @@ def by_content(prompt: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8")
+        with file.open("rb") as stream:
+            text = stream.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise ConfigError(f"{file} has more than {_MOST_BYTES:,} bytes; a prompt template has a few thousand")
+        return text.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}); name a text file with one {PLACE}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not UTF-8 ({error}); save the prompt template as UTF-8") from None

@@ -5,7 +5,6 @@ Sources: the models' cards. A sentence-transformers folder that records prompts 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from research_rl.config import EncoderConfig
 from research_rl.embedding.models import MODULES
 from research_rl.errors import ConfigError, ModelError
+from research_rl.pipeline.json_files import read_object
 
 __all__ = ["settle"]
 
@@ -79,7 +79,8 @@ def _preset(model: str) -> _Preset | None:
 
 def _prompts(folder: Path) -> dict[str, str]:
     path = folder / "config_sentence_transformers.json"
-    return dict(json.loads(path.read_text(encoding="utf-8")).get("prompts") or {}) if path.is_file() else {}
+    told = read_object(path, ModelError, "download the model again").get("prompts") if path.is_file() else None
+    return {str(name): text for name, text in told.items() if isinstance(text, str)} if isinstance(told, dict) else {}
 
 
 def _refuse_bare_e5(config: EncoderConfig, preset: _Preset | None, facts: dict[str, Any]) -> None:

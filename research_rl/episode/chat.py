@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from research_rl.errors import ModelError
+from research_rl.pipeline.json_files import read_object
 
 __all__ = ["ChatTemplate", "read_template", "special_tokens"]
 
@@ -167,7 +168,7 @@ def special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """
     path = folder / "special_tokens_map.json"
     if path.is_file() and "added_tokens_decoder" not in settings:
-        settings = {**settings, **json.loads(path.read_text(encoding="utf-8"))}
+        settings = {**settings, **read_object(path, ModelError, "download the model again")}
     extra = settings.get("extra_special_tokens")
     named = {**{name: value for name, value in settings.items() if name.endswith("_token")}, **(extra if isinstance(extra, dict) else {})}
     return {name: text for name, value in named.items() if (text := _text(value)) is not None}

@@ -6,16 +6,16 @@ being the user's turn of the model's own chat template, `file` is the user's own
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from research_rl.config import PromptConfig
 from research_rl.config.template_text import PLACE, template_text
 from research_rl.episode.chat import ChatTemplate, read_template, special_tokens
 from research_rl.errors import ConfigError, ModelError
+from research_rl.pipeline.json_files import read_object
 
 __all__ = ["FolderTokenizer", "encode_prompt", "load_tokenizer", "prompt_text", "render"]
 
@@ -107,10 +107,4 @@ def encode_prompt(tokenizer: FolderTokenizer, question: str, config: PromptConfi
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); download the model again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a {type(value).__name__}, not an object; download the model again")
-    return cast(dict[str, Any], value)
+    return read_object(path, ModelError, "download the model again")

@@ -15,6 +15,7 @@ from typing import Any
 from research_rl.episode.trajectory import Author, StopReason, Trajectory
 from research_rl.errors import DataError
 from research_rl.pipeline import json_lines
+from research_rl.pipeline.json_files import parse
 from research_rl.reward.grader import GradingTarget
 from research_rl.reward.metrics import recall
 from research_rl.reward.rules import Grade, grade
@@ -144,9 +145,16 @@ def _question(row: int, data_source: str, extra: dict[str, Any]) -> HeldOutQuest
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read the results of an evaluation artifact, in the order of the questions."""
-    with (folder / "results.jsonl").open(encoding="utf-8") as lines:
-        return [Result.from_json(json.loads(line)) for line in lines]
+    """Read the results of an evaluation artifact, in the order of the questions. Raises DataError for a line that is no result."""
+    path = folder / "results.jsonl"
+    results: list[Result] = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                results.append(Result.from_json(parse(line)))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise DataError(f"{path}:{number}: the line is no result ({error!s:.200}); evaluate again") from None
+    return results
 
 
 def write_results(folder: Path, results: Iterable[Result]) -> None:

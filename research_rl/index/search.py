@@ -72,7 +72,7 @@ class VectorIndex:
         """Open an index file, memory-mapped where its kind allows it. Raises ManifestError."""
         try:
             return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), threads)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             reason = (str(error).strip().splitlines() or ["unknown"])[-1]
             raise ManifestError(f"{path} cannot be opened as a faiss index ({reason}); run the index stage again") from None
 

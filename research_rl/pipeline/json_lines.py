@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from research_rl.pipeline.json_files import parse
+
 __all__ = ["append", "read"]
 
 _BLOCK = 1 << 16
@@ -50,7 +52,7 @@ def read(path: Path, offset: int = 0) -> list[tuple[int, Any]]:
     for line in block.split(b"\n")[:-1]:
         offset += len(line) + 1
         try:
-            records.append((offset, json.loads(line)))
+            records.append((offset, parse(line)))
         except ValueError as error:
             logger.warning("%s: the line that ends at byte %d is not JSON and is passed over (%s)", path, offset, error)
     return records

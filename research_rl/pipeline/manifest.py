@@ -14,13 +14,14 @@ import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from research_rl import __version__
 from research_rl.errors import ManifestError
+from research_rl.pipeline.json_files import parse
 
 __all__ = ["MANIFEST", "FileEntry", "Manifest", "Staging", "file_sha256", "fsync", "load", "publish", "sweep"]
 
@@ -35,6 +36,15 @@ class FileEntry(BaseModel):
     path: str
     size: int
     sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        """Refuse a name that could lead out of the artifact, whoever wrote the manifest."""
+        parts = PurePosixPath(path).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in path:
+            raise ValueError("no name of a file below the folder")
+        return path
 
 
 class Manifest(BaseModel):
@@ -125,14 +135,17 @@ def _read(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-        tree = json.loads(raw)
+        tree = parse(raw)
         seal = tree.pop("seal", None)
         manifest = Manifest.model_validate(tree)
+        sealed = _sealed(tree)
     except FileNotFoundError:
         raise ManifestError(f"{folder} has no {MANIFEST}; build it with `research run <stage>`") from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read ({error.strerror}); remove the folder and rerun") from None
     except (ValueError, AttributeError, TypeError) as error:  # not UTF-8, not JSON, not an object, or not these fields
         raise ManifestError(f"{path} is not a manifest ({type(error).__name__}); remove the folder and rerun") from None
-    if seal is not None and raw != _sealed(tree):  # manifests of earlier versions have none
+    if seal is not None and raw != sealed:  # manifests of earlier versions have none
         raise ManifestError(f"{path} was altered: its seal does not fit its content; remove the folder and rerun")
     return manifest
 
@@ -189,9 +202,9 @@ def _check(folder: Path, entry: FileEntry, verify: bool) -> None:
     path = folder / entry.path
     try:
         size = path.stat().st_size
-    except FileNotFoundError:
+    except OSError:
         raise ManifestError(f"{path} is missing though {MANIFEST} lists it; remove {folder} and rerun") from None
-    if size != entry.size:
+    if size != entry.size or not path.is_file():
         raise ManifestError(f"{path} has {size} bytes, its manifest says {entry.size}; remove {folder} and rerun")
     if verify and (found := file_sha256(path)) != entry.sha256:
         raise ManifestError(f"{path} has sha256 {found[:12]}, its manifest says {entry.sha256[:12]}; remove {folder} and rerun")

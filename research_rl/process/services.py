@@ -199,13 +199,15 @@ def guarded(
 def wait_healthy(process: Watched, health_url: str, deadline_s: float) -> None:
     """Return once `health_url` answers 200. Raises ServiceError."""
     deadline = time.monotonic() + deadline_s
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(health_url, timeout=5.0, **httpx_options()).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.1)
+    # One client for all tries: making one reads all certificates, which would take a good part of the processor from the service.
+    with httpx.Client(timeout=5.0, **httpx_options()) as client:
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                if client.get(health_url).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.1)
     why = f"is silent after {deadline_s:g} s at {health_url}" if process.poll() is None else f"ended with code {process.poll()}"
     raise ServiceError(f"{process.name} {why}; its log {process.log} ends with:\n{process.tail()}")
 

@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from research_rl.errors import DataError
+from research_rl.pipeline.json_files import read_object
+
 __all__ = ["Row", "differences", "flat", "public", "read"]
 
 Row = tuple[str, str, str]
@@ -21,7 +24,7 @@ _QUERY = re.compile(r"(://[^?#\s\"]*)\?[^\s\"]*")
 
 def read(folder: Path) -> dict[str, Any]:
     """Return the sections of the configuration that decided an evaluation artifact."""
-    return json.loads((folder / "parameters.json").read_text(encoding="utf-8"))
+    return read_object(folder / "parameters.json", DataError, "evaluate again")
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:

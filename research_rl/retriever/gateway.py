@@ -8,6 +8,7 @@ foresaw is answered by 503 and told in the log.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import time
@@ -18,10 +19,11 @@ from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from research_rl.config import RetrieverConfig
-from research_rl.retriever.access import Access
+from research_rl.process.access import Access, bearer
+from research_rl.retriever import LOOPBACK, TOKEN
 from research_rl.retriever.observe import ROUTES, Metrics, RequestLog, Seen
 
-__all__ = ["Gateway", "refusal"]
+__all__ = ["Gateway", "access", "refusal"]
 
 _BODY_S = 10.0
 _LOG = logging.getLogger("research_rl.retriever")
@@ -34,6 +36,25 @@ def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None, 
     return Response(body, status, {**more, **(headers or {})}, media_type="application/json")
 
 
+def access(config: RetrieverConfig, token: str | None) -> Access:
+    """Return who may ask a retriever. `token` is what clients must send, unless `retriever.auth` is none.
+
+    /health and /readyz need neither token nor network, and say nothing about what is served.
+    """
+    return Access(
+        (config.host, *config.hosts),
+        outside=config.host not in LOOPBACK,
+        networks=[ipaddress.ip_network(network, strict=False) for network in config.allow],
+        authorization=bearer(token) if token and config.auth == "token" else None,
+        open_paths=("/health", "/readyz"),
+        remedies={
+            "host": "add it to retriever.hosts or use its address",
+            "network": "add its network to retriever.allow",
+            "token": f"set {TOKEN} to the service's",
+        },
+    )
+
+
 class Gateway:
     """The outermost ASGI application; `active` counts the requests being answered."""
 
@@ -42,7 +63,7 @@ class Gateway:
         self.closing = False
         self.request_log: RequestLog | None = None
         self._app, self._metrics = app, metrics
-        self._access = Access(config, token)
+        self._access = access(config, token)
         self._most = config.max_body_mib << 20
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +113,7 @@ class Gateway:
     def _refused(self, scope: Scope) -> Response | None:
         if denied := self._access.refused(scope):
             self._metrics.refused(denied.reason)
-            return refusal(denied.status, denied.detail, {"WWW-Authenticate": "Bearer"} if denied.status == 401 else None)
+            return refusal(denied.status, denied.detail, {"WWW-Authenticate": self._access.challenge} if denied.status == 401 else None)
         length = dict(scope["headers"]).get(b"content-length", b"")
         return self._too_large(int(length[:20])) if length.isdigit() and int(length[:20]) > self._most else None
 

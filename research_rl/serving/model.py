@@ -6,15 +6,16 @@ weights, in safetensors files that are whole.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+
+from pydantic import BaseModel, Field, ValidationError
 
 from research_rl.episode.prompts import FolderTokenizer
 from research_rl.errors import ManifestError, ModelError
 from research_rl.pipeline import manifest
+from research_rl.pipeline.json_files import read_object
 from research_rl.serving.tensors import LFS_POINTER, tensors, weight_bytes
 
 __all__ = ["ModelFolder", "check", "inspect", "served_name"]
@@ -23,6 +24,24 @@ _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 """The number of a layer in a tensor's name, as transformers' decoder models write it."""
 _HEAD = re.compile(r"lm_head|embed_out|output")
+
+
+_AGAIN = "download or export the model again"
+
+
+class _Described(BaseModel):
+    """What config.json says, as far as it is used here; a model of text and images describes its language model in a part of its own."""
+
+    architectures: list[str] | None = None
+    num_hidden_layers: int | None = Field(default=None, ge=0, le=100_000)
+    vocab_size: int | None = Field(default=None, ge=0)
+    max_position_embeddings: int | None = Field(default=None, ge=1)
+    tie_word_embeddings: bool | None = None
+    text_config: _Described | None = None
+
+    @property
+    def language(self) -> _Described:
+        return self.text_config or self
 
 
 @dataclass(frozen=True)
@@ -40,15 +59,14 @@ class ModelFolder:
 def inspect(folder: Path) -> ModelFolder:
     """Return what `folder` holds. Raises ModelError naming what is missing, cut or does not fit."""
     _require_files(folder)
-    config = _read(folder / "config.json")
-    if not config.get("architectures"):
+    config = _described(folder / "config.json")
+    if not config.architectures:
         raise ModelError(f"{folder / 'config.json'} names no architectures; export the model with save_pretrained")
     size = weight_bytes(folder)
     _require_weights(folder, config)
     tokenizer = FolderTokenizer(folder)
     _require_rows(folder, config, len(tokenizer))
-    positions = _text_config(config).get("max_position_embeddings")
-    return ModelFolder(folder, str(config["architectures"][0]), size, positions, len(tokenizer), tokenizer.pad_token)
+    return ModelFolder(folder, config.architectures[0], size, config.language.max_position_embeddings, len(tokenizer), tokenizer.pad_token)
 
 
 def check(folder: Path, context: int) -> ModelFolder:
@@ -86,41 +104,35 @@ def _require_files(folder: Path) -> None:
                 raise ModelError(f"{folder / name} is a Git LFS pointer and not the file itself; run `git lfs pull` in {folder}")
 
 
-def _require_weights(folder: Path, config: dict[str, Any]) -> None:
+def _require_weights(folder: Path, config: _Described) -> None:
     """Raise ModelError unless the tensors that index and configuration speak of are in the files."""
     present, index = tensors(folder), folder / "model.safetensors.index.json"
-    listed: dict[str, str] = _read(index)["weight_map"] if index.is_file() else {}
+    listed: dict[str, str] = read_object(index, ModelError, _AGAIN)["weight_map"] if index.is_file() else {}
     lost = sorted(name for name, file in listed.items() if name not in present or present[name].file.name != file)
     if lost:
         raise ModelError(
             f"{index} lists {len(listed)} tensors, {len(lost)} are not where it says, {lost[0]!r} first; download the model again"
         )
     numbers = {int(match[1]) for name in present if (match := _LAYER.search(name))}
-    layers = int(_text_config(config).get("num_hidden_layers") or 0)
+    layers = config.language.num_hidden_layers or 0
     if numbers and (absent := sorted(set(range(layers)) - numbers)):
         raise ModelError(
             f"{folder} has weights for {layers - len(absent)} of {layers} layers, layer {absent[0]} has none; download the model again"
         )
-    if config.get("tie_word_embeddings") is False and numbers and not any(_HEAD.search(name) for name in present):
+    if config.tie_word_embeddings is False and numbers and not any(_HEAD.search(name) for name in present):
         raise ModelError(f"{folder} has no output weights (lm_head) and its config.json ties none; download the model again")
 
 
-def _require_rows(folder: Path, config: dict[str, Any], vocabulary: int) -> None:
-    rows = int(_text_config(config).get("vocab_size") or 0)
+def _require_rows(folder: Path, config: _Described, vocabulary: int) -> None:
+    rows = config.language.vocab_size or 0
     if vocabulary > rows:
         raise ModelError(f"{folder}: the tokenizer has {vocabulary} tokens, the model only {rows} rows; they belong to different models")
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the part that describes the language model: a model of text and images has one of its own."""
-    return cast(dict[str, Any], config.get("text_config") or config)
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _described(path: Path) -> _Described:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); download or export the model again") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a {type(content).__name__}, not an object; download or export the model again")
-    return cast(dict[str, Any], content)
+        return _Described.model_validate(read_object(path, ModelError, _AGAIN))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{path}: {name}={str(first['input'])[:80]!r}: {first['msg']}; {_AGAIN}") from None

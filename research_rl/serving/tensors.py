@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from research_rl.errors import ModelError
+from research_rl.pipeline.json_files import parse, read_object
 
 __all__ = [
     "LFS_POINTER",
@@ -95,10 +96,12 @@ def _weight_names(folder: Path) -> list[str]:
 
 def _indexed(index: Path) -> list[str]:
     try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(places.values()))
+        names = sorted(set(read_object(index, ModelError, _AGAIN)["weight_map"].values()))
+        if any(Path(name).name != name or "\0" in name for name in names):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index} is no index of weight files; download the model again") from None
+        raise ModelError(f"{index} is no index of weight files in this folder; {_AGAIN}") from None
+    return names
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -125,12 +128,17 @@ def fault(path: Path) -> str | None:
             return f"{path.name} is a Git LFS pointer and not the file itself (run `git lfs pull`)"
     try:
         length, header = _header(path)
-        end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except _Cut:
         return f"{path.name} is cut in its header"
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return f"{path.name} has no readable header"
     return None if size == 8 + length + end else f"{path.name} has {size} bytes, its header says {8 + length + end}"
+
+
+_AGAIN = "download the model again"
+_LONGEST_HEADER = 100_000_000
+"""The limit of the format's own library."""
 
 
 class _Cut(Exception):
@@ -144,7 +152,21 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else path.stat().st_size
         if length > path.stat().st_size - 8:
             raise _Cut
-        return length, json.loads(stream.read(length))
+        if length > _LONGEST_HEADER:
+            raise ValueError
+        return length, _checked(parse(stream.read(length)))
+
+
+def _checked(header: Any) -> dict[str, Any]:
+    """Return a header whose every tensor has a format, a shape and a place. Raises ValueError."""
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        numbers = [start, end, *entry["shape"]]
+        if not (isinstance(entry["dtype"], str) and all(type(number) is int and number >= 0 for number in numbers) and start <= end):
+            raise ValueError
+    return header
 
 
 def write(path: Path, outputs: Sequence[Output]) -> None:

@@ -21,6 +21,7 @@ import psutil
 
 from research_rl.errors import ModelError
 from research_rl.paths import python_path
+from research_rl.pipeline.json_files import read_object
 from research_rl.pipeline.stages import Context
 from research_rl.serving.model import inspect
 from research_rl.serving.tensors import Bytes, Output, Tensor, blocks, content, read, tensors, to_bfloat16, weight_bytes, write
@@ -85,7 +86,7 @@ def write_like(trained: Path, policy: Path, target: Path) -> None:
         write(target / path.name, outputs)
         places |= {output.name: path.name for output in outputs}
     for index in trained.glob("*.safetensors.index.json"):
-        listed = json.loads(index.read_text(encoding="utf-8"))
+        listed = read_object(index, ModelError, "export or train again")
         (target / index.name).write_text(json.dumps({**listed, "weight_map": places}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -127,7 +128,7 @@ def _tied(folder: Path) -> set[str]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return read_object(folder / "config.json", ModelError, "export or train again")
 
 
 def _finite(tensor: Tensor) -> bool:

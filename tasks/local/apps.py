@@ -11,16 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from research_rl.paths import CHECKOUT
-from research_rl.process.access import Guard, local_names
+from research_rl.process.access import Access, Guard, basic
+from tasks.local import sign_in
 
 __all__ = ["command", "mlflow", "mlflow_environment", "prefect", "prefect_environment"]
 
 HOST = "127.0.0.1"
-_PORT = "RESEARCH_SERVER_PORT"
 _STORE = "RESEARCH_MLFLOW_FOLDER"
 _KEY = "RESEARCH_MLFLOW_KEY"
 # MLflow's clients send spans and models in these forms besides JSON; a browser sends none of the three across origins unasked.
-_MLFLOW_TYPES = ("application/json", "application/x-protobuf", "application/octet-stream")
+_JSON = "application/json"
+_MLFLOW_TYPES = (_JSON, "application/x-protobuf", "application/octet-stream")
 
 
 def command(factory: str, port: int) -> tuple[str, ...]:
@@ -33,7 +34,7 @@ def prefect_environment(port: int, auth_string: str) -> dict[str, str]:
     """Return what Prefect's server needs to be told: its port, `user:key` of its API, and its own pages as the only origins."""
     url = f"http://{HOST}:{port}/api"
     return {
-        **_common(port),
+        **_common(),
         "PREFECT_API_URL": url,
         "PREFECT_UI_API_URL": url,
         "PREFECT_SERVER_API_AUTH_STRING": auth_string,
@@ -45,30 +46,34 @@ def prefect_environment(port: int, auth_string: str) -> dict[str, str]:
 def mlflow_environment(port: int, folder: Path, keys: Mapping[str, str]) -> dict[str, str]:
     """Return what MLflow's server needs to be told: its port, the folder of its database and artifacts, and its user and key."""
     return {
-        **_common(port),
+        **_common(),
         _STORE: str(folder),
         _KEY: f"{keys['MLFLOW_TRACKING_USERNAME']}:{keys['MLFLOW_TRACKING_PASSWORD']}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(local_names(port)),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(_names(port)),
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": _origins(port),
     }
 
 
-def _common(port: int) -> dict[str, str]:
+def _common() -> dict[str, str]:
     pythonpath = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    return {_PORT: str(port), "PYTHONPATH": pythonpath, "DO_NOT_TRACK": "1"}
+    return {"PYTHONPATH": pythonpath, "DO_NOT_TRACK": "1"}
+
+
+def _names(port: int) -> tuple[str, ...]:
+    return f"{HOST}:{port}", f"localhost:{port}"
 
 
 def _origins(port: int) -> str:
-    return ",".join(f"http://{name}" for name in local_names(port))
+    return ",".join(f"http://{name}" for name in _names(port))
 
 
 def prefect() -> Guard:
     """Return Prefect's server, which itself asks for the user and key of PREFECT_SERVER_API_AUTH_STRING."""
     from prefect.server.api.server import create_app
 
-    return Guard(create_app(), local_names(int(os.environ[_PORT])))
+    return Guard(sign_in.prefect(create_app()), Access(content_types=(_JSON,)))
 
 
 def mlflow() -> Guard:
@@ -82,5 +87,4 @@ def mlflow() -> Guard:
     from mlflow.server.handlers import initialize_backend_stores
 
     initialize_backend_stores(store, store, artifacts)
-    names = local_names(int(os.environ[_PORT]))
-    return Guard(app, names, content_types=_MLFLOW_TYPES, user_and_key=user_and_key, open_paths=("/health",))
+    return Guard(sign_in.mlflow(app), Access(content_types=_MLFLOW_TYPES, authorization=basic(user_and_key), open_paths=("/health",)))

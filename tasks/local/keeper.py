@@ -28,6 +28,7 @@ from research_rl.report import markdown
 from research_rl.retriever import TOKEN
 from research_rl.retriever.command import launch
 from tasks.artifacts import showing
+from tasks.job import folder_of
 
 __all__ = ["keep", "stop_serving"]
 
@@ -124,4 +125,4 @@ def _show(workspace: Workspace, url: str, starts: int) -> None:
 
 def stop_serving(flow: Any, flow_run: Any, state: Any) -> None:
     """Flow hook: end a retriever that a crashed keeper left behind."""
-    reap(_folder(Workspace(Path(str(flow_run.parameters.get("workspace", "."))).expanduser().resolve())))
+    reap(_folder(Workspace(folder_of(flow_run.parameters.get("workspace", ".")))))

@@ -9,11 +9,13 @@ import atexit
 import os
 import secrets
 import time
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx
+from prefect.exceptions import PrefectException
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
@@ -21,14 +23,14 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from research_rl.errors import ServiceError
+from research_rl.errors import ResearchError, ServiceError
 from research_rl.paths import CHECKOUT
 from research_rl.process import proxies
 from research_rl.process.services import free_port, guarded
 from tasks import settings
 from tasks.local import apps
 
-__all__ = ["server"]
+__all__ = ["served", "server"]
 
 _ANSWER_S = 30.0
 
@@ -52,6 +54,28 @@ def server(checkout: Path = CHECKOUT) -> str:
         _use_until_exit(local, PREFECT_API_AUTH_STRING.value() or settings.keys(checkout)["PREFECT_API_AUTH_STRING"])
         return local
     return _started()
+
+
+@contextmanager
+def served() -> Generator[None]:
+    """Have a server for a block. Raises ServiceError when none answers, and when it was lost while the block ran."""
+    url = server()
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException, RuntimeError) as error:
+        if isinstance(error, ResearchError) or _answers(url):
+            raise
+        raise ServiceError(
+            f"Prefect's server at {url} stopped answering during the run ({type(error).__name__}); "
+            "finished stages are kept: start it again, and this run goes on where it was"
+        ) from None
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=_ANSWER_S, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def _configured(checkout: Path) -> str | None:

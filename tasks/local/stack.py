@@ -22,13 +22,13 @@ from research_rl.process import proxies, services
 from research_rl.process.private import write_private
 from research_rl.process.services import reap, require_free
 from tasks import settings
-from tasks.local import apps
+from tasks.local import apps, sign_in
 from tasks.settings import ADDRESSES
 
 __all__ = ["Stack", "main"]
 
 BUCKET = "research-rl"
-_START_S = 240.0
+_START_S = 600.0
 _GRACE_S = 5.0
 _BIN = Path(sys.executable).parent
 _SERVERS = ("prefect-server", "mlflow-server", "prefect-worker")
@@ -132,6 +132,7 @@ class Stack:
         return {
             "PREFECT_HOME": self.home,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            **settings.PATIENCE,
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "DO_NOT_TRACK": "1",
             "RESEARCH_CHECKOUT": str(CHECKOUT),
@@ -222,14 +223,23 @@ def _make_bucket(keys: Mapping[str, str]) -> None:
 
 def _up(stack: Stack) -> None:
     variables = stack.up()
-    interface = variables["PREFECT_API_URL"].removesuffix("/api")
-    print(f"Prefect  {interface}\nMLflow   {variables['MLFLOW_TRACKING_URI']}\nlogs     {stack.folder}")
-    print(f"keys     {stack.folder / settings.KEYS}: Prefect's page asks once for the value of PREFECT_API_AUTH_STRING,")
-    print(f"         MLflow's for the user {settings.USER} and the value of MLFLOW_TRACKING_PASSWORD")
+    private = sys.stdout.isatty()
+    prefect, mlflow = _pages(variables, private)
+    print(f"Prefect  {prefect}\nMLflow   {mlflow}\nlogs     {stack.folder}\nkeys     {stack.folder / settings.KEYS}")
+    print(
+        "         " + ("these links sign your browser in" if private else "in a terminal, `make up` prints links that sign your browser in")
+    )
     print("\nStart a run, in the checkout, with:\n")
     print("  .venv/bin/prefect deployment run research-train/laptop --watch\n")
     if (proxied := sorted(name for name in os.environ if name.lower() in ("http_proxy", "all_proxy"))) and "127.0.0.1" not in _no_proxy():
         print(f"{', '.join(proxied)} is set; `prefect` reaches this server with NO_PROXY=127.0.0.1,localhost in its environment\n")
+
+
+def _pages(variables: Mapping[str, str], private: bool) -> tuple[str, str]:
+    """Return the addresses of both interfaces; `private`: only the user reads them, so that they may sign the browser in."""
+    if private:
+        return sign_in.links(variables)
+    return variables["PREFECT_API_URL"].removesuffix("/api"), variables["MLFLOW_TRACKING_URI"]
 
 
 def _no_proxy() -> str:

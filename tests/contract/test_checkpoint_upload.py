@@ -70,7 +70,7 @@ def test_an_upload_cut_before_the_seal_is_absent_and_a_damaged_one_is_passed_ove
     for step in (1, 2, 3):
         uploader.offer(sealed(work / "checkpoints", step))
     shutil.rmtree(work / "checkpoints")
-    assert uploader.close(60) and uploader.sent == [1, 2, 3], "pruned files must still arrive"
+    assert uploader.close(600) and uploader.sent == [1, 2, 3], "pruned files must still arrive"
     client = store.client()
     client.delete_object(Bucket=store.bucket, Key=store.key("global_step_3", SEAL))
     client.put_object(Bucket=store.bucket, Key=store.key("global_step_2", "data.pt"), Body=b"another file")
@@ -89,14 +89,14 @@ def test_an_unreachable_server_costs_messages_and_the_next_run_sends_the_rest(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     uploader = Uploader(store, work, 2, told.append)
     uploader.offer(sealed(work / "checkpoints", 1))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not told and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not uploader.close(0) and "not in S3 yet" in told[0]
     assert restore(store, work, work / "checkpoints", 1, 9, told.append) is None
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     later = Uploader(store, work, 2, told.append)
-    assert later.close(60) and later.sent == [1] and json.dumps(store.sealed(store.client())[1])
+    assert later.close(600) and later.sent == [1] and json.dumps(store.sealed(store.client())[1])
 
 
 def test_an_address_of_another_form_is_refused() -> None:

@@ -50,6 +50,18 @@ def test_compose_fits_its_schema_and_publishes_on_loopback_alone() -> None:
     assert all((CHECKOUT / name).is_file() for name in built_files)
 
 
+def test_prefect_in_compose_asks_for_a_key_that_is_in_no_file_and_answers_no_foreign_page() -> None:
+    """Without a key any page in the user's browser could start a deployment with a command of its own, which the worker would run."""
+    services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+    key = services["prefect"]["environment"]["PREFECT_SERVER_API_AUTH_STRING"]
+    assert re.fullmatch(r"\$\{PREFECT_KEY:\?[^}]+\}", key) and services["worker"]["environment"]["PREFECT_API_AUTH_STRING"] == key
+    origins = services["prefect"]["environment"]["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    assert {f"127.0.0.1:{port.split(':')[1]}" for port in services["prefect"]["ports"]} <= {
+        item.removeprefix("http://") for item in origins
+    }
+    assert "*" not in origins
+
+
 def test_kubernetes_manifests_fit_their_schemas_and_the_service() -> None:
     check("kubernetes-validate", "-k", "1.31", "--strict", str(INFRA / "k8s" / "retriever.yaml"))
     documents = {item["kind"]: item for item in yaml.safe_load_all((INFRA / "k8s" / "retriever.yaml").read_text())}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import shutil
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +19,10 @@ import pytest
 
 from research_rl.paths import CHECKOUT
 from research_rl.process.services import guarded
-from tasks.local.stack import LocalService, Stack
+from tasks import settings
+from tasks.local import sign_in
+from tasks.local.stack import LocalService, Stack, _pages
+from tests.browser import CHROMIUM, browser
 
 START_S = 600.0
 RUN = """
@@ -73,7 +78,7 @@ def test_prefect_refuses_pages_of_other_origins_and_requests_without_the_key(sta
     json_type = {"Content-Type": "application/json"}
     for headers, status in (
         ({**json_type, "Origin": "https://evil.example"}, 403),
-        ({**json_type, "Host": "evil.example"}, 403),
+        ({**json_type, "Host": "evil.example"}, 421),
         ({"Content-Type": "text/plain"}, 415),
         ({}, 415),
     ):
@@ -92,7 +97,7 @@ def test_mlflow_refuses_pages_of_other_origins_and_requests_without_the_key(stac
     assert post(json={"max_results": 1}, auth=key).status_code == 200
     assert post(json={"max_results": 1}).status_code == 401
     assert post(json={"max_results": 1}, auth=key, headers={"Origin": "http://localhost:8000"}).status_code == 403
-    assert post(json={"max_results": 1}, auth=key, headers={"Host": "evil.example"}).status_code == 403
+    assert post(json={"max_results": 1}, auth=key, headers={"Host": "evil.example"}).status_code == 421
     assert post(content=b'{"max_results": 1}', auth=key, headers={"Content-Type": "text/plain"}).status_code == 415
 
 
@@ -120,41 +125,130 @@ def test_a_run_by_hand_works_behind_a_dead_proxy_and_its_server_asks_for_a_key(t
     assert shown.split() == ["401", "42"]
 
 
-PAGE = """<title>waits</title><script>
-const send = (type, body) =>
-  fetch("API/deployments/filter", {method: "POST", mode: "no-cors", headers: type ? {"Content-Type": type} : {}, body});
-const read = () => fetch("API/health").then(() => "read", () => "refused");
-Promise.all([read(), send("text/plain", "{}"), send("", new Blob(["{}"]))]).then(([answer]) => { document.title = answer; });
+LOST = """
+from tasks import settings
+settings.apply()
+import psutil
+from prefect import flow, task
+from research_rl.errors import ServiceError
+from tasks.local.server import served
+@task
+def nothing() -> None: ...
+@flow
+def tiny() -> None:
+    nothing()
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    nothing()
+try:
+    with served():
+        tiny()
+except ServiceError as error:
+    print(error)
+"""
+
+
+def test_a_server_that_dies_during_a_run_is_one_message_and_not_waited_for_a_minute_at_each_request(tmp_path: Path) -> None:
+    started = time.monotonic()
+    shown = run(LOST, tmp_path, PREFECT_HOME=str(tmp_path), PREFECT_LOGGING_LEVEL="CRITICAL")
+    assert re.fullmatch(r"Prefect's server at http://127.0.0.1:\d+/api stopped answering during the run .*goes on where it was\n", shown)
+    print(f"from start to message {time.monotonic() - started:.0f} s")
+
+
+PAGE = """<title>waits</title><iframe name="frame"></iframe><script>
+const address = "API/deployments/DEPLOYMENT/create_flow_run", body = JSON.stringify({job_variables: {command: "touch owned"}});
+const send = (mode, type, body) =>
+  fetch(address, {method: "POST", mode, headers: type ? {"Content-Type": type} : {}, body, credentials: "include"})
+  .then((answer) => answer.type, () => "refused");
+const form = document.createElement("form");
+Object.assign(form, {method: "POST", enctype: "text/plain", action: address, target: "frame"});
+form.append(Object.assign(document.createElement("input"), {name: body.slice(0, -1) + ', "x": "', value: '"}'}));
+document.body.append(form);
+form.submit();
+const socket = new Promise((done) => {
+  const opened = new WebSocket("API/events/in".replace("http", "ws"), "prefect");
+  opened.onopen = () => done("open");
+  opened.onerror = () => done("refused");
+});
+const read = fetch("API/health").then(() => "read", () => "refused");
+const blind = [send("no-cors", "text/plain", body), send("no-cors", "", new Blob([body]))];
+Promise.all([send("cors", "application/json", body), ...blind, socket, read])
+  .then((answers) => { document.title = answers.join(" "); });
 </script>"""
 
 
 class Foreign(BaseHTTPRequestHandler):
-    """A web page of another origin that tries to read from Prefect's API and to post to it."""
+    """A web page of another origin that tries to start a deployment with a command of its own, and to read from Prefect's API."""
 
-    api = ""
+    page = ""
 
     def do_GET(self) -> None:
         """Give the page."""
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
-        self.wfile.write(PAGE.replace("API", self.api).encode())
+        self.wfile.write(self.page.encode())
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Print nothing."""
 
 
+def in_browser(profile: Path, address: str, expression: str) -> str:
+    """Return the value of an expression on a page once it is true."""
+
+    async def main() -> str:
+        async with browser(profile) as tab:
+            return await tab.open(address, expression)
+
+    return asyncio.run(main())
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs the browser chromium")
+
+
 @pytest.mark.long
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
-def test_a_page_of_another_origin_in_a_real_browser_reaches_nothing(stack: Stack, prefect: str, tmp_path: Path) -> None:
-    Foreign.api = prefect
-    with ThreadingHTTPServer(("127.0.0.1", 0), Foreign) as site:
-        Thread(target=site.serve_forever, daemon=True).start()
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom")
-        page = f"http://localhost:{site.server_address[1]}/"
-        done = subprocess.run(["chromium", *flags, page], capture_output=True, text=True, timeout=START_S)
-        site.shutdown()
-    assert "<title>refused</title>" in done.stdout, done.stdout[-500:] + done.stderr[-500:]
+@needs_browser
+def test_a_page_of_another_origin_in_a_real_browser_starts_nothing(stack: Stack, prefect: str, tmp_path: Path) -> None:
+    with httpx.Client(base_url=prefect, auth=auth(stack), trust_env=False, timeout=60) as client:
+        flow = client.post("/flows/", json={"name": "f"}).raise_for_status().json()["id"]
+        deployment = client.post("/deployments/", json={"name": "d", "flow_id": flow}).raise_for_status().json()["id"]
+        body = {"job_variables": {"command": "touch owned"}}
+        client.post(f"/deployments/{deployment}/create_flow_run", json=body).raise_for_status()  # with the key it is a valid request
+        Foreign.page = PAGE.replace("API", prefect).replace("DEPLOYMENT", deployment)
+        with ThreadingHTTPServer(("127.0.0.1", 0), Foreign) as site:
+            Thread(target=site.serve_forever, daemon=True).start()
+            address = f"http://localhost:{site.server_address[1]}/"
+            title = in_browser(tmp_path / "profile", address, "document.title != 'waits' && document.title")
+            site.shutdown()
+        assert title.split() == ["refused", "opaque", "opaque", "refused", "refused"]
+        assert len(client.post("/flow_runs/filter", json={}).json()) == 1
     refused = (stack.state / "prefect-server.log").read_text()
-    assert refused.count("refused POST") >= 2, refused[-2000:]
-    assert httpx.post(f"{prefect}/deployments/filter", json={}, auth=auth(stack), trust_env=False, timeout=60).json() == []
+    assert refused.count("refused POST") >= 3 and "refused OPTIONS" in refused and "refused websocket" in refused, refused[-2000:]
+
+
+@pytest.mark.long
+@needs_browser
+def test_the_links_that_are_printed_sign_a_browser_in(stack: Stack, prefect: str, mlflow: str, tmp_path: Path) -> None:
+    wrong = in_browser(tmp_path / "a", f"{prefect.removesuffix('/api')}/sign-in#research:no", "document.body.innerText.includes('make up')")
+    assert wrong
+    of_prefect, of_mlflow = sign_in.links(stack.variables())
+    shown = in_browser(tmp_path / "b", of_prefect, "/Flow Runs/i.test(document.body.innerText) && location.href")
+    assert stack.variables()["PREFECT_API_AUTH_STRING"] not in shown
+    shown = in_browser(tmp_path / "c", of_mlflow, "/Recent Experiments/.test(document.body.innerText) && location.href")
+    assert shown.startswith(f"{mlflow}/") and "sign-in" not in shown
+
+
+def test_links_are_printed_to_a_terminal_alone(stack: Stack) -> None:
+    variables = stack.variables()
+    assert not any(key in " ".join(_pages(variables, private=False)) for key in settings.keys(stack.state).values() if key != "research")
+    assert all(key in " ".join(_pages(variables, private=True)) for key in settings.keys(stack.state).values())
+
+
+def test_signing_in_needs_the_key(stack: Stack, prefect: str, mlflow: str) -> None:
+    get = partial(httpx.get, trust_env=False, timeout=60)
+    page = get(f"{prefect.removesuffix('/api')}/sign-in")
+    assert page.status_code == 200 and auth(stack)[1] not in page.text
+    assert get(f"{mlflow}/sign-in").status_code == 401
+    user, key = stack.variables()["MLFLOW_TRACKING_USERNAME"], stack.variables()["MLFLOW_TRACKING_PASSWORD"]
+    led = get(f"{mlflow}/sign-in", auth=(user, key))
+    assert (led.status_code, led.headers["location"]) == (303, f"{mlflow}/")

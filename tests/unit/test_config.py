@@ -227,5 +227,5 @@ def test_a_seed_of_its_own_moves_training_alone_and_an_empty_one_follows_the_top
 
 @pytest.mark.parametrize("value", ["[a,b", "@x", "%x", "&a *a", "2026-13-45", "{a: b", "\x00"])
 def test_a_value_that_is_no_yaml_is_one_message_with_the_remedy(value: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.folder=.*is not YAML; for this text itself write data\.folder="):
+    with pytest.raises(ConfigError, match=r"data\.folder=.*is not YAML.*; for this text itself write data\.folder="):
         config.load_profile("laptop", [f"data.folder={value}"])

@@ -10,14 +10,14 @@ from research_rl.config import RetrieverConfig
 from research_rl.errors import ConfigError
 from research_rl.process.tokens import checked_token
 from research_rl.retriever import command
-from research_rl.retriever.access import Access
+from research_rl.retriever.gateway import access
 
 
 def status(config: dict[str, Any], client: str = "127.0.0.1", path: str = "/search", token: str | None = "t", **headers: str) -> int:
     """Return the status of the refusal, 200 when there is none."""
     sent = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    scope = {"path": path, "method": "POST", "headers": sent, "client": (client, 1)}
-    refused = Access(RetrieverConfig.model_validate(config), token).refused(scope)
+    scope = {"path": path, "method": "GET" if path in ("/health", "/readyz") else "POST", "headers": sent, "client": (client, 1)}
+    refused = access(RetrieverConfig.model_validate(config), token).refused(scope)
     return refused.status if refused else 200
 
 
@@ -41,6 +41,24 @@ OUTSIDE = {"host": "0.0.0.0", "auth": "none"}
 )
 def test_the_names_by_which_a_service_may_be_addressed(config: dict[str, Any], host: str, expected: int) -> None:
     assert status(config, token=None, host=host) == expected
+
+
+def test_a_refusal_names_the_setting_to_change() -> None:
+    def told(config: dict[str, Any], **headers: str) -> str:
+        scope = {"path": "/search", "method": "POST", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+        refused = access(RetrieverConfig.model_validate(config), "t").refused({**scope, "client": ("192.168.0.1", 1)})
+        assert refused
+        return refused.detail
+
+    assert "add it to retriever.hosts" in told({}, host="search.example") and "'search.example'" in told({}, host="search.example")
+    assert "add its network to retriever.allow" in told({"allow": ["10.0.0.0/8"]}) and "RESEARCH_RETRIEVER_TOKEN" in told({})
+
+
+def test_a_page_of_another_machine_of_the_network_may_not_search() -> None:
+    host = "10.0.0.5:8080"
+    assert status(OUTSIDE, token=None, host=host, origin=f"http://{host}") == 200
+    for origin in ("http://10.0.0.6:8080", "http://10.0.0.5:80", "http://localhost:8080", "null"):
+        assert status(OUTSIDE, token=None, host=host, origin=origin) == 403, origin
 
 
 def test_only_allowed_networks_and_this_machine_may_search() -> None:

@@ -18,31 +18,33 @@ PATIENCE = Patience(window_s=5.0, least=3, share=0.5, longest_s=20.0)
 SHORT = replace(PATIENCE, longest_s=0.3)
 
 
-def drive(faults: list[SearchFault | None], well: bool, patience: Patience = PATIENCE) -> tuple[list[Note], float]:
-    """Report faults, wait at the gate; return the notes and the seconds waited."""
+def drive(faults: list[SearchFault | None], well: bool, patience: Patience = PATIENCE) -> tuple[list[Note], int]:
+    """Report faults, wait at the gate; return the notes and how often the service was asked meanwhile."""
     notes: list[Note] = []
+    asked = 0
 
     async def probe() -> bool:
-        await asyncio.sleep(0.05)
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0)
         return well
 
-    async def run() -> float:
+    async def run() -> None:
         gate = PauseGate(probe, patience, notes.append)
         for fault in faults:
             gate.report(fault)
-        started = time.monotonic()
         await gate.wait()
         assert not gate.closed
-        return time.monotonic() - started
 
-    return notes, asyncio.run(run())
+    asyncio.run(run())
+    return notes, asked
 
 
 def test_it_closes_past_the_share_and_opens_with_the_probe() -> None:
-    notes, seconds = drive([None, *[SearchFault.TIMEOUT] * 2, SearchFault.GARBAGE], well=True)
+    notes, asked = drive([None, *[SearchFault.TIMEOUT] * 2, SearchFault.GARBAGE], well=True)
     assert [note.event for note in notes] == ["paused", "resumed"]
     assert notes[0].faults == {"timeout": 2, "garbage": 1} and notes[0].searches == 4
-    assert 0.04 < seconds < 10
+    assert asked == 1
 
 
 def test_a_death_after_many_answers_is_seen_at_once() -> None:
@@ -51,8 +53,9 @@ def test_a_death_after_many_answers_is_seen_at_once() -> None:
 
 
 def test_it_gives_up_in_bounded_time() -> None:
-    notes, seconds = drive([SearchFault.UNREACHABLE] * 3, well=False, patience=SHORT)
-    assert [note.event for note in notes] == ["paused", "gave_up"] and 0.25 < seconds < 10
+    notes, asked = drive([SearchFault.UNREACHABLE] * 3, well=False, patience=SHORT)
+    assert [note.event for note in notes] == ["paused", "gave_up"] and asked >= 1
+    assert notes[1].at - notes[0].at > 0.25
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_it_gives_up_in_bounded_time() -> None:
     ],
 )
 def test_few_failures_and_the_models_own_close_nothing(faults: list[SearchFault | None]) -> None:
-    assert drive(faults, well=False) == ([], pytest.approx(0, abs=1))
+    assert drive(faults, well=False) == ([], 0)
 
 
 def test_what_lies_before_the_window_is_forgotten() -> None:

@@ -7,8 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -45,16 +43,16 @@ def test_a_file_of_the_user_is_left_alone(tmp_path: Path) -> None:
 def test_setting_the_environment_asks_no_server_and_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that accepts and never answers stands for one that is busy; it must not be waited for, nor forgotten."""
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    connections: list[object] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=lambda: connections.append(listener.accept()), daemon=True).start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         settings.point_prefect_at(tmp_path, {**VARIABLES, "PREFECT_API_URL": url})
         settings.stack_folder(tmp_path).mkdir(parents=True)
         (settings.stack_folder(tmp_path) / ADDRESSES).write_text(json.dumps({"PREFECT_API_URL": url}))
-        started = time.monotonic()
         settings.apply(tmp_path)
-        assert time.monotonic() - started < 1 and connections == []
+        with socket.create_connection(listener.getsockname()) as own:
+            accepted, first = listener.accept()
+            accepted.close()
+            assert first == own.getsockname(), "connections are taken in order: an earlier one would come first"
     assert (tmp_path / "prefect.toml").exists() and "PREFECT_API_URL" not in os.environ
 
 
