@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ async def evaluate(
 async def _play(config: Config, question: Question, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer) -> Result:
     started = time.perf_counter()
     trajectory = await _trajectory(config, question, engine, searcher, tokenizer)
-    return to_result(question, trajectory, tokenizer.eos_token, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return to_result(question, trajectory, tokenizer.eos_token, seconds, cut_is_empty=config.evaluation.published_limits)
 
 
 async def _trajectory(config: Config, question: Question, engine: Engine, searcher: Searcher, tokenizer: FolderTokenizer) -> Trajectory:
@@ -76,7 +78,10 @@ async def _trajectory(config: Config, question: Question, engine: Engine, search
         prompt = encode_prompt(tokenizer, question.question, config.prompt)
     except (ConfigError, ModelError) as error:  # one question without a prompt must not end the others
         return Trajectory((), stop=StopReason.ENGINE_FAILURE, error=str(error))
-    return await run_episode(prompt, engine, searcher, tokenizer, Limits(**config.episode.model_dump()))
+    limits = Limits(**config.episode.model_dump())
+    if config.evaluation.published_limits:
+        limits = replace(limits, max_response_tokens=limits.max_response_tokens - len(prompt))
+    return await run_episode(prompt, engine, searcher, tokenizer, limits)
 
 
 def _run(context: Context, model: Path) -> None:
