@@ -33,6 +33,7 @@ def research_data(
     profile: Profile | None = None,
     overrides: dict[str, Any] = {},  # noqa: B006
     force: list[StageName] = [],  # noqa: B006
+    refresh: bool = False,
 ) -> None:
     """Download, validate and prepare the questions; store, encode and index the passages; commit to DVC.
 
@@ -41,8 +42,17 @@ def research_data(
         profile: Profile to start from (laptop, smollm, paper-7b, paper-32b); empty keeps the workspace's params.yaml.
         overrides: Parameters by dotted name, for example {"data.generated.entities": 800}; written to params.yaml.
         force: Stages to build even when nothing changed.
+        refresh: Ask the sources whether their files changed, and fetch them again where they did; how far the data moved is then measured.
     """
-    with opened(workspace, profile, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=frozenset(force)) as job:
+    with opened(
+        workspace,
+        profile,
+        overrides,
+        flow=str(flow_run.flow_name),
+        run_id=str(flow_run.id),
+        force=frozenset(force),
+        refresh=refresh,
+    ) as job:
         raw = download(job)
         checked = validate(job, wait_for=[raw])
         questions = job.submit(prepare, raw, checked)

@@ -34,11 +34,13 @@ def research_eval(
 
     Args:
         workspace: Folder with params.yaml, data/ and artifacts/; relative to the checkout.
-        overrides: Parameters by dotted name, for example {"evaluation.rows": 512}; written to params.yaml.
+        overrides: Parameters by dotted name, for example {"evaluation.rows": 512}; written to params.yaml. One that decides data, index or
+            training is refused.
         again: Measure even when both evaluations stand.
     """
     force = frozenset({"baseline", "evaluate"} if again else ())
-    with opened(workspace, None, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=force) as job:
+    only = ("baseline", "evaluate", "report")
+    with opened(workspace, None, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=force, only=only) as job:
         with retriever(job, ("baseline", "evaluate")) as searching:
             before = baseline(searching)
             after = evaluate(searching)

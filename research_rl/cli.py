@@ -102,6 +102,7 @@ def _parser(stages: str) -> argparse.ArgumentParser:
     run = add("run", _run, "build one stage, or all of them in order")
     run.add_argument("stage", metavar=stages, help="the stage to build, or all")
     run.add_argument("--force", action="store_true", help="build even when nothing changed")
+    run.add_argument("--refresh", action="store_true", help="ask the sources of the data, and download again what changed there")
     config = add("config", _config, "show or describe the parameters")
     config.add_argument("action", choices=["show", "describe"], help="show: resolved values; describe: type and meaning of each")
     compare = add("compare", _compare, "compare two evaluations question by question")
@@ -118,8 +119,9 @@ def _parser(stages: str) -> argparse.ArgumentParser:
     others = (
         add("init", _init, "write params.yaml of a workspace from a profile"),
         add("plan", _plan, "show what a run would build, and whether it fits on the disk"),
-        add("status", _status, "show every stage: current, stale, missing or torn"),
+        status := add("status", _status, "show every stage: current, stale, missing or torn"),
     )
+    status.add_argument("--verify", action="store_true", help="read the bytes of all files, also of those that did not change")
     for verb in (run, config, model, ask, retriever, *others):
         verb.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="parameters for this call")
     return parser
@@ -153,6 +155,7 @@ def _init(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     import math
 
+    from research_rl.config import written
     from research_rl.errors import ConfigError
     from research_rl.pipeline.lock import locked
     from research_rl.pipeline.stages import STAGES
@@ -163,33 +166,32 @@ def _run(arguments: argparse.Namespace) -> None:
     workspace = _workspace(arguments)
     with locked(workspace, math.inf, f"research run {arguments.stage}", _waiting):
         config = _resolve(arguments)  # the run that was waited for may have written params.yaml
-        _write_params(config, workspace)
-        _build(arguments, config, workspace)
+        workspace.root.mkdir(parents=True, exist_ok=True)
+        with written(config, workspace.root / "params.yaml", _tell) as parameters:
+            _build(arguments, config, workspace, parameters.keep)
 
 
 def _waiting(owner: str) -> None:
     _print(f"waiting for {owner}, which uses this workspace", sys.stderr)
 
 
-def _build(arguments: argparse.Namespace, config: Config, workspace: Workspace) -> None:
+def _build(arguments: argparse.Namespace, config: Config, workspace: Workspace, on_build: Callable[[], None]) -> None:
     from research_rl.pipeline.run import run_stage
     from research_rl.pipeline.stages import STAGES
 
     for name in STAGES if arguments.stage == "all" else (arguments.stage,):
         started = time.perf_counter()
-        artifact, built = run_stage(name, config, workspace, force=arguments.force, progress=_Printer(name))
+        artifact, built = run_stage(
+            name, config, workspace, force=arguments.force, refresh=arguments.refresh, progress=_Printer(name), on_build=on_build
+        )
         what = f"built in {time.perf_counter() - started:.1f} s" if built else "current, skipped"
         counts = ", ".join(f"{key} {value:,}" for key, value in artifact.counts.items())
         _print(f"{name}: {what}; {counts or 'no counts'}; {artifact.hash[:12]}")
 
 
-def _write_params(config: Config, workspace: Workspace) -> None:
-    """Make params.yaml say what is about to be built and print what changed in it."""
-    from research_rl.config import update
-
-    workspace.root.mkdir(parents=True, exist_ok=True)
-    for line in update(config, workspace.root / "params.yaml"):
-        print(line, flush=True)
+def _tell(line: str) -> None:
+    """Print a line at once: a run may take hours."""
+    print(printable(line), flush=True)
 
 
 class _Printer:
@@ -212,7 +214,7 @@ def _status(arguments: argparse.Namespace) -> None:
     from research_rl.planning.plan import state
 
     config, workspace = _resolve(arguments), _workspace(arguments)
-    for row in state(config, workspace):
+    for row in state(config, workspace, reread=arguments.verify):
         _print(f"{row.stage:<10} {row.state:<8} {row.hash or '-':<14} {row.detail}")
 
 

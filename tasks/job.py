@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from research_rl.config import Config
 from research_rl.errors import ConfigError, ResearchError, ServiceError, StorageError
 from research_rl.pipeline.lock import locked
 from research_rl.pipeline.manifest import Manifest
-from research_rl.pipeline.stages import Workspace
+from research_rl.pipeline.stages import STAGES, Workspace
 from research_rl.process.services import reap
 from tasks.settings import stack_folder
 from tasks.tracking.track import Tracker, run_name
@@ -50,10 +50,24 @@ class StageOutcome:
 
 
 class Job:
-    """What every task of a run is given. `force` names stages that are built even when current; tasks add their `outcomes`."""
+    """What every task of a run is given; tasks add their `outcomes`.
 
-    def __init__(self, config: Config, workspace: Workspace, tracker: Tracker, force: frozenset[str] = frozenset()) -> None:
+    `force` names stages that are built even when current, `refresh` has sources asked whether their files changed, and `on_build` is
+    called before the work of a stage begins.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workspace: Workspace,
+        tracker: Tracker,
+        force: frozenset[str] = frozenset(),
+        *,
+        refresh: bool = False,
+        on_build: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config, self.workspace, self.tracker, self.force = config, workspace, tracker, force
+        self.refresh, self.on_build = refresh, on_build
         self.outcomes: dict[str, StageOutcome] = {}
         self._beside: list[PrefectFuture[Any]] = []
         self._over = threading.Event()
@@ -78,7 +92,8 @@ class Job:
 
     def using(self, **sections: Any) -> Job:
         """Return the same job with some configuration sections replaced."""
-        other = Job(self.config.model_copy(update=sections), self.workspace, self.tracker, self.force)
+        config = self.config.model_copy(update=sections)
+        other = Job(config, self.workspace, self.tracker, self.force, refresh=self.refresh, on_build=self.on_build)
         other.outcomes, other._beside, other._over = self.outcomes, self._beside, self._over
         return other
 
@@ -110,28 +125,60 @@ def assignments(items: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def opened(
-    workspace: str, profile: str | None, overrides: Mapping[str, Any], *, flow: str, run_id: str, force: frozenset[str] = frozenset()
+    workspace: str,
+    profile: str | None,
+    overrides: Mapping[str, Any],
+    *,
+    flow: str,
+    run_id: str,
+    force: frozenset[str] = frozenset(),
+    refresh: bool = False,
+    only: Sequence[str] = (),
 ) -> Generator[Job]:
-    """Lock the workspace, write params.yaml, start tracking; close all of it on any exit."""
+    """Lock the workspace, write params.yaml, start tracking; close all of it on any exit.
+
+    params.yaml is put back when the run fails before anything was built. With `only`, the stages that the flow builds, an override
+    that decides another stage is refused: ConfigError.
+    """
     root = folder_of(workspace)
     config = resolve(root, profile, overrides)
     root.mkdir(parents=True, exist_ok=True)
     space = Workspace(root)
     with locked(space, 0.0, f"{flow}, run {run_id[:8]}"):
         reap_all(space)
-        for line in configuration.update(config, root / "params.yaml"):
-            get_run_logger().info(line)
-        tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
-        job, status = Job(config, space, tracker, force), "KILLED"
-        try:
-            yield job
-            status = "FINISHED"
-        except Exception:
-            status = "FAILED"
-            raise
-        finally:
-            job.join(status)
-            tracker.close(status)
+        if only:
+            _leaves(config, space, only)
+        with configuration.written(config, root / "params.yaml", get_run_logger().info) as parameters:
+            tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
+            job, status = Job(config, space, tracker, force, refresh=refresh, on_build=parameters.keep), "KILLED"
+            try:
+                yield job
+                status = "FINISHED"
+            except Exception:
+                status = "FAILED"
+                raise
+            finally:
+                job.join(status)
+                tracker.close(status)
+
+
+def _leaves(config: Config, workspace: Workspace, only: Sequence[str]) -> None:
+    """Raise ConfigError when `config` would make a stage stale that is not among `only`."""
+    path = workspace.root / "params.yaml"
+    if not path.is_file():
+        return
+    before, after = (configuration.located(each, workspace.root) for each in (configuration.load(path), config))
+    stale: dict[str, list[str]] = {}
+    for stage in (stage for stage in STAGES.values() if stage.name not in only):
+        old, new = (configuration.parameters(each, stage.sections) for each in (before, after))
+        if lines := configuration.changes(old, new):
+            stale[stage.name] = lines
+    if stale:
+        lines = dict.fromkeys(line for lines in stale.values() for line in lines)
+        raise ConfigError(
+            f"{'; '.join(lines)}: this flow builds {', '.join(only)} and would leave {', '.join(stale)} stale; leave the override out, "
+            "or give it to research-train, in a workspace of its own if both are to stand"
+        )
 
 
 def flow_run_name() -> str:

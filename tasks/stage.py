@@ -70,8 +70,16 @@ def _outcome(stage: Stage, job: Job, after: After | None, build: Build | None) -
     with job.tracker.stage(stage.name, job.config, stage.sections) as run:
         started = time.monotonic()
         work = partial(build, run=run) if build else None
-        force = stage.name in job.force
-        manifest, built = run_stage(stage.name, job.config, job.workspace, force=force, progress=progress, function=work)
+        manifest, built = run_stage(
+            stage.name,
+            job.config,
+            job.workspace,
+            force=stage.name in job.force,
+            refresh=job.refresh,
+            progress=progress,
+            function=work,
+            on_build=job.on_build,
+        )
         run.finished(manifest, built)
         progress.finish()
         job.outcomes[stage.name] = outcome = StageOutcome(manifest, built, time.monotonic() - started)

@@ -1,6 +1,7 @@
 """The one configuration tree, its files and its command line. Frozen, no unknown keys, every field described; knows no stage."""
 
 from research_rl.config.files import (
+    Written,
     apply_overrides,
     assignment,
     changes,
@@ -11,8 +12,10 @@ from research_rl.config.files import (
     located,
     parameters,
     profiles,
+    rendered,
     save,
     update,
+    written,
 )
 from research_rl.config.sections import (
     Config,
@@ -62,6 +65,7 @@ __all__ = [
     "ValidationConfig",
     "WatchConfig",
     "WatchRule",
+    "Written",
     "apply_overrides",
     "assignment",
     "changes",
@@ -72,6 +76,8 @@ __all__ = [
     "located",
     "parameters",
     "profiles",
+    "rendered",
     "save",
     "update",
+    "written",
 ]

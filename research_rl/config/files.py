@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from research_rl.config import template_text
+from research_rl.config import commented, template_text
 from research_rl.config.plain_yaml import MOST_BYTES, read_yaml
 from research_rl.config.redact import redact
 from research_rl.config.sections import Config
@@ -23,6 +24,7 @@ from research_rl.errors import ConfigError
 from research_rl.paths import PROFILES
 
 __all__ = [
+    "Written",
     "apply_overrides",
     "assignment",
     "changes",
@@ -33,8 +35,10 @@ __all__ = [
     "located",
     "parameters",
     "profiles",
+    "rendered",
     "save",
     "update",
+    "written",
 ]
 
 Overrides = Iterable[str] | Mapping[str, Any]
@@ -97,14 +101,22 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(config: Config, path: Path) -> bool:
-    """Write the resolved tree to `path`; return False when the file already says the same."""
-    text = dump(config)
+    """Write the resolved tree to `path`, see `rendered`; return False when the file already says the same."""
+    text = rendered(config, path)
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    _replace(path, text.encode())
     return True
+
+
+def rendered(config: Config, path: Path) -> str:
+    """Return what `save` writes to `path`: the whole tree, and where the file has comments the file with only its values changed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return dump(config)
+    changed = commented.merged(text, config.model_dump(mode="json")) if "#" in text else None
+    return dump(config) if changed is None else changed
 
 
 def update(config: Config, path: Path) -> list[str]:
@@ -115,6 +127,50 @@ def update(config: Config, path: Path) -> list[str]:
     if before is None:
         return [f"{path.name} written (profile {config.profile})"]
     return [f"{line}, written to {path.name}" for line in changes(before, config.model_dump(mode="json"))]
+
+
+class Written:
+    """A params.yaml that says what runs; `keep` it as soon as something is built from it."""
+
+    def __init__(self) -> None:
+        self.kept = False
+
+    def keep(self) -> None:
+        """Leave the file as it is, whatever happens later: what was built, or begun, belongs to it."""
+        self.kept = True
+
+
+@contextmanager
+def written(config: Config, path: Path, say: Callable[[str], None]) -> Generator[Written]:
+    """Write the resolved tree to `path` for a block of work, and put the file back when the block fails before anything was built.
+
+    `say` is given one line for every parameter that changed. An edit that was saved in the meantime wins.
+    """
+    before = path.read_bytes() if path.is_file() else None
+    lines, state = update(config, path), Written()
+    for line in lines:
+        say(line)
+    ours = path.read_bytes()
+    try:
+        yield state
+    except BaseException:
+        if lines and not state.kept and path.is_file() and path.read_bytes() == ours:
+            _put_back(path, before)
+            say(f"{path.name} put back as it was: nothing was built")
+        raise
+
+
+def _put_back(path: Path, content: bytes | None) -> None:
+    if content is None:
+        path.unlink()
+    else:
+        _replace(path, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def _former(path: Path) -> dict[str, Any] | None:

@@ -355,12 +355,21 @@ class IndexConfig(Section):
     device: Literal["cpu", "gpu"] = Field(default="cpu", description="Where faiss trains and adds; gpu needs a faiss build for it.")
     prebuilt: str | None = Field(
         default=None,
-        description="An existing faiss index file over the same corpus rows, used as it is (encoder.vectors=false saves encoding).",
+        description="An existing faiss index file over the same corpus rows, by inner product or Euclidean distance, used as it is (encoder.vectors=false saves encoding).",
     )
     depth: int = Field(default=100, ge=1, description="hybrid: passages each side ranks before the ranks are joined.")
     rank_offset: int = Field(default=60, ge=1, description="hybrid: the constant of reciprocal rank fusion, 1 / (constant + rank).")
     k1: float = Field(default=1.5, gt=0, description="bm25: how soon repeated words stop counting.")
     b: float = Field(default=0.75, ge=0, le=1, description="bm25: how much long passages are discounted.")
+
+    @model_validator(mode="after")
+    def _prebuilt_vectors(self) -> IndexConfig:
+        if self.prebuilt and self.kind == "bm25":
+            raise ValueError(
+                f"prebuilt={self.prebuilt} names a file of vectors, but kind=bm25 searches words; remove index.prebuilt (the word index is "
+                "built from the corpus; a folder of bm25s cannot be taken over), or set index.kind=dense or hybrid"
+            )
+        return self
 
 
 class PolicyConfig(Section):
@@ -764,6 +773,10 @@ class EvaluationConfig(Section):
         ge=0,
         le=1,
         description="Largest share of questions lost to engine or search failures; above it the stage stops and publishes nothing.",
+    )
+    published_limits: bool = Field(
+        default=False,
+        description="Count as ReSearch's published evaluation: episode.max_response_tokens bounds prompt and response together, and a response that the token limit cut has no answer (em = f1 = 0).",
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from research_rl.corpus import store
 from research_rl.data.download import CORPUS
 from research_rl.errors import DataError
+from research_rl.pipeline.copying import place
 from research_rl.pipeline.stages import Context
 from research_rl.pipeline.work import Work
 
@@ -32,7 +33,7 @@ def run(context: Context) -> None:
     shards = list(_shards(context, context.parent("download") / CORPUS, work, rows))
     with context.publish() as staging:
         for name, _ in shards:
-            os.link(work.folder / name / name, staging.path / name)
+            place(work.folder / name / name, staging.path / name)
         store.write_table(np.concatenate([np.load(work.folder / name / _HASHES) for name, _ in shards]), staging.path)
         staging.counts |= {"passages": sum(count for _, count in shards), "shards": len(shards)}
         staging.facts["shard_rows"] = rows

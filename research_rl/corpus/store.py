@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from research_rl.episode.trajectory import Passage
-from research_rl.errors import DataError, ManifestError
+from research_rl.errors import ManifestError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 
@@ -66,15 +66,6 @@ class PassageStore:
             if self._passage(int(row)).id == identifier:
                 return int(row)
         return None
-
-    def by_id(self, identifiers: Iterable[str]) -> list[Passage]:
-        """Return the passages of these ids, in that order. Raises DataError for an unknown one."""
-        rows: list[int] = []
-        for identifier in identifiers:
-            if (row := self.row_of(identifier)) is None:
-                raise DataError(f"passage id {identifier!r} is not among the {len(self):,} of {self.folder}; use an id of this corpus")
-            rows.append(row)
-        return self.get(rows)
 
     def texts(self, start: int, stop: int) -> list[str]:
         """Return the contents of rows `start` to `stop` - 1."""

@@ -7,8 +7,6 @@ configuration and the same source files: it holds no time and no path of this ma
 from __future__ import annotations
 
 import errno
-import json
-import os
 import shutil
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,13 +20,15 @@ from research_rl.data.catalogue import expand
 from research_rl.data.compressed import SUFFIXES, open_plain
 from research_rl.data.flashrag import Question
 from research_rl.data.pieces import Fetched, Located
-from research_rl.data.sources import ChangedError, Sources
+from research_rl.data.sources import ChangedError, Remote, Sources
 from research_rl.errors import ConfigError, DataError
 from research_rl.pipeline import manifest
+from research_rl.pipeline.copying import place
 from research_rl.pipeline.manifest import Manifest, Staging
-from research_rl.pipeline.stages import Context, Workspace
+from research_rl.pipeline.stages import Context, Progress, Workspace
+from research_rl.pipeline.verified import Verified
 
-__all__ = ["CORPUS", "FILES", "SPLITS", "fresh", "run"]
+__all__ = ["CORPUS", "FILES", "SPLITS", "fresh", "newer", "run"]
 
 CORPUS = "corpus.jsonl"
 SPLITS = ("train", "dev", "test")
@@ -63,34 +63,42 @@ def run(context: Context) -> None:
 def fresh(config: Config, workspace: Workspace, published: Manifest) -> bool:
     """Return whether the files of data.folder still have the hashes that `published` recorded; those that are not here count as unchanged.
 
-    A file is hashed again only when its size or time of change differs from that of the last look, which is kept in artifacts/.work.
+    A file is read again only when it changed since it was last read.
     """
     if config.data.source != "folder" or not config.data.folder:
         return True
     root = workspace.root / Path(config.data.folder).expanduser()
     recorded = {name: str(facts["sha256"]) for name, facts in published.facts.get("source", {}).get("files", {}).items()}
     paths = {name: root / name for name in recorded if "://" not in name and (root / name).is_file()}
-    note = workspace.work("download-looks.json")
-    looks = _looks(note)
-    seen = {name: _look(path, looks.get(name)) for name, path in paths.items()}
-    if seen != looks:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(seen))
-    return all(seen[name][2] == recorded[name] for name in paths)
+    verified = Verified(workspace.verified)
+    return all(verified.sha256(path) == recorded[name] for name, path in paths.items())
 
 
-def _look(path: Path, last: list[Any] | None) -> list[Any]:
-    """Return size, time of change in nanoseconds and sha256 of a file."""
-    status = path.stat()
-    stamp = [status.st_size, status.st_mtime_ns]
-    return last if last and last[:2] == stamp else [*stamp, manifest.file_sha256(path)]
+def newer(config: Config, workspace: Workspace, published: Manifest, progress: Progress) -> list[str]:
+    """Ask the sources what they hold now; return one line for every file that is not known to be the one in `data/`.
+
+    Sizes, versions (ETag, date, commit) and checksums travel, no content. Raises DataError where a source does not answer.
+    """
+    if config.data.source == "generated":
+        return []
+    data = _expanded(config.data)
+    recorded: dict[str, Any] = published.facts.get("source", {}).get("files", {})
+    sources = Sources(data, config.transfer, workspace.root)
+    located = transfer.locate(_names(data), sources, data.sha256, config.transfer, progress)
+    return [reason for item in located if (reason := _difference(item.remote, recorded.get(item.name, {})))]
 
 
-def _looks(note: Path) -> dict[str, list[Any]]:
-    try:
-        return json.loads(note.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
+def _difference(remote: Remote, known: Mapping[str, str]) -> str:
+    """Say why a file of a source may not be the one that was recorded; "" where it is, or lies on this machine (see `fresh`)."""
+    if remote.path is not None:
+        return ""
+    if remote.checksum and remote.checksum[0] == "sha256" and not remote.encoding:
+        before, now = known.get("sha256", ""), remote.checksum[1]
+    else:
+        before, now = known.get("version", ""), remote.version
+    if not now:
+        return f"{remote.address} has neither version nor checksum, so it is fetched again to see whether it changed"
+    return "" if now == before else f"{remote.address} changed: {before or 'no version'} before, {now} now"
 
 
 def _publish(context: Context) -> AbstractContextManager[Staging]:
@@ -148,22 +156,13 @@ def _place(parts: list[Fetched], target: Path, work: Path) -> None:
     """Put a further file under its name: linked when it was fetched as it is, else decompressed, joined or copied."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unpack = [part.encoded or (len(parts) == 1 and _unpacked(part.path.name, target.name)) for part in parts]
-    if len(parts) == 1 and not unpack[0] and parts[0].path.is_relative_to(work) and _linked(parts[0].path, target):
+    if len(parts) == 1 and not unpack[0] and parts[0].path.is_relative_to(work):
+        place(parts[0].path, target)
         return
     with target.open("wb") as sink:
         for part, packed in zip(parts, unpack, strict=True):
             with _opened(part.path, packed) as stream:
                 shutil.copyfileobj(stream, sink, 1 << 20)
-
-
-def _linked(path: Path, target: Path) -> bool:
-    try:
-        os.link(path, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:  # data/ may be a symbolic link to another disk
-            raise
-        return False
-    return True
 
 
 @contextmanager

@@ -1,18 +1,15 @@
 """Stage embed: one vector a passage, in shards that survive a kill. Knows shards and resuming; leaves text to encoders.
 
-Invariants: (1) a shard counts as finished only with its record, written after it, whose sha256 it fits; (2) a killed
-run redoes at most the shard it was in; (3) the artifact carries its encoder, so that queries cannot meet another one.
+Invariants: (1) a killed run redoes at most the shard it was in; (2) the artifact carries its encoder, so that queries cannot meet
+another one.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,8 @@ import numpy as np
 from research_rl.corpus.store import PassageStore
 from research_rl.embedding import ENCODER, Encoded
 from research_rl.paths import cache_folder
-from research_rl.pipeline.manifest import file_sha256
 from research_rl.pipeline.stages import Context
+from research_rl.pipeline.work import Work
 
 __all__ = ["run"]
 
@@ -49,18 +46,18 @@ def run(context: Context) -> None:
     if context.config.encoder.kind == "none":
         _publish_nothing(context, store)
         return
-    work = _work_folder(context)
+    work = Work(context)
     built = _lexical(context, store, work) if context.config.encoder.kind == "lexical" else _sentence(context, store, work)
-    shards = _encode_all(context, store, built, work) if context.config.encoder.vectors else []
+    shards = _encode_all(context, store, built, work) if context.config.encoder.vectors else {}
     with context.publish() as staging:
-        for path in shards:
-            os.link(path, staging.path / path.name)
-        shutil.copytree(work / ENCODER, staging.path / ENCODER)
+        for name in shards:
+            work.link(name, staging.path)
+        work.link(ENCODER, staging.path / ENCODER)
         staging.counts |= {"vectors": len(store) if shards else 0, "shards": len(shards), "dim": built.dim}
         staging.facts |= {"encoder": built.facts, "canaries": _canaries(store)}
-        if padding := _padding(shards):
+        if padding := _padding(shards.values()):
             staging.facts["padding"] = padding
-    shutil.rmtree(work)
+    work.remove()
 
 
 def _publish_nothing(context: Context, store: PassageStore) -> None:
@@ -69,25 +66,15 @@ def _publish_nothing(context: Context, store: PassageStore) -> None:
         staging.facts |= {"encoder": {"kind": "none"}, "canaries": _canaries(store)}
 
 
-def _work_folder(context: Context) -> Path:
-    """Return the folder of this very build; work begun for other parameters or another corpus is removed."""
-    key = sha256(f"{context.config_hash}/{context.parents['corpus'].hash}".encode()).hexdigest()[:16]
-    work = context.workspace.work(f"embed-{key}")
-    for stale in work.parent.glob("embed-*"):
-        if stale != work:
-            shutil.rmtree(stale)
-    work.mkdir(parents=True, exist_ok=True)
-    return work
-
-
-def _lexical(context: Context, store: PassageStore, work: Path) -> _Built:
+def _lexical(context: Context, store: PassageStore, work: Work) -> _Built:
     from research_rl.embedding.lexical import LexicalEncoder
 
-    if not (work / ENCODER).is_dir():
-        shutil.rmtree(work / "encoder.tmp", ignore_errors=True)
-        LexicalEncoder.fit((texts for _, texts in store.batches(_BATCH)), context.config.encoder.dim).save(work / "encoder.tmp")
-        (work / "encoder.tmp").rename(work / ENCODER)
-    encoder = LexicalEncoder.load(work / ENCODER)
+    def fit(folder: Path) -> dict[str, Any]:
+        LexicalEncoder.fit((texts for _, texts in store.batches(_BATCH)), context.config.encoder.dim).save(folder)
+        return {}
+
+    work.unit(ENCODER, fit)
+    encoder = LexicalEncoder.load(work.folder / ENCODER)
 
     def encode(shards: Iterable[range], progress: Callable[[int], None]) -> Iterator[tuple[range, Encoded]]:
         for shard in shards:
@@ -102,46 +89,51 @@ def _lexical(context: Context, store: PassageStore, work: Path) -> _Built:
     return _Built(encoder.dim, facts, encode)
 
 
-def _sentence(context: Context, store: PassageStore, work: Path) -> _Built:
+def _sentence(context: Context, store: PassageStore, work: Work) -> _Built:
     from research_rl.embedding import models, presets, workers
     from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
 
     config = context.config.encoder
     source = models.resolve(config, context.config.transfer, cache_folder())
     settled = presets.settle(config, source)
-    if not (work / ENCODER).is_dir():
-        shutil.rmtree(work / "encoder.tmp", ignore_errors=True)
-        models.copy_model(source, work / "encoder.tmp")
-        (work / "encoder.tmp").rename(work / ENCODER)
+    folder = work.folder / ENCODER
+
+    def copy(target: Path) -> dict[str, Any]:
+        models.copy_model(source, target)
+        return {}
+
+    work.unit(ENCODER, copy)
     facts = {
         "kind": "sentence",
         "model": config.model if (config.model or "").startswith("pypi:") else Path(config.model or "").name,
-        "model_sha256": models.tree_sha256(work / ENCODER),
+        "model_sha256": models.tree_sha256(folder),
         "dtype": fast_bfloat16() if config.dtype == "auto" else config.dtype,
         **settled,
     }
-    encoder = SentenceEncoder.load(work / ENCODER, facts, threads=context.config.encoding.threads)
+    encoder = SentenceEncoder.load(folder, facts, threads=context.config.encoding.threads)
 
     def encode(shards: Iterable[range], progress: Callable[[int], None]) -> Iterator[tuple[range, Encoded]]:
         def read(shard: range) -> list[str]:
             return store.texts(shard.start, shard.stop)
 
         with encoder:
-            yield from workers.encode(context.config.encoding, encoder, work / ENCODER, shards, read, progress)
+            yield from workers.encode(context.config.encoding, encoder, folder, shards, read, progress)
 
     return _Built(encoder.dim, encoder.facts, encode)
 
 
-def _encode_all(context: Context, store: PassageStore, built: _Built, work: Path) -> list[Path]:
+def _encode_all(context: Context, store: PassageStore, built: _Built, work: Work) -> dict[str, dict[str, Any]]:
+    """Return the record of every shard by the name of its unit, in row order."""
     size, total = context.config.encoder.shard_rows, len(store)
     report = _Reporter(context, total)
-    paths = {range(start, min(start + size, total)): work / f"vectors-{start // size:05d}.npy" for start in range(0, total, size)}
-    missing = [shard for shard, path in paths.items() if not _finished(path, len(shard), built.dim)]
+    names = {range(start, min(start + size, total)): f"vectors-{start // size:05d}" for start in range(0, total, size)}
+    records = {name: work.finished(name) for name in names.values()}
+    missing = [shard for shard, name in names.items() if records[name] is None]
     report.skip(total - sum(map(len, missing)))
     for shard, found in built.encode(missing, report.inside):
-        _save(paths[shard], found)
+        records[names[shard]] = work.unit(names[shard], partial(_save, found, names[shard]))
         report.close(len(shard))
-    return list(paths.values())
+    return {name: record for name, record in records.items() if record is not None}
 
 
 class _Reporter:
@@ -168,31 +160,15 @@ class _Reporter:
         self._progress(text, (self._kept + done) / self._total)
 
 
-def _save(path: Path, found: Encoded) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as stream:
-        np.save(stream, found.vectors)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    record = path.with_suffix(".json.tmp")
-    told = {"sha256": file_sha256(path), "shape": found.vectors.shape, "tokens": found.tokens, "padding": found.padding}
-    record.write_text(json.dumps(told))
-    record.replace(path.with_suffix(".json"))
+def _save(found: Encoded, name: str, folder: Path) -> dict[str, Any]:
+    np.save(folder / f"{name}.npy", found.vectors)
+    return {"tokens": found.tokens, "padding": found.padding}
 
 
-def _finished(path: Path, rows: int, dim: int) -> bool:
-    try:
-        record = json.loads(path.with_suffix(".json").read_text())
-        return record["shape"] == [rows, dim] and record["sha256"] == file_sha256(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _padding(shards: list[Path]) -> dict[str, float]:
+def _padding(records: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Return the tokens of all passages and the share of padding among those computed; nothing without tokens."""
-    records = [json.loads(path.with_suffix(".json").read_text()) for path in shards]
-    tokens, padding = (sum(int(record[name]) for record in records) for name in ("tokens", "padding"))
+    counts = [(int(record["tokens"]), int(record["padding"])) for record in records]
+    tokens, padding = sum(count for count, _ in counts), sum(count for _, count in counts)
     return {"tokens": tokens, "share": round(padding / (tokens + padding), 4)} if tokens else {}
 
 

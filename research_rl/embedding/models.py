@@ -66,7 +66,7 @@ def copy_model(source: Path, target: Path) -> None:
         unused = {name for name in names if name.startswith(".") or Path(name).suffix in _UNUSED or name in ("onnx", "openvino")}
         return unused if weights else {name for name in unused if not name.endswith(".bin")}
 
-    shutil.copytree(source, target, ignore=skipped)
+    shutil.copytree(source, target, ignore=skipped, dirs_exist_ok=True)
 
 
 def tree_sha256(folder: Path) -> str:

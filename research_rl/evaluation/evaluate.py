@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ async def evaluate(
                 trajectory = await _trajectory(config, question, engine, searcher, tokenizer)
                 seconds = time.perf_counter() - started
                 trained = await grader.grade(trajectory, question.target)
-                done[question.row] = result = to_result(question, trajectory, trained, tokenizer.eos_token, seconds)
+                cut_is_empty = config.evaluation.published_limits
+                result = to_result(question, trajectory, trained, tokenizer.eos_token, seconds, cut_is_empty=cut_is_empty)
+                done[question.row] = result
                 on_result(result)
 
         async with asyncio.TaskGroup() as group:
@@ -83,7 +86,10 @@ async def _trajectory(
         prompt = encode_prompt(tokenizer, question.question, config.prompt)
     except (ConfigError, ModelError) as error:  # one question without a prompt must not end the others
         return Trajectory((), stop=StopReason.ENGINE_FAILURE, error=str(error))
-    return await run_episode(prompt, engine, searcher, tokenizer, Limits(**config.episode.model_dump()))
+    limits = Limits(**config.episode.model_dump())
+    if config.evaluation.published_limits:
+        limits = replace(limits, max_response_tokens=limits.max_response_tokens - len(prompt))
+    return await run_episode(prompt, engine, searcher, tokenizer, limits)
 
 
 def _run(context: Context, model: Path) -> None:

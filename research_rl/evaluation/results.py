@@ -94,10 +94,17 @@ class Result:
         return cls(**values)
 
 
-def to_result(question: HeldOutQuestion, trajectory: Trajectory, trained: Grade, eos_token: str, seconds: float) -> Result:
-    """Grade a trajectory by both published rules, beside the grade `trained` by the reward of training, and count what happened in it."""
+def to_result(
+    question: HeldOutQuestion, trajectory: Trajectory, trained: Grade, eos_token: str, seconds: float, *, cut_is_empty: bool = False
+) -> Result:
+    """Grade a trajectory by both published rules, beside the grade `trained` by the reward of training, and count what happened in it.
+
+    With `cut_is_empty` the prediction of a response that the token limit cut is "", whatever was written, as in ReSearch's published
+    evaluation; there, too, one that used the limit up with a search's result keeps its answer. The rewards are those of training.
+    """
     paper = grade(trajectory, question.golden_answers, "paper", eos_token)
     repository = grade(trajectory, question.golden_answers, "repository", eos_token)
+    cut = cut_is_empty and _is_cut(trajectory)
     found = [passage for search in trajectory.searches for passage in search.passage_ids]
     return Result(
         row=question.row,
@@ -106,9 +113,9 @@ def to_result(question: HeldOutQuestion, trajectory: Trajectory, trained: Grade,
         hops=len(question.supporting),
         question=question.question,
         golden_answers=question.golden_answers,
-        prediction=repository.prediction,
-        em=repository.em,
-        f1=repository.f1,
+        prediction="" if cut else repository.prediction,
+        em=0.0 if cut else repository.em,
+        f1=0.0 if cut else repository.f1,
         format=repository.format_ok,
         fault=repository.reason,
         reward=trained.score,
@@ -126,6 +133,12 @@ def to_result(question: HeldOutQuestion, trajectory: Trajectory, trained: Grade,
         seconds=round(seconds, 3),
         trajectory=trajectory.to_json(),
     )
+
+
+def _is_cut(trajectory: Trajectory) -> bool:
+    """Return whether the token limit ended the model in the middle of a turn."""
+    written = trajectory.segments
+    return trajectory.stop is StopReason.TOKEN_LIMIT and bool(written) and written[-1].author is Author.MODEL
 
 
 def read_questions(path: Path, rows: int | None) -> list[HeldOutQuestion]:

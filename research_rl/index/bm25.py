@@ -23,12 +23,13 @@ import Stemmer
 from research_rl.config import IndexConfig
 from research_rl.embedding import Vectors
 from research_rl.errors import ManifestError
+from research_rl.index.budget import ENGLISH, Terms
 from research_rl.index.search import merged
 from research_rl.pipeline.stages import silent
 from research_rl.pipeline.work import Work
 from research_rl.reward.words import terms, unsegmented
 
-__all__ = ["STOP_WORDS", "Bm25", "CorpusTexts", "build", "write"]
+__all__ = ["STOP_WORDS", "Bm25", "CorpusTexts", "build", "sampled", "write"]
 
 STOP_WORDS = (
     *bm25s.tokenization.STOPWORDS_EN,
@@ -36,6 +37,11 @@ STOP_WORDS = (
 )
 """bm25s's English list and the words that make a question a question: they say nothing about its subject."""
 _BATCH = 2000
+_SAMPLE, _BLOCKS = 2000, 20
+"""Passages of which the terms are counted beforehand, and how many places of the corpus they stand at."""
+_LEAST_TERMS = 100
+_GROWTH = (0.3, 0.8)
+"""How a vocabulary grows: bounds of the exponent of Heaps' law, as a small or repetitive sample says little about it."""
 _VOCABULARY = "bm25-vocabulary.json"
 _TOKENS, _LENGTHS, _FREQUENCIES = "tokens.i32", "lengths.npy", "frequencies.npy"
 _PARTS = ("data", "indices", "indptr")
@@ -63,6 +69,10 @@ class CorpusTexts(Protocol):
 
     def __len__(self) -> int: ...
 
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Return the texts of rows `start` to `stop` - 1."""
+        ...
+
     def batches(self, size: int) -> Iterator[tuple[int, list[str]]]:
         """Yield the first row and the texts of consecutive batches."""
         ...
@@ -82,6 +92,24 @@ def build(work: Work, config: IndexConfig, store: CorpusTexts, ranges: Sequence[
         progress(f"{stop:,} of {len(store):,} passages scored", 0.7 + 0.3 * stop / max(len(store), 1))
     work.unit("bm25-vocabulary", partial(_vocabulary, work.folder / "bm25-words"))
     return counted
+
+
+def sampled(store: CorpusTexts) -> Terms:
+    """Count the terms of passages spread over the corpus, for the plan of memory and disk; English ones where there are none."""
+    stems, seen = _Stems(), list[tuple[int, int]]()
+    total = distinct = 0
+    for block in np.array_split(np.arange(len(store)), min(len(store), _BLOCKS) or 1):
+        rows = block[: _SAMPLE // _BLOCKS]
+        for text in store.texts(int(rows[0]), int(rows[-1]) + 1) if len(rows) else []:
+            tokens, _ = _numbers(stems, [text])
+            total, distinct = total + len(tokens), distinct + len(np.unique(tokens))
+            seen.append((total, len(stems.numbers)))
+    if total < _LEAST_TERMS:
+        return ENGLISH
+    words = len(stems.numbers)
+    half, fewer = next(item for item in seen if item[0] >= total / 2)
+    growth = float(np.clip(np.log(words / fewer) / np.log(total / half), *_GROWTH)) if half < total else ENGLISH.growth
+    return Terms(total / len(seen), distinct / total, words / total**growth, growth)
 
 
 def unit(number: int) -> str:

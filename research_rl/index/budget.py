@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from research_rl.config import CorpusConfig, EncoderConfig, IndexConfig
 from research_rl.errors import ConfigError
 
-__all__ = ["corpus_peak", "disk", "embed_peak", "files_held", "peak", "shard_rows"]
+__all__ = ["ENGLISH", "Terms", "corpus_peak", "disk", "embed_peak", "files_held", "peak", "shard_rows"]
 
 _MIB = 1 << 20
 _BASE = 112 * _MIB
@@ -21,29 +22,46 @@ _READ = 16_384
 """Vectors held beside the index: a vector file mapped while it is read, and the batch on its way."""
 _GROWN = 1.6
 """Inverted lists and graphs grow by doubling: what they hold above what they need."""
-_TOKENS = 64
-"""Stems a passage keeps, of about 100 words."""
 _TOKEN_BYTES = 88
 """Memory of a token while its file is scored and sorted."""
-_KEPT = 0.85
-"""Share of a passage's stems that are distinct."""
 _SENTENCE = 600 * _MIB
 """torch and sentence-transformers with a model of the base size."""
 _ACTIVATIONS = 80
 """Numbers a token holds for each of its vector's while a batch goes through a transformer."""
 _WORD_BYTES = 300
+_WORD_DISK = 16
+"""A term and its number in the vocabulary's file; each file of scores has eight bytes a term besides."""
 _STEMMER = 40 * _MIB
 """bm25s and what it imports."""
 _LEAST_ROWS = 100
 
 
-def shard_rows(config: IndexConfig, dim: int, rows: int) -> int:
+@dataclass(frozen=True)
+class Terms:
+    """The terms of a corpus: how many a passage keeps, the share of them that is distinct, and Heaps' law, scale * terms ** growth."""
+
+    kept: float = 64.0
+    distinct: float = 0.85
+    scale: float = 30.0
+    growth: float = 0.55
+
+    def vocabulary(self, rows: int) -> float:
+        """Return the distinct terms of `rows` passages."""
+        return self.scale * (rows * self.kept) ** self.growth
+
+
+ENGLISH = Terms()
+"""Stems of passages of about 100 words of English Wikipedia. `bm25.sampled` counts those of another corpus: a script without spaces
+between words has several n-grams for each of its characters."""
+
+
+def shard_rows(config: IndexConfig, dim: int, rows: int, terms: Terms = ENGLISH) -> int:
     """Return how many passages an index file covers: index.shard_rows, or fewer to stay within index.memory_gib.
 
     Raises ConfigError when not even the smallest file fits.
     """
     limit = config.memory_gib * 1024**3
-    fixed, each = _fixed(config, dim, rows), _per_row(config, dim)
+    fixed, each = _fixed(config, dim, rows, terms), _per_row(config, dim, terms)
     most = int((limit - fixed) / each) if each else config.shard_rows
     if most < _LEAST_ROWS:
         raise ConfigError(
@@ -53,25 +71,27 @@ def shard_rows(config: IndexConfig, dim: int, rows: int) -> int:
     return min(config.shard_rows, most)
 
 
-def peak(config: IndexConfig, dim: int, rows: int) -> int:
+def peak(config: IndexConfig, dim: int, rows: int, terms: Terms = ENGLISH) -> int:
     """Return the planned peak of the index stage. Raises ConfigError like `shard_rows`."""
-    return int(_fixed(config, dim, rows) + _per_row(config, dim) * min(rows, shard_rows(config, dim, rows)))
+    return int(_fixed(config, dim, rows, terms) + _per_row(config, dim, terms) * min(rows, shard_rows(config, dim, rows, terms)))
 
 
-def files_held(config: IndexConfig, dim: int, ranges: Sequence[tuple[int, int]]) -> int:
+def files_held(config: IndexConfig, dim: int, ranges: Sequence[tuple[int, int]], terms: Terms = ENGLISH) -> int:
     """Return how many files may be open at once within the budget, at least one."""
-    room = config.memory_gib * 1024**3 - _fixed(config, dim, ranges[-1][1])
-    longest = max(stop - start for start, stop in ranges) * _per_row(config, dim)
+    room = config.memory_gib * 1024**3 - _fixed(config, dim, ranges[-1][1], terms)
+    longest = max(stop - start for start, stop in ranges) * _per_row(config, dim, terms)
     return max(1, min(len(ranges), int(room / max(longest, 1))))
 
 
-def disk(config: IndexConfig, dim: int, rows: int) -> float:
+def disk(config: IndexConfig, dim: int, rows: int, terms: Terms = ENGLISH) -> float:
     """Return the bytes of the index artifact; a prebuilt file is taken for one of index.factory."""
     from research_rl.index.dense import row_bytes
 
     dense = rows * row_bytes(config, dim) if config.kind != "bm25" else 0.0
-    words = rows * _TOKENS * _KEPT * 8 + _words(rows) * 24 if config.kind != "dense" else 0.0
-    return dense + words
+    if config.kind == "dense":
+        return dense
+    files = -(-rows // shard_rows(config, dim, rows, terms)) if rows else 0
+    return dense + rows * terms.kept * terms.distinct * 8 + terms.vocabulary(rows) * (_WORD_DISK + 8 * files)
 
 
 def corpus_peak(config: CorpusConfig, text: float) -> float:
@@ -87,7 +107,7 @@ def embed_peak(config: EncoderConfig, dim: int) -> float:
     return _BASE + _SENTENCE + cores * config.batch_tokens * dim * 4 * _ACTIVATIONS + config.shard_rows * (dim * 4 + 4000)
 
 
-def _fixed(config: IndexConfig, dim: int, rows: int) -> float:
+def _fixed(config: IndexConfig, dim: int, rows: int, terms: Terms) -> float:
     """Memory that does not depend on the length of a file: libraries, the training sample, the vocabulary."""
     from research_rl.index.search import EXACT
 
@@ -96,25 +116,20 @@ def _fixed(config: IndexConfig, dim: int, rows: int) -> float:
         fixed += _TORCH if config.factory == EXACT else 0
         fixed += 2.0 * min(rows, config.train_rows) * dim * 4 if _trained(config) else 0
     if config.kind != "dense":
-        fixed += _STEMMER + _WORD_BYTES * _words(rows)
+        fixed += _STEMMER + _WORD_BYTES * terms.vocabulary(rows)
     return fixed
 
 
-def _per_row(config: IndexConfig, dim: int) -> float:
+def _per_row(config: IndexConfig, dim: int, terms: Terms) -> float:
     from research_rl.index.dense import row_bytes
 
     sides: list[float] = []
     if config.kind != "bm25" and not config.prebuilt:
         sides.append(row_bytes(config, dim) * (_GROWN if any(name in config.factory for name in ("IVF", "HNSW")) else 1))
     if config.kind != "dense":
-        sides.append(_TOKENS * _TOKEN_BYTES)
+        sides.append(terms.kept * _TOKEN_BYTES)
     return max(sides, default=0.0)
 
 
 def _trained(config: IndexConfig) -> bool:
     return any(name in config.factory for name in ("IVF", "PQ", "SQ"))
-
-
-def _words(rows: int) -> float:
-    """Distinct stems of a corpus: Heaps' law with the constants of English Wikipedia."""
-    return 30.0 * (rows * _TOKENS) ** 0.55

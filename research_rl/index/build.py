@@ -38,7 +38,8 @@ def run(context: Context) -> None:
     store = PassageStore(context.parent("corpus"), context.parents["corpus"])
     vectors = VectorFiles(vector_shards(context.parent("embed"), context.parents["embed"]), context.parents["embed"].counts["dim"])
     _check(config, store, vectors)
-    rows = max(len(store), 1) if config.prebuilt else budget.shard_rows(config, vectors.dim, len(store))
+    terms = _terms(config, store)
+    rows = max(len(store), 1) if config.prebuilt else budget.shard_rows(config, vectors.dim, len(store), terms)
     ranges = ranges_of(len(store), rows)
     work = Work(context)
     facts: dict[str, Any] = {"kind": config.kind}
@@ -57,10 +58,18 @@ def run(context: Context) -> None:
         staging.facts |= facts
         staging.measured |= {
             "build_seconds": round(work.seconds, 2),
-            "planned_mib": round(budget.peak(config, vectors.dim, len(store)) / 2**20),
+            "planned_mib": round(budget.peak(config, vectors.dim, len(store), terms) / 2**20),
         }
         _prove(context, staging, vectors)
     work.remove()
+
+
+def _terms(config: IndexConfig, store: PassageStore) -> budget.Terms:
+    if config.kind == "dense":
+        return budget.ENGLISH
+    from research_rl.index.bm25 import sampled
+
+    return sampled(store)
 
 
 def _check(config: IndexConfig, store: PassageStore, vectors: VectorFiles) -> None:
@@ -117,12 +126,30 @@ def _measure(config: IndexConfig, staging: Staging, vectors: VectorFiles) -> Non
 
 
 def _canary(index: IndexSearcher, canaries: Sequence[dict[str, Any]], config: IndexConfig) -> dict[str, Any]:
-    """Return the first passage whose own beginning, as a query, finds it; the service asks for it when it starts."""
-    _, rows = index.search([canary["query"] for canary in canaries], _CANARY_NEAR)
-    for canary, near in zip(canaries, rows, strict=True):
-        if canary["row"] in near:
+    """Return the first passage whose own beginning, as a query, finds it; the service asks for it when it starts.
+
+    Each is asked for alone, as the service asks: among centroids at equal distance faiss chooses by the size of the batch.
+    """
+    for canary in canaries:
+        _, rows = index.search([canary["query"]], _CANARY_NEAR)
+        if canary["row"] in rows[0]:
             return {**canary, "top_k": _CANARY_NEAR}
-    raise ConfigError(
-        f"index.kind={config.kind} with index.factory={config.factory!r} finds none of {len(canaries)} passages by their own text "
-        f"among its first {_CANARY_NEAR}; use a finer index, another encoder, or the index.prebuilt of this very corpus"
+    kind, remedy = _made(config)
+    raise ConfigError(f"{kind} finds none of {len(canaries)} passages by their own text among its first {_CANARY_NEAR}; {remedy}")
+
+
+def _made(config: IndexConfig) -> tuple[str, str]:
+    """Return what an index was made from, and what to do when it does not find what it holds."""
+    if config.kind == "bm25":
+        return "index.kind=bm25", (
+            "their words are stop words, or stand in many passages alike: look for repeats in the report of the stage validate, "
+            "or set index.kind=dense"
+        )
+    if config.prebuilt:
+        return f"index.kind={config.kind} with index.prebuilt={config.prebuilt}", (
+            "use the file that was built from this very corpus with this encoder, or remove index.prebuilt"
+        )
+    search = f" and index.search={config.search!r}" if config.search else ""
+    return f"index.kind={config.kind} with index.factory={config.factory!r}{search}", (
+        "use a finer index (Flat is exact) or another encoder, and look for repeated passages in the report of the stage validate"
     )

@@ -8,7 +8,7 @@ below four queries the plain scan stays faster.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,10 +60,15 @@ def threads_for(size: int) -> int:
 
 
 class VectorIndex:
-    """A faiss index with its row count and dimension; searches from one thread at a time."""
+    """A faiss index with its row count and dimension; searches from one thread at a time.
+
+    An index of squared Euclidean distances d gives 1 - d / 2: the inner product where vectors and queries have unit length, and
+    in any case a score that falls with the distance.
+    """
 
     def __init__(self, index: Any, threads: int = 0) -> None:
         self._index = index
+        self._distances: bool = self.metric == faiss.METRIC_L2
         self._threads = threads or threads_for(self.rows * self.dim * 4)
         faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM * self.dim
 
@@ -91,11 +96,29 @@ class VectorIndex:
         """Name of the index's class, such as IndexFlatIP."""
         return type(self._index).__name__
 
+    @property
+    def metric(self) -> int:
+        """faiss's number of what the index compares by."""
+        return int(self._index.metric_type)
+
+    def identifiers(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the ids that vectors were added under; nothing where they are numbered in order, as their kind does by itself."""
+        inner = self._index
+        if isinstance(inner, faiss.IndexIDMap | faiss.IndexIDMap2):
+            yield faiss.vector_to_array(inner.id_map)
+            return
+        ivf: Any = faiss.try_extract_index_ivf(inner)
+        if ivf is not None:
+            lists = ivf.invlists
+            for number in range(lists.nlist):
+                if size := lists.list_size(number):
+                    yield faiss.rev_swig_ptr(lists.get_ids(number), size).copy()
+
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows); row -1 where too few were found."""
         faiss.omp_set_num_threads(self._threads)  # holds for the calling thread alone, so it is said where the search runs
         scores, rows = self._index.search(np.ascontiguousarray(queries, np.float32), min(top_k, self.rows))
-        return scores, rows
+        return 1 - scores / 2 if self._distances else scores, rows
 
 
 Opener = Callable[[], VectorSearcher]

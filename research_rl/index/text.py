@@ -66,10 +66,13 @@ class Hybrid:
         return self._sides[0].rows
 
     def search(self, queries: Sequence[str], top_k: int) -> tuple[Vectors, Rows]:
-        """Return fused scores and rows, see `IndexSearcher`; no passage beyond the first `depth` of both rankings is found."""
+        """Return fused scores and rows, see `IndexSearcher`; no passage beyond the first `depth` of both rankings is found.
+
+        A passage with a score of exactly 0 has nothing in common with the query on that side and has no rank there.
+        """
         k = min(top_k, self.rows)
         scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-        rankings = [side.search(queries, max(self._depth, k))[1].tolist() for side in self._sides]
+        rankings = [_ranked(*side.search(queries, max(self._depth, k))) for side in self._sides]
         for query, lists in enumerate(zip(*rankings, strict=True)):
             fused = self._fused(lists)[:k]
             rows[query, : len(fused)] = [row for row, _ in fused]
@@ -83,6 +86,11 @@ class Hybrid:
                 found[row] = found.get(row, 0.0) + 1 / rank
         found.pop(-1, None)
         return sorted(found.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _ranked(scores: Vectors, rows: Rows) -> list[list[int]]:
+    """Return the rows of each query in order, -1 in place of those that score 0."""
+    return np.where(scores == 0, -1, rows).tolist()
 
 
 def open_index(

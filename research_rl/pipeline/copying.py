@@ -1,15 +1,24 @@
-"""Copy a file so that neither copy can alter the other, without the cost of a copy where the file system shares blocks."""
+"""Give a file a second place. Knows file systems; knows no artifact.
+
+`clone` makes a copy that no later edit of the original can alter, `place` a second name of a finished file that nobody edits any more.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import shutil
 from pathlib import Path
 
-__all__ = ["clone"]
+from research_rl.pipeline.manifest import fsync
+
+__all__ = ["clone", "place"]
 
 _FICLONE = 0x40049409
 """Linux's request to share a file's blocks until one of the two is written to (btrfs, XFS, bcachefs)."""
+_NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS})
+"""Another file system, or one that has no second names or no more of them."""
 
 
 def clone(source: Path, target: Path) -> None:
@@ -19,3 +28,20 @@ def clone(source: Path, target: Path) -> None:
             fcntl.ioctl(copy.fileno(), _FICLONE, original.fileno())
         except OSError:  # another file system, or one that cannot
             shutil.copyfile(source, target)
+
+
+def place(source: Path, target: Path) -> None:
+    """Give a finished file a second name; a copy, on disk when this returns, where the file system has none (a folder of
+    `artifacts` may be a symbolic link to another disk).
+
+    Raises FileExistsError where `target` exists.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        temporary = target.with_name(f".{target.name}.copy")
+        shutil.copyfile(source, temporary)
+        fsync(temporary)
+        temporary.rename(target)

@@ -16,16 +16,20 @@ from research_rl.errors import ConfigError, ManifestError, StorageError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.extras import missing_extras
 from research_rl.pipeline.manifest import Manifest
-from research_rl.pipeline.stages import STAGES, Context, Progress, Workspace, silent
+from research_rl.pipeline.stages import STAGES, Context, Progress, Stage, Workspace, silent
+from research_rl.pipeline.verified import Verified
 
 __all__ = ["current", "run_stage", "standing"]
 
 
 def current(name: str, config: Config, workspace: Workspace, *, verify: bool = True) -> Manifest | None:
-    """Return the artifact of `name` if it is whole and was built from this configuration and these parents."""
+    """Return the artifact of `name` if it is whole and was built from this configuration and these parents.
+
+    With `verify` the files' bytes count, of which those are read that were not read before or changed since.
+    """
     stage = STAGES[name]
     try:
-        found = manifest.load(workspace.folder(name), verify=verify)
+        found = manifest.load(workspace.folder(name), verify=verify, hashed=Verified(workspace.verified).sha256)
         parents = {parent: manifest.load(workspace.folder(parent), verify=False).hash for parent in stage.parents}
     except ManifestError:
         return None
@@ -52,25 +56,38 @@ def run_stage(
     workspace: Workspace,
     *,
     force: bool = False,
+    refresh: bool = False,
     progress: Progress = silent,
     function: Callable[[Context], None] | None = None,
+    on_build: Callable[[], None] = lambda: None,
 ) -> tuple[Manifest, bool]:
     """Build the artifact of `name` unless it is current; return its manifest and whether it was built.
 
-    `function` does the stage's work in place of the table's, for drivers that watch it. Raises ConfigError for an unknown stage
-    or a missing optional library, and ManifestError when a parent is missing, torn or stale.
+    With `refresh` a current artifact is built again when the machines that its data came from hold something newer. `function` does
+    the stage's work in place of the table's, for drivers that watch it; `on_build` is called before that work begins. Raises ConfigError
+    for an unknown stage or a missing optional library, and ManifestError when a parent is missing, torn or stale.
     """
     if name not in STAGES:
         raise ConfigError(f"stage={name!r} is not one of {list(STAGES)}")
     with _alone(name, workspace, progress), _room(name, workspace), missing_extras():
         manifest.sweep(workspace.folder(name))
-        if not force and (found := current(name, config, workspace)):
-            return found, False
         stage = STAGES[name]
+        found = None if force else current(name, config, workspace)
+        if found and not (refresh and _newer(stage, config, workspace, found, progress)):
+            return found, False
         parents = {parent: _parent(name, parent, config, workspace) for parent in stage.parents}
         work = function or _function(stage.function)
+        on_build()
         work(Context(stage, config, workspace, parents, progress, force))
         return manifest.load(workspace.folder(name), verify=False), True
+
+
+def _newer(stage: Stage, config: Config, workspace: Workspace, found: Manifest, progress: Progress) -> bool:
+    """Return whether other machines hold something newer than an artifact, and tell each reason."""
+    reasons: list[str] = _function(stage.newer)(config, workspace, found, progress) if stage.newer else []
+    for reason in reasons:
+        progress(reason, 0.0)
+    return bool(reasons)
 
 
 @contextmanager

@@ -44,6 +44,9 @@ class Stage:
     summary: str
     fresh: str = ""
     """`module:name` of a function (config, workspace, manifest) that says whether what lies outside the workspace is unchanged."""
+    newer: str = ""
+    """`module:name` of a function (config, workspace, manifest, progress) that asks other machines and returns why the artifact is
+    behind what they hold now, one line a reason."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -65,6 +68,11 @@ class Workspace:
     def work(self, name: str) -> Path:
         """Return the folder for unfinished, resumable work of `name`; no reader takes it for an artifact."""
         return self.root / "artifacts" / ".work" / name
+
+    @property
+    def verified(self) -> Path:
+        """The database that remembers which files were read and found whole."""
+        return self.work("verified.sqlite")
 
     @property
     def services(self) -> Path:
@@ -141,7 +149,7 @@ def _table(*stages: Stage) -> dict[str, Stage]:
 
 
 STAGES = _table(
-    Stage("download", "research_rl.data.download:run", (), ("data",), "data", "raw questions and passages", "research_rl.data.download:fresh"),
+    Stage("download", "research_rl.data.download:run", (), ("data",), "data", "raw questions and passages", "research_rl.data.download:fresh", "research_rl.data.download:newer"),
     Stage("validate", "research_rl.validation.stage:run_stage", ("download",), ("validation",), "artifacts/validated", "data-quality report"),
     Stage("prepare", "research_rl.data.prepare:run", ("download", "validate"), ("data.seed", "prepare"), "artifacts/prepared", "questions as parquet"),
     Stage("corpus", "research_rl.corpus.build:run", ("download", "validate"), ("corpus",), "artifacts/corpus", "passage store"),

@@ -7,7 +7,6 @@ killed run redoes at most the unit it was in; (3) work begun for other parameter
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from research_rl.pipeline.manifest import file_sha256
+from research_rl.pipeline.copying import place
+from research_rl.pipeline.manifest import file_sha256, fsync
 from research_rl.pipeline.stages import Context
 
 __all__ = ["Work"]
@@ -46,14 +46,20 @@ class Work:
         self.seconds += record["seconds"]
         return record["facts"]
 
+    def finished(self, name: str) -> Record | None:
+        """Return the record of a unit, None unless it stands whole."""
+        record = _finished(self.folder / name)
+        return record and record["facts"]
+
     def units(self) -> list[str]:
         """Return the names of the finished units."""
         return sorted(path.stem for path in self.folder.glob("*.json"))
 
     def link(self, unit: str, target: Path) -> None:
-        """Give the files of a unit a second name in `target`."""
-        for path in (self.folder / unit).iterdir():
-            os.link(path, target / path.name)
+        """Give the files of a unit a second place in `target`."""
+        for name, path in _files(self.folder / unit).items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            place(path, target / name)
 
     def remove(self) -> None:
         """End the work."""
@@ -65,15 +71,19 @@ def _build(folder: Path, build: Callable[[Path], Record]) -> Record:
     folder.mkdir()
     started = time.monotonic()
     facts = build(folder)
-    for path in folder.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    for path in _files(folder).values():
+        fsync(path)
+    files = {name: file_sha256(path) for name, path in _files(folder).items()}
     record = {"facts": facts, "files": files, "seconds": round(time.monotonic() - started, 3)}
     temporary = folder.with_suffix(".tmp")
     temporary.write_text(json.dumps(record))
     temporary.replace(folder.with_suffix(".json"))
     return record
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the files below a folder by their names there."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _finished(folder: Path) -> Record | None:

@@ -11,11 +11,15 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from research_rl.config import Config
 from research_rl.errors import ConfigError
 from research_rl.pipeline.run import standing
 from research_rl.pipeline.stages import STAGES, Workspace
+
+if TYPE_CHECKING:
+    from research_rl.index.budget import Terms
 
 __all__ = ["ResourceEstimate", "estimates", "refuse", "table"]
 
@@ -52,15 +56,15 @@ def estimates(config: Config, workspace: Workspace, rows: int) -> list[ResourceE
     from research_rl.index import budget
     from research_rl.planning import calibrate
 
-    text = _text_bytes(config, workspace, rows)
+    text, terms = _text_bytes(config, workspace, rows), _terms(config, workspace)
     rates = _Rates(config, workspace)
     dim = 0 if config.encoder.kind == "none" else calibrate.width(config.encoder)
     encoded = rows if dim and config.encoder.vectors else 0
-    sizes = {"corpus": rows * (text + 16), "embed": encoded * dim * 4.0, "index": budget.disk(config.index, dim, rows)}
+    sizes = {"corpus": rows * (text + 16), "embed": encoded * dim * 4.0, "index": budget.disk(config.index, dim, rows, terms)}
     read = {"corpus": rows * text, "embed": sizes["corpus"], "index": sizes["corpus"] + sizes["embed"]}
     corpus = ResourceEstimate("corpus", sizes["corpus"], budget.corpus_peak(config.corpus, text), *rates("corpus", rows, read["corpus"]))
     embed = ResourceEstimate("embed", sizes["embed"], budget.embed_peak(config.encoder, dim), *rates("embed", encoded, read["embed"]))
-    index = ResourceEstimate("index", sizes["index"], budget.peak(config.index, dim, rows), *rates("index", rows, read["index"]))
+    index = ResourceEstimate("index", sizes["index"], budget.peak(config.index, dim, rows, terms), *rates("index", rows, read["index"]))
     return [corpus, embed, index]
 
 
@@ -100,6 +104,16 @@ def _text_bytes(config: Config, workspace: Workspace, rows: int) -> float:
     if snapshot := standing("download", config, workspace):
         return sum(entry.size for entry in snapshot.files if "corpus" in entry.path) / max(rows, 1)
     return _CHARS
+
+
+def _terms(config: Config, workspace: Workspace) -> Terms:
+    """Return what is known of the corpus's terms: counted where it is built, else those of English."""
+    from research_rl.corpus.store import PassageStore
+    from research_rl.index.bm25 import sampled
+    from research_rl.index.budget import ENGLISH
+
+    corpus = standing("corpus", config, workspace) if config.index.kind != "dense" else None
+    return sampled(PassageStore(workspace.folder("corpus"), corpus)) if corpus else ENGLISH
 
 
 def _existing(path: Path) -> Path:

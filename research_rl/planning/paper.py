@@ -199,6 +199,7 @@ _EVALUATION = (
     ),
     Parameter("temperature of evaluation", ours="evaluation.temperature", paper=0.0, script=0.0),
     Parameter("seed of evaluation", ours="evaluation.seed", script=2024, why="greedy decoding uses none; it seeds the bootstrap"),
+    Parameter("its token limit bounds the prompt too and empties what it cuts", ours="evaluation.published_limits", script=True),
     Parameter("episodes at once", ours="evaluation.concurrency", script=100, why="coroutines, not threads; no effect on results"),
     Parameter("server", ours="serving.engine", script="sglang"),
     Parameter("GPUs a server", ours="serving.tensor_parallel", script=2, why="4 for 32B"),

@@ -11,6 +11,7 @@ from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.run import standing
 from research_rl.pipeline.stages import STAGES, Workspace
+from research_rl.pipeline.verified import Verified
 from research_rl.planning import knowledge, training
 
 __all__ = ["Row", "State", "check", "describe", "state"]
@@ -29,24 +30,28 @@ class Row:
     detail: str
 
 
-def state(config: Config, workspace: Workspace) -> list[Row]:
-    """Return the state of every stage in order; a stage below one that is not current is not current either."""
+def state(config: Config, workspace: Workspace, *, reread: bool = False) -> list[Row]:
+    """Return the state of every stage in order; a stage below one that is not current is not current either.
+
+    Bytes are read of files that were not read before or changed since, with `reread` of all files.
+    """
+    verified = Verified(workspace.verified, reread=reread)
     rows: list[Row] = []
     current: set[str] = set()
     for name in STAGES:
-        row = _row(name, config, workspace, current)
+        row = _row(name, config, workspace, current, verified)
         rows.append(row)
         if row.state == "current":
             current.add(name)
     return rows
 
 
-def _row(name: str, config: Config, workspace: Workspace, current: set[str]) -> Row:
+def _row(name: str, config: Config, workspace: Workspace, current: set[str], verified: Verified) -> Row:
     stage, folder = STAGES[name], workspace.folder(name)
     if not (folder / manifest.MANIFEST).is_file():
         return Row(name, "missing", "", stage.summary)
     try:
-        found = manifest.load(folder)
+        found = manifest.load(folder, hashed=verified.sha256)
     except ManifestError as error:
         return Row(name, "torn", "", str(error))
     short = found.hash[:12]

@@ -65,12 +65,12 @@ class Sought:
             for answer in answers
         )
 
-    def missing(self, ids: Sequence[str], known: npt.NDArray[np.bool_]) -> int:
-        """Return how many of the ids were not found."""
+    def missing(self, ids: Sequence[str], known: npt.NDArray[np.bool_]) -> list[str]:
+        """Return the ids that were not found."""
         if not ids:
-            return 0
+            return []
         places = np.searchsorted(self.ids, keys(pa.array(ids, pa.large_string())))
-        return int((~known[places]).sum())
+        return [identifier for identifier, here in zip(ids, known[places], strict=True) if not here]
 
 
 def _among(values: Bits, sought: Bits) -> npt.NDArray[np.int64]:

@@ -174,6 +174,8 @@ def rows(questions: Sequence[Question], earlier: Mapping[str, Texts], sought: So
         notes += [f"{len(never_paid)} gold answers are empty once normalised and never match: {shorten(repr(never_paid))}"] * bool(
             never_paid
         )
+        absent = sought.missing(supporting_ids(item), corpus.known)
+        notes += [f"no such passage: {shorten(', '.join(absent))}"] * bool(absent)
         described.append(
             {
                 "line": line,
@@ -191,7 +193,7 @@ def rows(questions: Sequence[Question], earlier: Mapping[str, Texts], sought: So
                 "near": int(bool(near)),
                 "shared": int(bool(shared)),
                 "answered": int(sought.answered(item.golden_answers, corpus.found)),
-                "unknown_support": sought.missing(supporting_ids(item), corpus.known),
+                "unknown_support": len(absent),
                 "note": ", ".join(notes),
             }
         )

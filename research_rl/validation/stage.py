@@ -24,7 +24,7 @@ from research_rl.validation.answers import Sought
 from research_rl.validation.corpus import CorpusStatistics, measure_corpus
 from research_rl.validation.docs import SUMMARY, named
 from research_rl.validation.questions import Texts, rows
-from research_rl.validation.suites import Check, Frame, check, corpus_frames, drift_frame, question_frame, schema_frame
+from research_rl.validation.suites import Check, Frame, check, corpus_frames, drift_frame, question_frame, remedy, schema_frame
 
 __all__ = ["QualityError", "run_stage"]
 
@@ -172,12 +172,13 @@ def _require(checks: Sequence[Check], docs: Path) -> None:
         return
     lines = [
         f"{item.suite}: {item.expectation}({', '.join(filter(None, (item.column, item.limit)))}) observed {item.observed}"
+        + (f"; {advice}" if (advice := remedy(item.suite, item.column)) else "")
         + "".join(f"\n    {named(row)}" for row in item.rows)
         for item in broken
     ]
     hint = "; to accept the drift, run once with validation.drift.accept=true" if any(item.suite == "drift" for item in broken) else ""
     raise QualityError(
-        f"{len(broken)} data-quality checks failed; correct the source or the limits in validation.*{hint}; details in "
+        f"{len(broken)} data-quality checks failed; correct the source, or the limit where one is named{hint}; details in "
         f"{docs / SUMMARY}\n  " + "\n  ".join(lines),
         [item.to_json() for item in checks],
         docs,

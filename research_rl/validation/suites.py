@@ -20,11 +20,29 @@ from research_rl.validation.corpus import CorpusStatistics, Example
 from research_rl.validation.docs import write_summary
 from research_rl.validation.questions import COLUMNS
 
-__all__ = ["Check", "Frame", "check", "corpus_frames", "drift_frame", "question_frame", "schema_frame"]
+__all__ = ["Check", "Frame", "check", "corpus_frames", "drift_frame", "question_frame", "remedy", "schema_frame"]
 
 _SHOWN = 3
 _LISTED = 20
 _SHARES = ("malformed", "repeated_ids", "repeated_contents", *ENCODING_DEFECTS, "untitled", "wordless", "overlong")
+
+_LIMITS = {
+    "chars": "max_question_chars",
+    "longest_answer": "max_answer_chars",
+    "repeated": "max_repeated_questions",
+    "answered": "min_answer_coverage",
+    "leaked": "max_leakage",
+    "near": "max_near_leakage",
+    "repeated_contents": "max_duplicate_passages",
+    "longest": "max_passage_chars",
+    "overlong": "max_passage_chars",
+    **dict.fromkeys(ENCODING_DEFECTS, "max_bad_encoding"),
+}
+"""Column -> the parameter of `validation` that its critical limit is set by; the other limits are fixed."""
+_REMEDIES = {
+    "unknown_support": "metadata.supporting_passage_ids names passages that are not in data.corpus: correct or remove the ids, "
+    "or name the corpus that the questions were written for",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,15 @@ def question_frame(split: str, rows: Sequence[Mapping[str, Any]], limits: Valida
         ]
 
     return Frame(split, rows, expect, ("line", "id", "text", "note"))
+
+
+def remedy(suite: str, column: str) -> str:
+    """Return what to do about a broken critical check, other than to correct the source; empty where that is all."""
+    if suite == "drift":
+        return f"limit: validation.drift.{column}_critical"
+    if name := _LIMITS.get(column):
+        return f"limit: validation.{name}"
+    return _REMEDIES.get(column, "")
 
 
 def schema_frame(split: str, problem: str) -> Frame:

@@ -89,7 +89,7 @@ def _parameters(path: Path, config: Config) -> Generator[None]:
     if _says(path, config):
         yield
         return
-    text = configuration.dump(config)
+    text = configuration.rendered(config, path)
     if path.is_file():
         _aside(path, text).write_bytes(path.read_bytes())
     configuration.save(config, path)

@@ -18,7 +18,10 @@ from research_rl.config import Config, addresses
 from research_rl.data import download, flashrag
 from research_rl.errors import ConfigError, DataError
 from research_rl.pipeline import manifest
-from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
+from research_rl.pipeline.run import run_stage
+from research_rl.pipeline.stages import STAGES, Context, Progress, Workspace, silent
+from research_rl.validation.stage import QualityError
+from tests import defects
 from tests.web import Site, serve
 
 ROWS = 12_000
@@ -241,3 +244,60 @@ def test_a_very_long_name_is_fetched(site: Site, tmp_path: Path) -> None:
     site.files["x" * 250 + ".jsonl.gz"] = gzip.compress(CORPUS)
     download.run(context(tmp_path, site, corpus="x" * 250 + ".jsonl.gz"))
     whole(tmp_path)
+
+
+def bodies(site: Site) -> dict[str, int]:
+    """Return the bytes sent of each file since the last call."""
+    sent, site.sent = site.sent, {}
+    return sent
+
+
+def test_a_refresh_asks_the_source_and_fetches_what_changed(site: Site, tmp_path: Path) -> None:
+    """The artifact is current while its configuration is unchanged: a scheduled update never asked, and brought nothing up to date."""
+    made = context(tmp_path, site)
+    first, _ = run_stage("download", made.config, made.workspace)
+    bodies(site)
+    told: list[str] = []
+    tell: Progress = lambda text, _: told.append(text)  # noqa: E731
+    assert run_stage("download", made.config, made.workspace, refresh=True, progress=tell) == (first, False)
+    assert sum(bodies(site).values()) <= len(site.files), "a byte a file says its version"
+    site.files["corpus.jsonl"] = CORPUS.replace(b"passage", b"Passage")
+    assert run_stage("download", made.config, made.workspace) == (first, False), "who does not ask is not told"
+    second, built = run_stage("download", made.config, made.workspace, refresh=True, progress=tell)
+    assert built
+    assert second.hash != first.hash
+    assert any(f"{site.url}/corpus.jsonl changed: " in text for text in told)
+    assert b"Passage 0" in (tmp_path / "data/corpus.jsonl").read_bytes()
+
+
+def test_a_source_without_versions_is_fetched_again_by_a_refresh(site: Site, tmp_path: Path) -> None:
+    site.etags = False
+    made = context(tmp_path, site)
+    first, _ = run_stage("download", made.config, made.workspace)
+    again, built = run_stage("download", made.config, made.workspace, refresh=True)
+    assert built
+    assert again.hash == first.hash, "equal files make an equal artifact, and what was built from it stays current"
+
+
+def test_a_refresh_of_a_source_that_does_not_answer_is_an_error_and_keeps_the_data(site: Site, tmp_path: Path) -> None:
+    made = context(tmp_path, site, transfer={"attempts": 1})
+    first, _ = run_stage("download", made.config, made.workspace)
+    del site.files["corpus.jsonl"]
+    with pytest.raises(DataError, match="404"):
+        run_stage("download", made.config, made.workspace, refresh=True)
+    assert manifest.load(tmp_path / "data").hash == first.hash
+
+
+def test_what_a_refresh_brings_is_measured_for_drift(site: Site, tmp_path: Path) -> None:
+    data = defects.snapshot()
+    files = {f"s/{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode() for name, rows in data.items()}
+    site.files.clear()
+    site.files.update(files)
+    named = {split: [f"s/{split}.jsonl"] for split in ("train", "dev", "test")}
+    made = context(tmp_path, site, corpus="s/corpus.jsonl", **named)
+    for stage in ("download", "validate"):
+        run_stage(stage, made.config, made.workspace, refresh=True)
+    site.files["s/corpus.jsonl"] = b"".join(files["s/corpus.jsonl"].splitlines(keepends=True)[:60])
+    run_stage("download", made.config, made.workspace, refresh=True)
+    with pytest.raises(QualityError, match=r"drift: .*rows"):
+        run_stage("validate", made.config, made.workspace, refresh=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import prefect
 import pytest
+import yaml
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
@@ -20,6 +21,7 @@ from flows.data import research_data
 from research_rl import config
 from research_rl.data import download
 from research_rl.errors import ConfigError, DataError, ServiceError
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline import stages as pipeline
 from research_rl.pipeline.lock import locked
@@ -106,6 +108,13 @@ def test_a_second_run_skips_everything_and_a_parameter_reruns_what_depends_on_it
     research_data(workspace=str(workspace), overrides={"encoder.dim": 64})
     after = states(last_run())
     assert {name for name in STAGES if after[name] == "Completed"} == {"embed", "index"}
+
+
+def test_the_weekly_deployment_asks_the_sources() -> None:
+    """Without it a download is current as long as its configuration is, whatever the source holds."""
+    deployments = {item["name"]: item for item in yaml.safe_load((CHECKOUT / "prefect.yaml").read_text())["deployments"]}
+    assert deployments["weekly"]["parameters"]["refresh"] is True
+    assert "refresh" in research_data.parameters.properties
 
 
 def table(run: FlowRun, key: str) -> list[dict[str, Any]]:

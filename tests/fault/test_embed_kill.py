@@ -44,12 +44,12 @@ def _child(root: Path, fatal: int) -> subprocess.CompletedProcess[str]:
 
 def _finished(root: Path) -> dict[str, int]:
     """Return name and inode of every shard whose record fits it."""
-    shards = root.glob("artifacts/.work/embed-*/vectors-*.npy")
-    records = {path: path.with_suffix(".json") for path in shards}
+    shards = root.glob("artifacts/.work/embed-*/vectors-*/*.npy")
+    records = {path: path.parent.with_suffix(".json") for path in shards}
     return {
         path.name: path.stat().st_ino
         for path, record in records.items()
-        if record.is_file() and json.loads(record.read_text())["sha256"] == file_sha256(path)
+        if record.is_file() and json.loads(record.read_text())["files"][path.name] == file_sha256(path)
     }
 
 

@@ -94,7 +94,7 @@ def test_a_deployment_runs_through_server_and_worker(stack: Stack, trained: Trai
 def test_a_cancelled_run_stops_its_services(stack: Stack, trained: Trained, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(trained.root, root, ignore=shutil.ignore_patterns(".work", ".dvc", ".services"))
-    arguments = ["-p", f"workspace={root}", "-p", 'overrides={"evaluation.rows": 16, "episode.max_searches": 3}']
+    arguments = ["-p", f"workspace={root}", "-p", 'overrides={"evaluation.rows": 16, "evaluation.seed": 3}']
     assert prefect(stack, "deployment", "run", "research-eval/nightly", *arguments).returncode == 0
     services = root / ".services"
     assert until(lambda: (services / "baseline-model.pid").is_file(), 180), (stack.folder / "prefect-worker.log").read_text()[-4000:]

@@ -94,11 +94,18 @@ def test_download_is_skipped_when_nothing_changed_and_redone_when_a_parameter_di
 
 
 def test_what_builds_writes_its_parameters_first_and_names_each_change(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    assert main(["run", "prepare", "-w", str(workspace), "train.steps=40", "train={lr: 0.5}"]) == 1  # nothing is downloaded yet
+    small = ["data.generated.entities=120", "data.generated.train_questions=16", "data.generated.test_questions=8"]
+    assert main(["run", "download", "-w", str(workspace), "train.steps=40", "train={lr: 0.5}", *small]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["train.steps 24 -> 40, written to params.yaml", "train.lr 0.0001 -> 0.5, written to params.yaml"]
+    assert {"train.steps 24 -> 40, written to params.yaml", "train.lr 0.0001 -> 0.5, written to params.yaml"} < set(lines)
     assert config.load(workspace / "params.yaml").train.steps == 40
+
+
+def test_a_run_that_builds_nothing_and_fails_leaves_params_yaml_as_it_was(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (workspace / "params.yaml").read_bytes()
+    assert main(["run", "prepare", "-w", str(workspace), "train.steps=40"]) == 1  # nothing is downloaded yet
+    assert capsys.readouterr().out.splitlines()[-1] == "params.yaml put back as it was: nothing was built"
+    assert (workspace / "params.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("verb", [["plan"], ["status"], ["config", "show"]])

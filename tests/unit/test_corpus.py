@@ -76,7 +76,6 @@ def test_every_passage_is_found_by_row_and_by_id(tmp_path: Path) -> None:
     assert (len(store), store.shards) == (ROWS, 3)
     assert store.get(range(ROWS)) == [passage(n) for n in range(ROWS)]
     assert [store.row_of(f"p-{n}") for n in range(ROWS)] == list(range(ROWS))
-    assert store.by_id(["p-256", "p-0"]) == [passage(256), passage(0)]
     assert store.row_of("p-999") is None
 
 
@@ -88,14 +87,12 @@ def test_batches_cross_shards_in_order(tmp_path: Path) -> None:
     assert store.texts(95, 105) == [passage(n).contents for n in range(95, 105)]
 
 
-def test_unknown_rows_and_ids_are_named(tmp_path: Path) -> None:
+def test_unknown_rows_are_named(tmp_path: Path) -> None:
     store = PassageStore(made(tmp_path))
     with pytest.raises(IndexError, match="row 257 is outside the 257"):
         store.get([257])
     with pytest.raises(IndexError, match="row -1"):
         store.get([-1])
-    with pytest.raises(DataError, match="'nope' is not among the 257"):
-        store.by_id(["nope"])
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:

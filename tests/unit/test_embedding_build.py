@@ -70,22 +70,21 @@ def test_a_killed_run_repeats_at_most_one_shard(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("damage", ["flip", "cut", "no record"])
 def test_a_torn_shard_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     workspace = store(tmp_path)
-    link = build.os.link
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build.os, "link", full)
+    monkeypatch.setattr("research_rl.pipeline.work.place", full)
     with pytest.raises(OSError, match="No space"):
         build.run(context("embed", tmp_path, encoder=ENCODER))
     assert not workspace.folder("embed").exists()
-    shard = next(workspace.work("").glob("embed-*/vectors-00001.npy"))
+    shard = next(workspace.work("").glob("embed-*/vectors-00001/vectors-00001.npy"))
     whole = shard.read_bytes()
     if damage == "no record":
-        shard.with_suffix(".json").unlink()
+        shard.parent.with_suffix(".json").unlink()
     else:
         shard.write_bytes(whole[:-1] + (b"" if damage == "cut" else bytes([whole[-1] ^ 1])))
-    monkeypatch.setattr(build.os, "link", link)
+    monkeypatch.undo()
     build.run(context("embed", tmp_path, encoder=ENCODER))
     assert (workspace.folder("embed") / "vectors-00001.npy").read_bytes() == whole
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from research_rl.config import Config
 from research_rl.episode.agent import Completion, SearchFailure
-from research_rl.episode.prompts import FolderTokenizer
+from research_rl.episode.prompts import FolderTokenizer, encode_prompt
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError, ServiceError
 from research_rl.evaluation import evaluate as module
@@ -156,6 +156,29 @@ def test_a_lost_episode_costs_its_own_question_alone_and_stays_in_the_denominato
     assert metrics["n"] == metrics["f1"]["n"] == 8
     assert metrics["f1"]["mean"] == pytest.approx(5 / 8)
     assert metrics["stop"]["engine_failure"]["mean"] == pytest.approx(1 / 8)
+
+
+class Talker(Engine):
+    """Answers at once and goes on talking until its tokens are used up."""
+
+    async def generate(self, prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: int) -> Completion:
+        ids = self.tokenizer.encode("<think>so</think><answer>\\boxed{Ada}</answer>" + " and" * 2000)[:max_tokens]
+        return Completion(tuple(ids), (0.0,) * len(ids), "length")
+
+
+def test_published_limits_count_as_the_published_evaluation(tokenizer: FolderTokenizer) -> None:
+    """There an answer before the cut counts for nothing, and the limit bounds prompt and response together."""
+    default = Config.model_validate({**CONFIG.model_dump(), "episode": {"max_response_tokens": 4000}})
+    published = Config.model_validate({**default.model_dump(), "evaluation": {"concurrency": 4, "published_limits": True}})
+    asked = questions(2)[1:]
+    (loose,) = play(tokenizer, Talker(tokenizer), asked, config=default)
+    assert (loose.prediction, loose.em, loose.stop, loose.response_tokens) == ("Ada", 1.0, "token_limit", 4000)
+    (strict,) = play(tokenizer, Talker(tokenizer), asked, config=published)
+    assert (strict.prediction, strict.em, strict.f1, strict.stop) == ("", 0.0, 0.0, "token_limit")
+    assert strict.response_tokens == 4000 - len(encode_prompt(tokenizer, asked[0].question, published.prompt))
+    assert strict.reward_paper == loose.reward_paper
+    (whole,) = play(tokenizer, Engine(tokenizer), asked, config=published)
+    assert (whole.prediction, whole.em, whole.stop) == ("Ada", 1.0, "answered")
 
 
 def test_a_prompt_that_is_too_long_costs_its_own_question_alone(tokenizer: FolderTokenizer) -> None:

@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 import pytest
 
+from research_rl import config
 from research_rl.config import IndexConfig, RetrieverConfig
 from research_rl.embedding import build as embed
 from research_rl.embedding import load_encoder
@@ -17,7 +18,7 @@ from research_rl.errors import ConfigError, ManifestError
 from research_rl.index import budget, build
 from research_rl.index.search import VectorIndex, file_name
 from research_rl.pipeline import manifest
-from research_rl.pipeline.stages import measured
+from research_rl.pipeline.stages import Workspace, measured
 from research_rl.retriever.retriever import Retriever
 from tests.knowledge import built, context, store
 
@@ -72,6 +73,17 @@ def test_an_unfit_factory_is_named_and_leaves_nothing(tmp_path: Path, config: di
     with pytest.raises(ConfigError, match=says):
         build.run(context("index", tmp_path, encoder=ENCODER, index=config))
     assert not workspace.folder("index").exists()
+
+
+def test_an_index_is_built_only_when_its_canary_is_found_as_the_service_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over repeated passages the centroids of an inverted file are equal, and which one faiss enters depends on the size of the batch:
+    an index whose canaries were found eight at a time did not open when the service asked for one."""
+    repeated = [{"id": f"p{n}", "contents": "The very same passage about Avonlea."} for n in range(50)]
+    monkeypatch.setattr("tests.knowledge.passages", lambda rows: repeated[:rows])
+    with pytest.raises(ConfigError, match=r"index.factory='IVF4,Flat' finds none of 8 passages .* look for repeated passages"):
+        built(tmp_path, 50, encoder=ENCODER, index={"factory": "IVF4,Flat"})
 
 
 def test_a_small_index_is_searched_by_one_thread_whichever_thread_asks(tmp_path: Path) -> None:
@@ -148,12 +160,81 @@ def test_an_existing_index_file_is_used_as_it_is_once_it_fits(tmp_path: Path) ->
         built(tmp_path / "narrow", encoder={"dim": 32, "vectors": False}, index={"prebuilt": str(path)})
 
 
+def vectors_of(root: Path) -> Any:
+    """The vectors of 250 passages, and their faiss file's folder."""
+    workspace = built(root, encoder=ENCODER)
+    return np.concatenate([np.load(path) for path in sorted(workspace.folder("embed").glob("vectors-*.npy"))])
+
+
+def written(path: Path, index: Any, vectors: Any, ids: Any = None) -> str:
+    if ids is None:
+        index.add(vectors)
+    else:
+        index.add_with_ids(vectors, ids)
+    faiss.write_index(index, str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+def test_an_existing_index_of_distances_gives_scores_that_fall_with_the_distance(tmp_path: Path, kind: str) -> None:
+    """As it stands such an index gives its best hit the smallest number, and whoever merges or sorts by score turns it upside down."""
+    vectors = vectors_of(tmp_path / "made")
+    path = written(tmp_path / "l2.index", faiss.IndexFlatL2(64), vectors)
+    by_product = Retriever.open(Workspace(tmp_path / "made"), RetrieverConfig()).search(["Person7 Surname7"], 3)[0]
+    taken = built(tmp_path / kind, encoder={**ENCODER, "vectors": False}, index={"prebuilt": path, "kind": kind})
+    by_distance = Retriever.open(taken, RetrieverConfig()).search(["Person7 Surname7"], 3)[0]
+    assert by_distance[0].id == by_product[0].id == "p7"
+    assert by_distance[0].score >= by_distance[1].score >= by_distance[2].score
+    if kind == "dense":
+        assert [hit.score for hit in by_distance] == pytest.approx([hit.score for hit in by_product], abs=1e-5)
+
+
+def test_an_existing_index_that_cannot_rank_the_corpus_is_refused_by_name(tmp_path: Path) -> None:
+    """Ids of its own would give other passages than those found; another metric another order."""
+    vectors = vectors_of(tmp_path / "made")
+    own = np.arange(1000, 1250)
+    quantizer = faiss.IndexFlatIP(64)
+    inverted = faiss.IndexIVFFlat(quantizer, 64, 4, faiss.METRIC_INNER_PRODUCT)
+    inverted.train(vectors)
+    cases = {
+        "metric": (written(tmp_path / "l1.index", faiss.IndexFlat(64, faiss.METRIC_L1), vectors), "compares by faiss metric 2"),
+        "map": (written(tmp_path / "map.index", faiss.IndexIDMap(faiss.IndexFlatIP(64)), vectors, own), "ids of its own, such as 1,000"),
+        "lists": (written(tmp_path / "ivf.index", inverted, vectors, own), "numbers its vectors by ids of its own"),
+        "twice": (written(tmp_path / "twice.index", faiss.IndexIDMap(faiss.IndexFlatIP(64)), vectors, own * 0), "such as 0"),
+    }
+    for name, (path, says) in cases.items():
+        with pytest.raises(ConfigError, match=says):
+            built(tmp_path / name, encoder={**ENCODER, "vectors": False}, index={"prebuilt": path})
+    in_order = written(tmp_path / "order.index", faiss.IndexIDMap(faiss.IndexFlatIP(64)), vectors, np.arange(250))
+    built(tmp_path / "order", encoder={**ENCODER, "vectors": False}, index={"prebuilt": in_order})
+
+
+def test_a_folder_of_bm25s_is_named_and_refused(tmp_path: Path) -> None:
+    import bm25s
+
+    words = bm25s.BM25()
+    words.index(bm25s.tokenize(["one text", "another text"], show_progress=False), show_progress=False)
+    words.save(tmp_path / "bm25s")
+    with pytest.raises(ConfigError, match=r"a folder that bm25s saved, .* index.kind=bm25 without index.prebuilt builds a word index"):
+        built(tmp_path / "ws", encoder={**ENCODER, "vectors": False}, index={"prebuilt": str(tmp_path / "bm25s")})
+    with pytest.raises(ConfigError, match=r"names a file of vectors, but kind=bm25 searches words; remove index.prebuilt"):
+        config.load_profile("laptop", ["index.kind=bm25", f"index.prebuilt={tmp_path / 'bm25s'}"])
+
+
+def test_an_edit_of_the_users_file_does_not_alter_the_index_made_from_it(tmp_path: Path) -> None:
+    path = Path(written(tmp_path / "own.index", faiss.IndexFlatIP(64), vectors_of(tmp_path / "made")))
+    taken = built(tmp_path / "ws", encoder={**ENCODER, "vectors": False}, index={"prebuilt": str(path)})
+    with path.open("r+b") as stream:
+        stream.write(b"edited in place")
+    manifest.load(taken.folder("index"))
+
+
 def test_an_existing_index_of_another_corpus_is_refused_by_the_canary(tmp_path: Path) -> None:
     path = tmp_path / "other.index"
     other = faiss.IndexFlatIP(64)
     other.add(np.random.default_rng(0).standard_normal((250, 64)).astype(np.float32))
     faiss.write_index(other, str(path))
-    with pytest.raises(ConfigError, match=r"finds none of 8 passages by their own text"):
+    with pytest.raises(ConfigError, match=rf"index.prebuilt={path} finds none of 8 passages .* from this very corpus"):
         built(tmp_path / "ws", encoder={**ENCODER, "vectors": False}, index={"prebuilt": str(path)})
 
 

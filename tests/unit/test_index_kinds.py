@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import Stemmer
 
-from research_rl.config import RetrieverConfig
+from research_rl.config import IndexConfig, RetrieverConfig
+from research_rl.corpus.store import PassageStore
 from research_rl.errors import ConfigError
-from research_rl.index.bm25 import STOP_WORDS
+from research_rl.index import budget
+from research_rl.index.bm25 import STOP_WORDS, sampled
 from research_rl.index.text import Hybrid, IndexSearcher, open_index
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
@@ -110,3 +113,64 @@ def test_rank_fusion_is_the_sum_of_reciprocal_ranks() -> None:
 def test_a_dense_index_without_vectors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"index.kind=hybrid needs a vector a passage, the embeddings hold 0 for 250"):
         built(tmp_path, encoder={"kind": "none"}, index={"kind": "hybrid"})
+
+
+def test_a_word_index_that_finds_nothing_speaks_of_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no factory and no encoder: naming them sends the user to parameters that change nothing."""
+    monkeypatch.setattr("tests.knowledge.passages", lambda rows: [{"id": f"p{n}", "contents": "who is the one of it"} for n in range(rows)])
+    with pytest.raises(ConfigError) as caught:
+        built(tmp_path, 20, encoder={"kind": "none"}, index={"kind": "bm25"})
+    assert str(caught.value).startswith("index.kind=bm25 finds none of 8 passages by their own text")
+    assert "stop words" in str(caught.value)
+    assert "factory" not in str(caught.value)
+    assert "encoder" not in str(caught.value)
+
+
+def test_a_hybrid_gives_no_rank_to_a_passage_that_has_nothing_in_common_with_the_query(tmp_path: Path) -> None:
+    """A query without a word has a vector of zeros: all passages score 0 and came in row order, each with a rank's worth of score."""
+    workspace = built(tmp_path, encoder=ENCODER, index={"kind": "hybrid", "depth": 20})
+    scores, rows = opened(workspace).search(["\u200b\u2060", "Person7 Surname7"], 3)
+    assert rows[0].tolist() == [-1, -1, -1]
+    assert np.isneginf(scores[0]).all()
+    assert rows[1, 0] == 7
+
+
+def chinese(rows: int) -> list[dict[str, str]]:
+    """Passages of 200 characters, drawn as often as characters occur in a text."""
+    draw = np.random.default_rng(1)
+    ranks = np.minimum(draw.zipf(1.2, (rows, 200)), 3000)
+    return [{"id": f"p{n}", "contents": "".join(chr(0x4E00 + int(rank)) for rank in row)} for n, row in enumerate(ranks)]
+
+
+@pytest.mark.parametrize("script", ["english", "chinese"])
+def test_the_plan_of_a_word_index_is_right_within_a_quarter_in_any_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    """A Chinese character is a term, and a pair with the next: counted as English words, an index was planned far too small."""
+    if script == "chinese":
+        monkeypatch.setattr("tests.knowledge.passages", chinese)
+    workspace = built(tmp_path, 3000, encoder={"kind": "none"}, index={"kind": "bm25", "shard_rows": 1000})
+    terms = sampled(PassageStore(workspace.folder("corpus")))
+    size = sum(path.stat().st_size for path in workspace.folder("index").glob("bm25-*"))
+    config = IndexConfig(kind="bm25", shard_rows=1000)
+    assert size / 1.25 < budget.disk(config, 0, 3000, terms) < size * 1.25
+    vocabulary = len(json.loads((workspace.folder("index") / "bm25-vocabulary.json").read_text()))
+    assert vocabulary / 1.25 < terms.vocabulary(3000) < vocabulary * 1.25
+    if script == "chinese":
+        assert budget.shard_rows(IndexConfig(kind="bm25", shard_rows=10**7), 0, 10**6, terms) * 4 < budget.shard_rows(
+            IndexConfig(kind="bm25", shard_rows=10**7), 0, 10**6
+        )
+
+
+def test_a_corpus_without_terms_is_planned_as_english() -> None:
+    class Empty:
+        def __len__(self) -> int:
+            return 0
+
+        def texts(self, start: int, stop: int) -> list[str]:
+            raise AssertionError((start, stop))
+
+        def batches(self, size: int) -> Any:
+            return iter(())
+
+    assert sampled(Empty()) == budget.ENGLISH

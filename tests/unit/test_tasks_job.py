@@ -20,7 +20,7 @@ from research_rl.paths import CHECKOUT
 from research_rl.pipeline.lock import locked
 from research_rl.pipeline.stages import Workspace
 from tasks import settings
-from tasks.job import opened, reap_all, resolve, stop_services
+from tasks.job import _leaves, opened, reap_all, resolve, stop_services
 
 HOLD = "import sys; from pathlib import Path; from research_rl.pipeline.stages import Workspace\n"
 HOLD += "from research_rl.pipeline.lock import locked\n"
@@ -176,3 +176,20 @@ def test_settings_of_the_caller_win(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("DO_NOT_TRACK", "mine")
     settings.apply(tmp_path)
     assert os.environ["DO_NOT_TRACK"] == "mine" and os.environ["PREFECT_HOME"] == str(tmp_path / ".prefect")
+
+
+EVALUATION = ("baseline", "evaluate", "report")
+
+
+def test_an_evaluation_takes_no_parameter_that_decides_what_it_does_not_build(tmp_path: Path) -> None:
+    """research-eval with train.lr wrote it to params.yaml: the training, and all that was made from it, counted as stale."""
+    config.save(config.load_profile("laptop"), tmp_path / "params.yaml")
+    before = (tmp_path / "params.yaml").read_bytes()
+    for overrides, says in (
+        ({"train.lr": 0.5}, r"train.lr 0.0001 -> 0.5: this flow builds baseline, evaluate, report and would leave train stale"),
+        ({"seed": 7}, "would leave download, prepare, policy, train stale"),
+    ):
+        with pytest.raises(ConfigError, match=says), opened(str(tmp_path), None, overrides, flow="f", run_id="r" * 36, only=EVALUATION):
+            pass
+        assert (tmp_path / "params.yaml").read_bytes() == before
+    _leaves(resolve(tmp_path, None, {"evaluation.rows": 8, "train.lr": 1e-4}), Workspace(tmp_path), EVALUATION)

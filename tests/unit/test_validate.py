@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from research_rl.config import DriftConfig, ValidationConfig
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Context
+from research_rl.validation.columns import ENCODING_DEFECTS
+from research_rl.validation.questions import COLUMNS
 from research_rl.validation.stage import FIRST, QualityError, run_stage
+from research_rl.validation.suites import remedy
 from tests.defects import DEFECTS, context, snapshot
 
 
@@ -32,6 +36,32 @@ def test_clean_data_passes_and_the_result_stands_in_the_manifest(tmp_path: Path)
     assert found.facts["lengths"]["corpus"]["words"]["q50"] == 13
     assert found.facts["drift"] == {"against": FIRST, "measures": []}
     assert (tmp_path / "artifacts/.work/data-docs/summary.html").is_file()
+
+
+def test_a_broken_check_names_its_limit_or_that_it_has_none(tmp_path: Path) -> None:
+    """A user whose supporting passages are unknown was sent to "the limits in validation.*", where no such limit exists."""
+    data = snapshot()
+    for name in ("support not in the corpus", "answers nowhere"):
+        DEFECTS[name][2](data)
+    with pytest.raises(QualityError) as caught:
+        run_stage(context(tmp_path, data))
+    support = str(caught.value).partition("dev: ")[2].partition("\n  test: ")[0]
+    assert "unknown_support" in support
+    assert "name the corpus that the questions were written for" in support
+    assert "limit: validation" not in support
+    assert "note no such passage: p999" in support
+    assert "limit: validation.min_answer_coverage" in str(caught.value)
+
+
+def test_every_limit_that_a_message_names_is_a_parameter() -> None:
+    suites = {
+        "dev": COLUMNS,
+        "corpus": ("repeated_contents", "longest", "overlong", *ENCODING_DEFECTS),
+        "drift": ("rows", "shape", "vocabulary"),
+    }
+    named = [remedy(suite, column).removeprefix("limit: validation.") for suite, columns in suites.items() for column in columns]
+    known = {*ValidationConfig.model_fields, *(f"drift.{name}" for name in DriftConfig.model_fields)}
+    assert {name for name in named if name and " " not in name} <= known
 
 
 def test_every_defect_stops_the_stage_and_is_shown(tmp_path: Path) -> None:

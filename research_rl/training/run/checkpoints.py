@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import re
 import shutil
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from research_rl.pipeline.copying import place
 from research_rl.pipeline.manifest import file_sha256
 from research_rl.serving import tensors
 
@@ -136,14 +136,14 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def link(source: Path, target: Path, wanted: Callable[[Path], bool] = lambda path: True) -> None:
-    """Give a finished file, or the wanted ones of a folder's files, a second name: nothing writes to them again."""
+    """Give a finished file, or the wanted ones of a folder's files, a second place: nothing writes to them again."""
     if source.is_file():
-        os.link(source, target)
+        place(source, target)
         return
     for path in sorted(path for path in source.rglob("*") if path.is_file() and wanted(path)):
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.link(path, place)
+        other = target / path.relative_to(source)
+        other.parent.mkdir(parents=True, exist_ok=True)
+        place(path, other)
 
 
 def discard_after(folder: Path, step: int) -> None:

@@ -8,7 +8,6 @@ a checkpoint lie beside its files, the episodes of every step in a folder of the
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 
 from research_rl.errors import ConfigError, ServiceError
 from research_rl.process.proxies import botocore_options
-from research_rl.training.run.checkpoints import SEAL, Checkpoint, fault
+from research_rl.training.run.checkpoints import SEAL, Checkpoint, fault, link
 from research_rl.training.run.metrics_log import MetricsLog
 
 __all__ = ["Store", "Uploader", "restore"]
@@ -120,9 +119,9 @@ class Uploader:
         if not copy.exists():
             temporary = self._folder / f".{checkpoint.path.name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(checkpoint.path, temporary, copy_function=os.link)
+            link(checkpoint.path, temporary)
             if (self._work_folder / _METRICS).is_file():
-                os.link(self._work_folder / _METRICS, temporary / _METRICS)
+                link(self._work_folder / _METRICS, temporary / _METRICS)
             temporary.rename(copy)
         self._offers.put(Checkpoint(checkpoint.step, copy))
 
