@@ -46,7 +46,7 @@ def test_without_the_filter_a_group_of_equal_rewards_is_trained_on(found: dict[s
 
 
 def test_with_the_filter_further_questions_take_the_place_of_groups_of_equal_rewards(found: dict[str, Any]) -> None:
-    """verl refills two questions for one: group 0 goes, groups 2 and 3 come, group 2 goes; of the groups with a spread two are trained on."""
+    """verl refills two questions for one: group 0 goes, groups 2 and 3 come, group 2 goes; of those with a spread two are trained on."""
     on = found["on"]
     assert set(on["trained"]) <= {1, 3, 4} and len(on["trained"]) == 2
     assert on["metrics"]["training/filter_groups/evicted_samples"] == 2
