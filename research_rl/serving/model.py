@@ -71,6 +71,7 @@ def served_name(folder: Path) -> str:
     try:
         return f"policy-{manifest.load(folder, verify=False).hash[:12]}"
     except ManifestError:
+        # A folder of the user's own has no manifest.
         return f"policy-{folder.resolve().name}"
 
 
@@ -82,6 +83,7 @@ def _require_files(folder: Path) -> None:
         raise ModelError(f"model folder {folder} has no {', '.join(missing)}; give a Hugging Face folder with a fast tokenizer")
     for name in _NEEDED:
         with (folder / name).open("rb") as stream:
+            # A clone without `git lfs` holds these: small text files under the right names.
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise ModelError(f"{folder / name} is a Git LFS pointer and not the file itself; run `git lfs pull` in {folder}")
 
@@ -95,18 +97,21 @@ def _require_weights(folder: Path, config: dict[str, Any]) -> None:
         raise ModelError(
             f"{index} lists {len(listed)} tensors, {len(lost)} are not where it says, {lost[0]!r} first; download the model again"
         )
+    # Without an index nothing lists the tensors; a lost shard shows as layers that have none.
     numbers = {int(match[1]) for name in present if (match := _LAYER.search(name))}
     layers = int(_text_config(config).get("num_hidden_layers") or 0)
     if numbers and (absent := sorted(set(range(layers)) - numbers)):
         raise ModelError(
             f"{folder} has weights for {layers - len(absent)} of {layers} layers, layer {absent[0]} has none; download the model again"
         )
+    # Only where it is said: what a missing entry means differs between architectures.
     if config.get("tie_word_embeddings") is False and numbers and not any(_HEAD.search(name) for name in present):
         raise ModelError(f"{folder} has no output weights (lm_head) and its config.json ties none; download the model again")
 
 
 def _require_rows(folder: Path, config: dict[str, Any], vocabulary: int) -> None:
     rows = int(_text_config(config).get("vocab_size") or 0)
+    # Fewer are usual: models pad their rows to a multiple that suits the hardware.
     if vocabulary > rows:
         raise ModelError(f"{folder}: the tokenizer has {vocabulary} tokens, the model only {rows} rows; they belong to different models")
 
