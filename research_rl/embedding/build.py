@@ -27,6 +27,7 @@ from research_rl.pipeline.stages import Context
 __all__ = ["run"]
 
 _BATCH = 1000
+# Passages that the retriever searches for at its start, and how much of their text is the query.
 _CANARIES = 8
 _CANARY_CHARS = 300
 
@@ -54,12 +55,14 @@ def run(context: Context) -> None:
     shards = _encode_all(context, store, built, work) if context.config.encoder.vectors else []
     with context.publish() as staging:
         for path in shards:
+            # The vectors of a large corpus take tens of gigabytes; two names cost nothing.
             os.link(path, staging.path / path.name)
         shutil.copytree(work / ENCODER, staging.path / ENCODER)
         staging.counts |= {"vectors": len(store) if shards else 0, "shards": len(shards), "dim": built.dim}
         staging.facts |= {"encoder": built.facts, "canaries": _canaries(store)}
         if padding := _padding(shards):
             staging.facts["padding"] = padding
+    # Only once the artifact stands: until then this is what a killed run goes on from.
     shutil.rmtree(work)
 
 
@@ -86,6 +89,7 @@ def _lexical(context: Context, store: PassageStore, work: Path) -> _Built:
     if not (work / ENCODER).is_dir():
         shutil.rmtree(work / "encoder.tmp", ignore_errors=True)
         LexicalEncoder.fit((texts for _, texts in store.batches(_BATCH)), context.config.encoder.dim).save(work / "encoder.tmp")
+        # In one step: a folder of this name is taken for whole by the next run.
         (work / "encoder.tmp").rename(work / ENCODER)
     encoder = LexicalEncoder.load(work / ENCODER)
 
@@ -137,8 +141,8 @@ def _encode_all(context: Context, store: PassageStore, built: _Built, work: Path
     paths = {range(start, min(start + size, total)): work / f"vectors-{start // size:05d}.npy" for start in range(0, total, size)}
     missing = [shard for shard, path in paths.items() if not _finished(path, len(shard), built.dim)]
     report.skip(total - sum(map(len, missing)))
-    for shard, found in built.encode(missing, report.inside):
-        _save(paths[shard], found)
+    for shard, encoded in built.encode(missing, report.inside):
+        _save(paths[shard], encoded)
         report.close(len(shard))
     return list(paths.values())
 
@@ -160,6 +164,7 @@ class _Reporter:
 
     def inside(self, rows: int) -> None:
         now = time.monotonic()
+        # A message a second at most: encoders report every batch.
         if now - self._told < 1.0:
             return
         self._told, done = now, self._done + rows
@@ -173,10 +178,11 @@ def _save(path: Path, found: Encoded) -> None:
         np.save(stream, found.vectors)
         stream.flush()
         os.fsync(stream.fileno())
+    # First the vectors, then their record: a shard without one is encoded again.
     temporary.replace(path)
     record = path.with_suffix(".json.tmp")
-    told = {"sha256": file_sha256(path), "shape": found.vectors.shape, "tokens": found.tokens, "padding": found.padding}
-    record.write_text(json.dumps(told))
+    facts = {"sha256": file_sha256(path), "shape": found.vectors.shape, "tokens": found.tokens, "padding": found.padding}
+    record.write_text(json.dumps(facts))
     record.replace(path.with_suffix(".json"))
 
 
