@@ -40,6 +40,7 @@ _TO_TRAINER = (
     *("max_tokens_per_gpu", "episodes_in_flight", "validate_every", "save_every", "keep_checkpoints", "upload", "upload_wait_s"),
     *("step_deadline_s", "start_deadline_s", "max_attempts"),
 )
+# A params.yaml of an earlier version is refused with the new name: a value that was ignored in silence would decide nothing.
 FORMER_NAMES: dict[str, str | None] = {
     "train.prompts": "train.prompts_per_step",
     "train.group": "train.rollouts_per_prompt",
@@ -82,14 +83,15 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Return `below` with the values of `above` put in, section by section."""
     merged = dict(below)
     for name, value in above.items():
-        found = merged.get(name)
-        merged[name] = _overlay(found, value) if isinstance(found, dict) and isinstance(value, dict) else value
+        base = merged.get(name)
+        merged[name] = _overlay(base, value) if isinstance(base, dict) and isinstance(value, dict) else value
     return merged
 
 
 def save(config: Config, path: Path) -> bool:
     """Write the resolved tree to `path`; return False when the file already says the same."""
     text = dump(config)
+    # An unchanged file keeps its time stamp, so that neither DVC nor an editor sees a change.
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     temporary = path.with_suffix(".tmp")
@@ -100,6 +102,7 @@ def save(config: Config, path: Path) -> bool:
 
 def update(config: Config, path: Path) -> list[str]:
     """Write the resolved tree to `path`; return one line a parameter whose value there changed, or that the file is new."""
+    # Read before it is replaced.
     before = _former(path)
     if not save(config, path):
         return []
@@ -145,6 +148,7 @@ def parameters(config: Config, sections: Iterable[str]) -> dict[str, Any]:
     No seed is empty, and a prompt file stands there by its content.
     """
     tree = config.model_dump(mode="json")
+    # An empty seed stands for the top-level one; hashed as empty, a change of that one would make nothing stale.
     tree["data"]["seed"], tree["train"]["seed"] = config.data_seed, config.train_seed
     tree["prompt"] = template_text.by_content(tree["prompt"])
     return {name: _at(tree, name) for name in sorted(sections)}
@@ -200,6 +204,7 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, model: Any) -> No
     """Put a value at a dotted place of a raw tree; `model` is the section class that `tree` belongs to, None below a free mapping."""
     key, *rest = keys
     inner = _section(model, key)
+    # A free mapping such as train.extra has no parameters of ours and is replaced as a whole.
     if not rest and not (inner and isinstance(value, Mapping)):
         tree[key] = value
         return
@@ -208,6 +213,7 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, model: Any) -> No
         raise ConfigError(f"override {'.'.join(keys)}: {key} is a value, not a section")
     below = {".".join(rest): value} if rest else cast(Mapping[str, Any], value)
     for name, item in below.items():
+        # A key of the mapping itself is one name: verl's options in train.extra hold dots.
         _assign(cast(dict[str, Any], child), str(name).split(".") if rest else [str(name)], item, inner)
 
 
@@ -249,8 +255,10 @@ def _key(name: Any) -> str:
 def _explain(item: Mapping[str, Any]) -> str:
     """Turn one pydantic error into `name=value: reason`, with the new or the nearest known name for an unknown one."""
     name = ".".join(str(part) for part in item["loc"])
+    # Raised by our own validators, whose messages already hold value and remedy.
     if item["type"] == "value_error":
         return ": ".join(part for part in (name, str(item["ctx"]["error"])) if part)
+    # Written as train=x.jsonl, the commonest slip for a list of one.
     if item["type"] == "tuple_type":
         return f"{name}={item['input']!r}: Input should be a list; write {name}=[{item['input']}]"
     if item["type"] != "extra_forbidden":
@@ -272,6 +280,7 @@ def _nearest(location: tuple[Any, ...]) -> str:
     known = list(getattr(model, "model_fields", {}))
     close = difflib.get_close_matches(str(location[-1]), known, 1, 0.4)
     elsewhere = [f"{name}.{location[-1]}" for name in Config.model_fields if _has(name, location[-1])]
+    # A right name in the wrong section is likelier than a misspelt one.
     if elsewhere and not (close and close[0] == str(location[-1])):
         return f"; did you mean {elsewhere[0]!r}?"
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

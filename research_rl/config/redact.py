@@ -12,6 +12,7 @@ from typing import Any
 __all__ = ["HIDDEN", "has_secret", "redact", "redact_tree"]
 
 HIDDEN = "***"
+# Up to the last @ before the path: a password may hold one.
 _USER = re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.\-]*://)[^\s/?#'\"<>@]*(?:@[^\s/?#'\"<>@]*)*@")
 _QUERY = re.compile(
     r"(?P<name>[?&;](?:x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|googleaccessid|signature|sig"
@@ -23,6 +24,7 @@ _QUERY = re.compile(
 
 def redact(text: str) -> str:
     """Return `text` with the credentials of every address in it replaced by `***`; text without any is returned as it is."""
+    # Called for every text of every event, nearly all of which hold no address.
     if "://" not in text:
         return text
     return _QUERY.sub(rf"\g<name>{HIDDEN}", _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
