@@ -31,6 +31,7 @@ __all__ = ["research_data"]
 def research_data(
     workspace: str = ".",
     profile: Profile | None = None,
+    # Prefect makes a deployment's form from type and default; nothing writes to the mapping.
     overrides: dict[str, Any] = {},  # noqa: B006
     force: list[StageName] = [],  # noqa: B006
 ) -> None:
@@ -45,6 +46,7 @@ def research_data(
     with opened(workspace, profile, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=frozenset(force)) as job:
         raw = download(job)
         checked = validate(job, wait_for=[raw])
+        # Beside the passages: preparing the questions needs no corpus.
         questions = job.submit(prepare, raw, checked)
         passages = corpus(job, wait_for=[raw, checked])
         vectors = embed(job, wait_for=[passages])

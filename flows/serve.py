@@ -34,6 +34,7 @@ def research_serve(workspace: str = ".", overrides: dict[str, Any] = {}, part: s
         overrides: Parameters by dotted name, for example {"retriever.port": 8080}; params.yaml stays as it is.
         part: Which part of the index to serve, as i/n.
     """
+    # No lock: training in the same workspace goes on beside it.
     root = Path(workspace).expanduser().resolve()
     keep(resolve(root, None, overrides), Workspace(root), part)
 
