@@ -80,6 +80,7 @@ class Job:
     def using(self, **sections: Any) -> Job:
         """Return the same job with some configuration sections replaced."""
         other = Job(self.config.model_copy(update=sections), self.workspace, self.tracker, self.force)
+        # Shared, not copied: stages of both belong to one run.
         other.outcomes, other._beside, other._over = self.outcomes, self._beside, self._over
         return other
 
@@ -89,6 +90,7 @@ def resolve(folder: Path, profile: str | None, overrides: Mapping[str, Any]) -> 
 
     Raises ConfigError for an unknown profile or parameter.
     """
+    # In a list, whose brackets are cut off: a bare value would be followed by the end of a document, and a string has to keep its quotes.
     items = [f"{name}={yaml.safe_dump([value], default_flow_style=True, width=10**9).strip()[1:-1]}" for name, value in overrides.items()]
     if profile is None and (folder / "params.yaml").is_file():
         return configuration.load(folder / "params.yaml", items)
@@ -110,10 +112,12 @@ def opened(
     root.mkdir(parents=True, exist_ok=True)
     space = Workspace(root)
     with locked(space, 0.0, f"{flow}, run {run_id[:8]}"):
+        # Under the lock: no other run is there whose services could be ended.
         reap_all(space)
         for line in configuration.update(config, root / "params.yaml"):
             get_run_logger().info(line)
         tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
+        # What neither ends nor raises an Exception was cancelled or killed.
         job, status = Job(config, space, tracker, force), "KILLED"
         try:
             yield job
@@ -122,6 +126,7 @@ def opened(
             status = "FAILED"
             raise
         finally:
+            # Before the lock is given up: a stage that runs beside still writes into the workspace.
             job.join(status)
             tracker.close(status)
 
@@ -144,6 +149,7 @@ def reap_all(workspace: Workspace) -> list[str]:
 
 def stop_services(flow: Any, flow_run: Any, state: Any) -> None:
     """Flow hook: end what a failed, cancelled or crashed run left behind. Leaves the workspace alone while a run holds it."""
+    # A hook gets no argument of the flow; the run's parameters say which workspace it was.
     workspace = Workspace(Path(str(flow_run.parameters.get("workspace", "."))).expanduser().resolve())
     if not workspace.services.is_dir():
         return

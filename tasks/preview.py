@@ -23,6 +23,7 @@ def preview(workspace: str, profile: str | None, overrides: dict[str, Any]) -> N
     """Print the resolved run and publish it. Raises ConfigError or TrainingError."""
     root = Path(workspace).expanduser().resolve()
     planned = dry_run(resolve(root, profile, overrides), Workspace(root))
+    # Not print, which the flow passes on to Prefect as log lines: this is many pages.
     sys.stdout.write(planned.text() + "\n")
     print(planned.summary)
     rows = [

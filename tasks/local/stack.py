@@ -66,6 +66,7 @@ class Stack:
         addresses = self._choose()
         env = {**self._environment(), **self.variables()}
         servers = self._prefect(addresses), self._mlflow(addresses)
+        # Both are started before either is waited for.
         for service, process in [(service, self._start(service)) for service in servers]:
             services.wait_healthy(process, service.health or "", _START_S)
         self._deploy(env)
@@ -99,6 +100,7 @@ class Stack:
         if "s3" in self.running() and "AWS_ENDPOINT_URL" in known:
             return known
         ports = [require_free(apps.HOST, int(os.environ.get("RESEARCH_S3_PORT", "8333")), "RESEARCH_S3_PORT")]
+        # SeaweedFS derives the ports that are not named from others, which may be in use.
         ports += [require_free(apps.HOST, 0, "") for _ in range(7)]
         known |= {
             "AWS_ENDPOINT_URL": f"http://{apps.HOST}:{ports[0]}",
