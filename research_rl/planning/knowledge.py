@@ -78,18 +78,19 @@ def refuse(found: list[ResourceEstimate], config: Config, workspace: Workspace) 
     import psutil
 
     # What stands takes no more room.
-    new = [item for item in found if not standing(item.stage, config, workspace)]
-    need, free = sum(item.disk for item in new), shutil.disk_usage(_existing(workspace.root)).free
+    unbuilt = [estimate for estimate in found if not standing(estimate.stage, config, workspace)]
+    need, free = sum(estimate.disk for estimate in unbuilt), shutil.disk_usage(_existing(workspace.root)).free
     if need > free:
         raise ConfigError(
-            f"{', '.join(item.stage for item in new)} need {need / 1e9:.1f} GB on disk, {free / 1e9:.1f} GB are free at {workspace.root}; "
+            f"{', '.join(estimate.stage for estimate in unbuilt)} need {need / 1e9:.1f} GB on disk, "
+            f"{free / 1e9:.1f} GB are free at {workspace.root}; "
             "free some room, or lower what a vector takes (index.factory, encoder.dim)"
         )
-    for item in new:
+    for estimate in unbuilt:
         have = psutil.virtual_memory().total
-        if item.memory > have:
+        if estimate.memory > have:
             raise ConfigError(
-                f"stage {item.stage} needs {item.memory / _GIB:.1f} GiB of memory, this machine has {have / _GIB:.1f}; "
+                f"stage {estimate.stage} needs {estimate.memory / _GIB:.1f} GiB of memory, this machine has {have / _GIB:.1f}; "
                 "lower index.memory_gib, index.shard_rows or encoder.batch_tokens"
             )
 

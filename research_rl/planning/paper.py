@@ -221,10 +221,10 @@ def table(compared: Sequence[Comparison]) -> str:
     return markdown.table(("parameter", "read from", "paper", "published script", "ours", "why it differs"), map(_cells, compared))
 
 
-def _cells(item: Comparison) -> tuple[str, ...]:
-    parameter = item.parameter
-    why = parameter.why or ("" if item.equal else "no reason given")
-    return parameter.name, parameter.place, _shown(parameter.paper), _shown(parameter.script), _shown(item.value), why
+def _cells(comparison: Comparison) -> tuple[str, ...]:
+    parameter = comparison.parameter
+    why = parameter.why or ("" if comparison.equal else "no reason given")
+    return parameter.name, parameter.place, _shown(parameter.paper), _shown(parameter.script), _shown(comparison.value), why
 
 
 def _value(tree: Mapping[str, Any], name: str) -> Any:

@@ -60,11 +60,11 @@ def _row(name: str, config: Config, workspace: Workspace, current: set[str]) -> 
     return Row(name, "current", short, ", ".join(f"{key} {value:,}" for key, value in artifact.counts.items()))
 
 
-def _changed(found: Manifest, config: Config) -> str:
+def _changed(artifact: Manifest, config: Config) -> str:
     """Name the parameters in which an artifact differs from the configuration."""
-    lines = changes(found.parameters, parameters(config, STAGES[found.stage].sections)) if found.parameters else []
+    lines = changes(artifact.parameters, parameters(config, STAGES[artifact.stage].sections)) if artifact.parameters else []
     if not lines:
-        return f"parameters changed in {', '.join(STAGES[found.stage].sections)}"
+        return f"parameters changed in {', '.join(STAGES[artifact.stage].sections)}"
     return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
 
 
