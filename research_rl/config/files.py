@@ -202,19 +202,19 @@ def assignment(item: str) -> tuple[str, Any]:
 
 def _assign(tree: dict[str, Any], keys: list[str], value: Any, model: Any) -> None:
     """Put a value at a dotted place of a raw tree; `model` is the section class that `tree` belongs to, None below a free mapping."""
-    key, *rest = keys
+    key, *inner_keys = keys
     inner = _section(model, key)
     # A free mapping such as train.extra has no parameters of ours and is replaced as a whole.
-    if not rest and not (inner and isinstance(value, Mapping)):
+    if not inner_keys and not (inner and isinstance(value, Mapping)):
         tree[key] = value
         return
     child = tree.setdefault(key, {})
     if not isinstance(child, dict):
         raise ConfigError(f"override {'.'.join(keys)}: {key} is a value, not a section")
-    below = {".".join(rest): value} if rest else cast(Mapping[str, Any], value)
+    below = {".".join(inner_keys): value} if inner_keys else cast(Mapping[str, Any], value)
     for name, item in below.items():
         # A key of the mapping itself is one name: verl's options in train.extra hold dots.
-        _assign(cast(dict[str, Any], child), str(name).split(".") if rest else [str(name)], item, inner)
+        _assign(cast(dict[str, Any], child), str(name).split(".") if inner_keys else [str(name)], item, inner)
 
 
 def _section(model: Any, key: str) -> Any:
@@ -252,20 +252,20 @@ def _key(name: Any) -> str:
     return {True: "on", False: "off", None: "null"}.get(name, str(name)) if isinstance(name, bool | None) else str(name)
 
 
-def _explain(item: Mapping[str, Any]) -> str:
+def _explain(problem: Mapping[str, Any]) -> str:
     """Turn one pydantic error into `name=value: reason`, with the new or the nearest known name for an unknown one."""
-    name = ".".join(str(part) for part in item["loc"])
+    name = ".".join(str(part) for part in problem["loc"])
     # Raised by our own validators, whose messages already hold value and remedy.
-    if item["type"] == "value_error":
-        return ": ".join(part for part in (name, str(item["ctx"]["error"])) if part)
+    if problem["type"] == "value_error":
+        return ": ".join(part for part in (name, str(problem["ctx"]["error"])) if part)
     # Written as train=x.jsonl, the commonest slip for a list of one.
-    if item["type"] == "tuple_type":
-        return f"{name}={item['input']!r}: Input should be a list; write {name}=[{item['input']}]"
-    if item["type"] != "extra_forbidden":
-        return f"{name}={item['input']!r}: {item['msg']}"
+    if problem["type"] == "tuple_type":
+        return f"{name}={problem['input']!r}: Input should be a list; write {name}=[{problem['input']}]"
+    if problem["type"] != "extra_forbidden":
+        return f"{name}={problem['input']!r}: {problem['msg']}"
     if name in FORMER_NAMES:
         return f"{name} is now {FORMER_NAMES[name]}" if FORMER_NAMES[name] else f"{name} is no longer a parameter; remove it"
-    return f"{name} is unknown{_nearest(item['loc'])}"
+    return f"{name} is unknown{_nearest(problem['loc'])}"
 
 
 def _nearest(location: tuple[Any, ...]) -> str:
@@ -277,13 +277,13 @@ def _nearest(location: tuple[Any, ...]) -> str:
             model = get_args(model)[0]  # a list's place: its items are of one model
         else:
             model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-    known = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), known, 1, 0.4)
+    siblings = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(location[-1]), siblings, 1, 0.4)
     elsewhere = [f"{name}.{location[-1]}" for name in Config.model_fields if _has(name, location[-1])]
     # A right name in the wrong section is likelier than a misspelt one.
     if elsewhere and not (close and close[0] == str(location[-1])):
         return f"; did you mean {elsewhere[0]!r}?"
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(siblings)}"
 
 
 def _has(section: str, key: Any) -> bool:
