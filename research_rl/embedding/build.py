@@ -172,16 +172,16 @@ class _Reporter:
         self._progress(text, (self._kept + done) / self._total)
 
 
-def _save(path: Path, found: Encoded) -> None:
+def _save(path: Path, encoded: Encoded) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as stream:
-        np.save(stream, found.vectors)
+        np.save(stream, encoded.vectors)
         stream.flush()
         os.fsync(stream.fileno())
     # First the vectors, then their record: a shard without one is encoded again.
     temporary.replace(path)
     record = path.with_suffix(".json.tmp")
-    facts = {"sha256": file_sha256(path), "shape": found.vectors.shape, "tokens": found.tokens, "padding": found.padding}
+    facts = {"sha256": file_sha256(path), "shape": encoded.vectors.shape, "tokens": encoded.tokens, "padding": encoded.padding}
     record.write_text(json.dumps(facts))
     record.replace(path.with_suffix(".json"))
 

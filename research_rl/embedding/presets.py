@@ -1,6 +1,6 @@
 """What known model families want: prefixes, pooling, longest text. Knows names; a parameter that is set wins over it.
 
-Sources: the models' cards. A sentence-transformers folder that records prompts of its own speaks for itself.
+Sources: the models' cards. The prompts that a sentence-transformers folder records come before these.
 """
 
 from __future__ import annotations
