@@ -30,7 +30,7 @@ _SYSTEM, _USER = "the instructions stand here", "the question stands here"
 
 
 class ChatTemplate:
-    """A chat template and the special tokens it may name; `origin` is the model folder that messages speak of."""
+    """A chat template and the special tokens it may name; `origin` is the model folder that error messages name."""
 
     def __init__(self, source: str, variables: Mapping[str, str], origin: str) -> None:
         self.source, self.origin = source, origin

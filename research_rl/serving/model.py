@@ -89,7 +89,7 @@ def _require_files(folder: Path) -> None:
 
 
 def _require_weights(folder: Path, config: dict[str, Any]) -> None:
-    """Raise ModelError unless the tensors that index and configuration speak of are in the files."""
+    """Raise ModelError unless the tensors that index and configuration name are in the files."""
     present, index = tensors(folder), folder / "model.safetensors.index.json"
     listed: dict[str, str] = _read(index)["weight_map"] if index.is_file() else {}
     lost = sorted(name for name, file in listed.items() if name not in present or present[name].file.name != file)
