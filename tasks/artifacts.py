@@ -66,17 +66,17 @@ def refused_table(checks: Sequence[Mapping[str, Any]], docs: Path) -> None:
 def _quality(checks: Sequence[Mapping[str, Any]], what: str, docs: Path) -> None:
     rows = [
         {
-            "result": "passed" if item["passed"] else item["severity"],
-            "suite": item["suite"],
-            "column": item["column"],
-            "observed": item["observed"][:80],
-            "first rows": "; ".join(map(named, item["rows"])),
-            "limit": item["limit"][:80],
-            "expectation": item["expectation"].removeprefix("expect_").replace("_", " "),
+            "result": "passed" if check["passed"] else check["severity"],
+            "suite": check["suite"],
+            "column": check["column"],
+            "observed": check["observed"][:80],
+            "first rows": "; ".join(map(named, check["rows"])),
+            "limit": check["limit"][:80],
+            "expectation": check["expectation"].removeprefix("expect_").replace("_", " "),
         }
-        for item in checks
+        for check in checks
     ]
-    failed = sum(not item["passed"] for item in checks)
+    failed = sum(not check["passed"] for check in checks)
     with showing("the data-quality table"):
         create_table_artifact(
             rows, key="data-quality", description=f"{what}: {len(rows)} checks, {failed} not passed; data docs: {docs / SUMMARY}"

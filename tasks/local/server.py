@@ -99,7 +99,7 @@ def _started() -> str:
 
 
 def _use_until_exit(url: str, auth_string: str, stack: ExitStack | None = None) -> None:
-    """Let everything in this process, and the processes it starts, speak to the server at `url`."""
+    """Let everything in this process, and the processes it starts, use the server at `url`."""
     if stack is None:
         stack = ExitStack()
         atexit.register(stack.close)
