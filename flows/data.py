@@ -31,6 +31,7 @@ __all__ = ["research_data"]
 def research_data(
     workspace: str = ".",
     profile: Profile | None = None,
+    # Prefect makes a deployment's form from type and default; nothing writes to the mapping.
     overrides: dict[str, Any] = {},  # noqa: B006
     force: list[StageName] = [],  # noqa: B006
     refresh: bool = False,
@@ -55,6 +56,7 @@ def research_data(
     ) as job:
         raw = download(job)
         checked = validate(job, wait_for=[raw])
+        # Beside the passages: preparing the questions needs no corpus.
         questions = job.submit(prepare, raw, checked)
         passages = corpus(job, wait_for=[raw, checked])
         vectors = embed(job, wait_for=[passages])

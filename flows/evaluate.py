@@ -41,6 +41,7 @@ def research_eval(
     force = frozenset({"baseline", "evaluate"} if again else ())
     only = ("baseline", "evaluate", "report")
     with opened(workspace, None, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=force, only=only) as job:
+        # Both evaluations search in one retriever, with the same index and cache.
         with retriever(job, ("baseline", "evaluate")) as searching:
             before = baseline(searching)
             after = evaluate(searching)

@@ -33,6 +33,7 @@ def research_serve(workspace: str = ".", overrides: dict[str, Any] = {}, part: s
         overrides: Parameters by dotted name, for example {"retriever.port": 8080}; params.yaml stays as it is.
         part: Which part of the index to serve, as i/n.
     """
+    # No lock: training in the same workspace goes on beside it.
     root = folder_of(workspace)
     keep(resolve(root, None, overrides), Workspace(root), part)
 

@@ -61,6 +61,7 @@ def research_train(
         preview(workspace, profile, overrides)
         return
     with opened(workspace, profile, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=frozenset(force)) as job:
+        # The longest stage that needs no data: it runs beside download, corpus, embed and index.
         initial = job.submit(policy)
         raw = download(job)
         checked = validate(job, wait_for=[raw])
@@ -85,9 +86,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-p", "--profile", help="profile to start from; this folder's params.yaml when left out")
     parser.add_argument("--dry-run", action="store_true", help="only show the resolved run, its plan and how it differs from the paper")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="parameters for this run")
+    # Parameters may stand between options.
     options = parser.parse_intermixed_args(arguments)
     try:
         overrides = assignments(options.overrides)
+        # Wrong parameters are refused before a server is started for the run.
         resolve(Path(), options.profile, overrides)
         with served():
             research_train(profile=options.profile, overrides=overrides, dry_run=options.dry_run)

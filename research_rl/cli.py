@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from research_rl.errors import ResearchError
     from research_rl.pipeline.extras import missing_extras
 
-    # Told to end, a verb first ends what it started elsewhere.
+    # SIGTERM becomes a KeyboardInterrupt, so that services and jobs on a cluster are ended by the blocks that started them.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with missing_extras():
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
+        # Python flushes standard output once more at exit, and would complain on the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.filename is None:
@@ -69,12 +70,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not argv:
         parser.print_help(sys.stderr)
         parser.exit(2)
-    arguments, rest = parser.parse_known_args(argv)
-    strange = [item for item in rest if item.startswith("-") or "=" not in item]
-    if strange or (rest and "overrides" not in arguments):
-        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    arguments, unparsed = parser.parse_known_args(argv)
+    strange = [item for item in unparsed if item.startswith("-") or "=" not in item]
+    if strange or (unparsed and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(strange or unparsed)}")
     if "overrides" in arguments:
-        arguments.overrides = [*arguments.overrides, *rest]
+        arguments.overrides = [*arguments.overrides, *unparsed]
     return arguments
 
 
@@ -179,6 +180,7 @@ def _build(arguments: argparse.Namespace, config: Config, workspace: Workspace, 
     from research_rl.pipeline.run import run_stage
     from research_rl.pipeline.stages import STAGES
 
+    # The table lists parents before children.
     for name in STAGES if arguments.stage == "all" else (arguments.stage,):
         started = time.perf_counter()
         artifact, built = run_stage(

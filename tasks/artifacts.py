@@ -33,6 +33,7 @@ from tasks.tracking.track import FLOW, StageRun, Tracker
 __all__ = ["build_report", "evaluation_table", "index_card", "quality_table", "refused_table", "report_page", "watch_note"]
 
 _WAIT_S = 30.0
+# The report is built with the links that are known by then; the page in Prefect, published after it, may wait for the others.
 _LINK_WAIT_S = 2.0
 _CELL = 100
 _ENDS = {"mean": "", "low": "_low", "high": "_high"}
@@ -52,6 +53,7 @@ def quality_table(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Publish the data-quality table; with MLflow the same report as a file."""
     checks, against = artifact.facts["checks"], artifact.facts["drift"]["against"]
     _quality(checks, f"Accepted, report {artifact.hash[:12]}, drift against {against[:19]}", job.workspace.work("data-docs"))
+    # An artifact is told to MLflow once, however many runs find it current.
     if run.fresh:
         run.artifact(job.workspace.folder("validate") / "report.json")
 
@@ -64,17 +66,17 @@ def refused_table(checks: Sequence[Mapping[str, Any]], docs: Path) -> None:
 def _quality(checks: Sequence[Mapping[str, Any]], what: str, docs: Path) -> None:
     rows = [
         {
-            "result": "passed" if item["passed"] else item["severity"],
-            "suite": item["suite"],
-            "column": item["column"],
-            "observed": item["observed"][:80],
-            "first rows": "; ".join(map(named, item["rows"])),
-            "limit": item["limit"][:80],
-            "expectation": item["expectation"].removeprefix("expect_").replace("_", " "),
+            "result": "passed" if check["passed"] else check["severity"],
+            "suite": check["suite"],
+            "column": check["column"],
+            "observed": check["observed"][:80],
+            "first rows": "; ".join(map(named, check["rows"])),
+            "limit": check["limit"][:80],
+            "expectation": check["expectation"].removeprefix("expect_").replace("_", " "),
         }
-        for item in checks
+        for check in checks
     ]
-    failed = sum(not item["passed"] for item in checks)
+    failed = sum(not check["passed"] for check in checks)
     with showing("the data-quality table"):
         create_table_artifact(
             rows, key="data-quality", description=f"{what}: {len(rows)} checks, {failed} not passed; data docs: {docs / SUMMARY}"
@@ -93,6 +95,7 @@ def index_card(job: Job, artifact: Manifest, run: StageRun) -> None:
         run.metrics(_index_metrics(artifact, took))
         run.artifact(job.workspace.folder("index") / manifest.MANIFEST)
     sections = STAGES["embed"].sections + STAGES["index"].sections
+    # Prefect's pages may be read by others than the owner of params.yaml.
     tree = redact_tree(job.config.model_dump(mode="json"))
     lines += ["", "Parameters:", "", "```json", *(f"{name}: {tree[name]}" for name in sections), "```"]
     with showing("the index card"):
@@ -158,6 +161,7 @@ def evaluation_table(job: Job, artifact: Manifest, run: StageRun) -> None:
 
 def _track_evaluation(job: Job, artifact: Manifest, run: StageRun, intervals: Mapping[str, Mapping[str, float]]) -> None:
     folder = job.workspace.folder(artifact.stage)
+    # The same names before and after training, so that MLflow can lay both runs side by side.
     run.metrics({f"{name}{end}": value[key] for name, value in intervals.items() for key, end in _ENDS.items()})
     run.tags({"evaluation": "before training" if artifact.stage == "baseline" else "after training", "manifest": artifact.hash})
     run.artifact(folder / "metrics.json")
@@ -168,6 +172,7 @@ def _track_evaluation(job: Job, artifact: Manifest, run: StageRun, intervals: Ma
 def report_page(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Publish the comparison before / after with links to MLflow, and the training curves as an image."""
     folder = job.workspace.folder("report")
+    # On the run as a whole, also when the report was current: MLflow's list of runs shows these.
     job.tracker.metrics(_headline(artifact.facts))
     job.tracker.tags(FLOW, {"verdict": _verdict(artifact.facts)})
     if run.fresh:

@@ -94,6 +94,7 @@ class Job:
         """Return the same job with some configuration sections replaced."""
         config = self.config.model_copy(update=sections)
         other = Job(config, self.workspace, self.tracker, self.force, refresh=self.refresh, on_build=self.on_build)
+        # Shared, not copied: stages of both belong to one run.
         other.outcomes, other._beside, other._over = self.outcomes, self._beside, self._over
         return other
 
@@ -145,11 +146,13 @@ def opened(
     root.mkdir(parents=True, exist_ok=True)
     space = Workspace(root)
     with locked(space, 0.0, f"{flow}, run {run_id[:8]}"):
+        # Under the lock: no other run is there whose services could be ended.
         reap_all(space)
         if only:
             _leaves(config, space, only)
         with configuration.written(config, root / "params.yaml", get_run_logger().info) as parameters:
             tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
+            # What neither ends nor raises an Exception was cancelled or killed.
             job, status = Job(config, space, tracker, force, refresh=refresh, on_build=parameters.keep), "KILLED"
             try:
                 yield job
@@ -158,6 +161,7 @@ def opened(
                 status = "FAILED"
                 raise
             finally:
+                # Before the lock is given up: a stage that runs beside still writes into the workspace.
                 job.join(status)
                 tracker.close(status)
 
@@ -200,6 +204,7 @@ def reap_all(workspace: Workspace) -> list[str]:
 def stop_services(flow: Any, flow_run: Any, state: Any) -> None:
     """Flow hook: end what a failed, cancelled or crashed run left behind. Leaves the workspace alone while a run holds it."""
     try:
+        # A hook gets no argument of the flow; the run's parameters say which workspace it was.
         workspace = Workspace(folder_of(flow_run.parameters.get("workspace", ".")))
         if not workspace.services.is_dir():
             return

@@ -22,17 +22,18 @@ def preview(workspace: str, profile: str | None, overrides: dict[str, Any]) -> N
     """Print the resolved run and publish it. Raises ConfigError or TrainingError."""
     root = folder_of(workspace)
     planned = dry_run(resolve(root, profile, overrides), Workspace(root))
+    # Not print, which the flow passes on to Prefect as log lines: this is many pages.
     sys.stdout.write(planned.text() + "\n")
     print(planned.summary)
     rows = [
         {
-            "parameter": item.parameter.name,
-            "paper": str(item.parameter.paper),
-            "published script": str(item.parameter.script),
-            "ours": str(item.value),
-            "why it differs": "" if item.equal else item.parameter.why or "no reason given",
+            "parameter": comparison.parameter.name,
+            "paper": str(comparison.parameter.paper),
+            "published script": str(comparison.parameter.script),
+            "ours": str(comparison.value),
+            "why it differs": "" if comparison.equal else comparison.parameter.why or "no reason given",
         }
-        for item in planned.compared
+        for comparison in planned.compared
     ]
     with showing("the dry run"):
         create_markdown_artifact(planned.text(), key="dry-run", description=f"Profile {planned.config.profile}: {planned.summary}")

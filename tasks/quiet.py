@@ -17,6 +17,7 @@ class WithoutTraceback(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass."""
         if record.exc_info and isinstance(record.exc_info[1], ResearchError):
+            # exc_text too: it is the traceback as a handler before this one formatted it.
             record.exc_info = record.exc_text = None
         return True
 

@@ -92,11 +92,12 @@ def sign_in(uri: str, checkout: Path = CHECKOUT) -> None:
     """Let this process's MLflow client use the server at `uri`: with the key of `make up` for that server, without it for others."""
     if not (stack_folder(checkout) / KEYS).is_file():
         return
-    own, ours = keys(checkout), uri.rstrip("/") == recorded(checkout).get("MLFLOW_TRACKING_URI")
+    stack_keys, ours = keys(checkout), uri.rstrip("/") == recorded(checkout).get("MLFLOW_TRACKING_URI")
     for name in _MLFLOW_KEYS:
         if ours:
-            os.environ.setdefault(name, own[name])
-        elif os.environ.get(name) == own[name]:
+            os.environ.setdefault(name, stack_keys[name])
+        # Left by an earlier call for the server of `make up`; a key that the caller set for another server stays.
+        elif os.environ.get(name) == stack_keys[name]:
             del os.environ[name]
 
 
@@ -109,5 +110,6 @@ def point_prefect_at(checkout: Path, variables: Mapping[str, str]) -> None:
 def point_prefect_away(checkout: Path) -> None:
     """Remove prefect.toml if `make up` wrote it."""
     path = checkout / _TOML
+    # A prefect.toml of the user's own stays.
     if path.is_file() and path.read_text().startswith(_OURS):
         path.unlink()

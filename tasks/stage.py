@@ -29,6 +29,7 @@ from tasks.tracking.track import StageRun
 
 __all__ = ["StageTask", "is_transient", "stage_task"]
 
+# When the tasks are imported, before any run logs.
 quiet.install()
 RETRIES = 2
 BACKOFF_S = 2
@@ -52,6 +53,7 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
         retry_delay_seconds=exponential_backoff(BACKOFF_S),
         retry_jitter_factor=0.5,
         retry_condition_fn=is_transient,
+        # The manifest decides what is current; Prefect's cache would keep results whose files are gone.
         cache_policy=NO_CACHE,
         persist_result=False,
     )
@@ -59,6 +61,7 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
         try:
             return _ended(name, _outcome(stage, job, after, build))
         except Stopped as stopped:
+            # Not failed: the stage that ended the run has the reason, and this one is not tried again.
             return Cancelled(message=f"{name}: {stopped}")
 
     return run  # type: ignore[return-value]
@@ -136,5 +139,6 @@ class Progress:
             else:
                 update_progress_artifact(self.artifact, progress=percent, description=text)
         except (httpx.HTTPError, PrefectException) as error:
+            # Once is enough: asking a dead server at every report would slow the stage down.
             self.lost = True
             self.log(f"progress of {self.stage} is no longer shown: {error}")

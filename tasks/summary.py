@@ -18,12 +18,12 @@ def summary(job: Job) -> None:
     rows = [
         {
             "stage": name,
-            "state": "built" if item.built else "cached",
-            "seconds": round(item.seconds, 1),
-            "counts": ", ".join(f"{key} {value:,}" for key, value in item.manifest.counts.items()),
-            "artifact": item.manifest.hash[:12],
+            "state": "built" if outcome.built else "cached",
+            "seconds": round(outcome.seconds, 1),
+            "counts": ", ".join(f"{key} {value:,}" for key, value in outcome.manifest.counts.items()),
+            "artifact": outcome.manifest.hash[:12],
         }
-        for name, item in job.outcomes.items()
+        for name, outcome in job.outcomes.items()
     ]
     with showing("the summary"):
         create_table_artifact(rows, key="run-summary", description=f"Stages of {job.workspace.root}")

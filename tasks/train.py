@@ -65,6 +65,7 @@ class Watcher(TrainHooks):
 
 def sampled(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Return `count` episodes of a step as trace records, spread from the lowest reward to the highest."""
+    # From worst to best: a random choice of two would often show two alike.
     ranked = sorted((row for row in rows if "segments" in row), key=lambda row: float(row["score"]))
     chosen = [ranked[round(place * (len(ranked) - 1) / max(1, count - 1))] for place in range(min(count, len(ranked)))]
     return [{**row, "golden_answers": row["golds"], "scores": _scores(row)} for row in chosen]

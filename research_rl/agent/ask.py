@@ -28,6 +28,7 @@ def ask(config: Config, workspace: Workspace, question: str, model: Path | None,
     from research_rl.serving.serve import running as model_running
 
     folder = (model or workspace.folder("export")).resolve()
+    # Before any service starts: a question that is too long is refused at once.
     prompt = encode_prompt(load_tokenizer(folder), question, config.prompt)
     with ExitStack() as services:
         note("starting the retriever")

@@ -21,8 +21,10 @@ def check(address: str, remedy: str) -> None:
         return
     try:
         parts = urlsplit(address)
+        # Reading the port is what finds a malformed one.
         host, _ = parts.hostname, parts.port
     except ValueError as error:
+        # Not the address itself: a malformed one may still hold a password.
         raise ConfigError(f"{address.partition('://')[0]}://... is malformed ({error}); write scheme://host[:port]/path") from None
     if found := credentials(address):
         raise ConfigError(f"the address at {host or parts.scheme} carries {', '.join(found)}; parameters are recorded: {remedy}")
@@ -42,5 +44,6 @@ def _resolved(host: str) -> list[str]:
 
 def _public(text: str) -> bool:
     address = ipaddress.ip_address(text.partition("%")[0])
+    # ::ffff:127.0.0.1 reaches the same machine as 127.0.0.1.
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_global

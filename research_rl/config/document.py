@@ -54,10 +54,14 @@ def parameters() -> Iterator[DocumentedParameter]:
 def describe() -> list[str]:
     """Return one line a parameter: dotted name, default, type, unit, meaning; an empty line and its meaning before each section."""
     lines: list[str] = []
-    for item in parameters():
-        kind = f"{item.type}, {item.unit}" if item.unit else item.type
-        default = f" = {item.default}" if item.default else ""
-        lines += [f"  {item.name}{default} ({kind}): {item.meaning}"] if item.type else ["", f"{item.name}: {item.meaning}"]
+    for parameter in parameters():
+        kind = f"{parameter.type}, {parameter.unit}" if parameter.unit else parameter.type
+        default = f" = {parameter.default}" if parameter.default else ""
+        lines += (
+            [f"  {parameter.name}{default} ({kind}): {parameter.meaning}"]
+            if parameter.type
+            else ["", f"{parameter.name}: {parameter.meaning}"]
+        )
     return lines
 
 
@@ -71,16 +75,17 @@ def page() -> str:
         "first and prints each one that changed; a command that only looks writes nothing. An empty value is `null`.",
         "`name[].key` is a key of each item of a list.",
     ]
-    top = [item for item in parameters() if item.type and "." not in item.name]
+    top = [parameter for parameter in parameters() if parameter.type and "." not in parameter.name]
     lines += ["", "## Top level", *_table(top)]
     section: list[DocumentedParameter] = []
-    for item in [*parameters(), DocumentedParameter("", "", "", "", "")]:
-        if item.type:
-            section += [item] if "." in item.name else []
+    # The empty one at the end closes the last section.
+    for parameter in [*parameters(), DocumentedParameter("", "", "", "", "")]:
+        if parameter.type:
+            section += [parameter] if "." in parameter.name else []
             continue
         lines += _table(section)
         section = []
-        lines += ["", f"{'##' if '.' not in item.name else '###'} {item.name}", "", item.meaning] if item.name else []
+        lines += ["", f"{'##' if '.' not in parameter.name else '###'} {parameter.name}", "", parameter.meaning] if parameter.name else []
     return "\n".join(lines) + "\n"
 
 
@@ -119,6 +124,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _unit(name: str) -> str:
+    # The longest ending wins: _tokens_per_s is a rate, not a number of seconds.
     return next((unit for end, unit in sorted(_UNITS.items(), key=lambda pair: -len(pair[0])) if name.endswith(end)), "")
 
 

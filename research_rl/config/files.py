@@ -52,6 +52,7 @@ _DEEPEST = 20
 """Most parts of a parameter's name; one below train.extra has some of its own."""
 _SHOWN = 200
 """Characters of a value that a message shows."""
+# A params.yaml of an earlier version is refused with the new name: a value that was ignored in silence would decide nothing.
 FORMER_NAMES: dict[str, str | None] = {
     "train.prompts": "train.prompts_per_step",
     "train.group": "train.rollouts_per_prompt",
@@ -95,14 +96,15 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Return `below` with the values of `above` put in, section by section."""
     merged = dict(below)
     for name, value in above.items():
-        found = merged.get(name)
-        merged[name] = _overlay(found, value) if isinstance(found, dict) and isinstance(value, dict) else value
+        base = merged.get(name)
+        merged[name] = _overlay(base, value) if isinstance(base, dict) and isinstance(value, dict) else value
     return merged
 
 
 def save(config: Config, path: Path) -> bool:
     """Write the resolved tree to `path`, see `rendered`; return False when the file already says the same."""
     text = rendered(config, path)
+    # An unchanged file keeps its time stamp, so that neither DVC nor an editor sees a change.
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     _replace(path, text.encode())
@@ -121,6 +123,7 @@ def rendered(config: Config, path: Path) -> str:
 
 def update(config: Config, path: Path) -> list[str]:
     """Write the resolved tree to `path`; return one line a parameter whose value there changed, or that the file is new."""
+    # Read before it is replaced.
     before = _former(path)
     if not save(config, path):
         return []
@@ -210,6 +213,7 @@ def parameters(config: Config, sections: Iterable[str]) -> dict[str, Any]:
     No seed is empty, and a prompt file stands there by its content.
     """
     tree = config.model_dump(mode="json")
+    # An empty seed stands for the top-level one; hashed as empty, a change of that one would make nothing stale.
     tree["data"]["seed"], tree["train"]["seed"] = config.data_seed, config.train_seed
     tree["prompt"] = template_text.by_content(tree["prompt"])
     return {name: _at(tree, name) for name in sorted(sections)}
@@ -266,17 +270,19 @@ def assignment(item: str) -> tuple[str, Any]:
 
 def _assign(tree: dict[str, Any], keys: list[str], value: Any, model: Any) -> None:
     """Put a value at a dotted place of a raw tree; `model` is the section class that `tree` belongs to, None below a free mapping."""
-    key, *rest = keys
+    key, *inner_keys = keys
     inner = _section(model, key)
-    if not rest and not (inner and isinstance(value, Mapping)):
+    # A free mapping such as train.extra has no parameters of ours and is replaced as a whole.
+    if not inner_keys and not (inner and isinstance(value, Mapping)):
         tree[key] = value
         return
     child = tree.setdefault(key, {})
     if not isinstance(child, dict):
         raise ConfigError(f"override {'.'.join(keys)}: {key} is a value, not a section")
-    below = {".".join(rest): value} if rest else cast(Mapping[str, Any], value)
+    below = {".".join(inner_keys): value} if inner_keys else cast(Mapping[str, Any], value)
     for name, item in below.items():
-        _assign(cast(dict[str, Any], child), str(name).split(".") if rest else [str(name)], item, inner)
+        # A key of the mapping itself is one name: verl's options in train.extra hold dots.
+        _assign(cast(dict[str, Any], child), str(name).split(".") if inner_keys else [str(name)], item, inner)
 
 
 def _section(model: Any, key: str) -> Any:
@@ -320,19 +326,21 @@ def _key(name: Any) -> str:
     return {True: "on", False: "off", None: "null"}.get(name, str(name)) if isinstance(name, bool | None) else str(name)
 
 
-def _explain(item: Mapping[str, Any]) -> str:
+def _explain(problem: Mapping[str, Any]) -> str:
     """Turn one pydantic error into `name=value: reason`, with the new or the nearest known name for an unknown one."""
-    name = _brief(".".join(str(part) for part in item["loc"]), bare=True)
-    if item["type"] == "value_error":
-        return ": ".join(part for part in (name, str(item["ctx"]["error"])) if part)
-    if item["type"] == "tuple_type":
-        return f"{name}={_brief(item['input'])}: Input should be a list; write {name}=[{_brief(item['input'], bare=True)}]"
-    if item["type"] != "extra_forbidden":
-        quotes = f"; to give it as text, quote it: {name}='\"...\"'" if item["type"] == "string_type" else ""
-        return f"{name}={_brief(item['input'])}: {item['msg']}{quotes}"
+    name = _brief(".".join(str(part) for part in problem["loc"]), bare=True)
+    # Raised by our own validators, whose messages already hold value and remedy.
+    if problem["type"] == "value_error":
+        return ": ".join(part for part in (name, str(problem["ctx"]["error"])) if part)
+    # Written as train=x.jsonl, the commonest slip for a list of one.
+    if problem["type"] == "tuple_type":
+        return f"{name}={_brief(problem['input'])}: Input should be a list; write {name}=[{_brief(problem['input'], bare=True)}]"
+    if problem["type"] != "extra_forbidden":
+        quotes = f"; to give it as text, quote it: {name}='\"...\"'" if problem["type"] == "string_type" else ""
+        return f"{name}={_brief(problem['input'])}: {problem['msg']}{quotes}"
     if name in FORMER_NAMES:
         return f"{name} is now {FORMER_NAMES[name]}" if FORMER_NAMES[name] else f"{name} is no longer a parameter; remove it"
-    return f"{name} is unknown{_nearest(item['loc'])}"
+    return f"{name} is unknown{_nearest(problem['loc'])}"
 
 
 def _brief(value: Any, *, bare: bool = False) -> str:
@@ -354,12 +362,13 @@ def _nearest(location: tuple[Any, ...]) -> str:
             model = get_args(model)[0]  # a list's place: its items are of one model
         else:
             model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-    known = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), known, 1, 0.4)
+    siblings = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(location[-1]), siblings, 1, 0.4)
     elsewhere = [f"{name}.{location[-1]}" for name in Config.model_fields if _has(name, location[-1])]
+    # A right name in the wrong section is likelier than a misspelt one.
     if elsewhere and not (close and close[0] == str(location[-1])):
         return f"; did you mean {elsewhere[0]!r}?"
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(siblings)}"
 
 
 def _has(section: str, key: Any) -> bool:

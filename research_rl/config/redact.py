@@ -13,6 +13,7 @@ from urllib.parse import unquote
 __all__ = ["HIDDEN", "credentials", "redact", "redact_tree"]
 
 HIDDEN = "***"
+# Up to the last @ before the path: a password may hold one.
 _USER = re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.\-]*://)[^\s/?#'\"<>@]*(?:@[^\s/?#'\"<>@]*)*@")
 _QUERY = re.compile(r"[?&;](?P<name>[^=&;#?\s'\"<>]+)=[^&;#\s'\"<>]+")
 _NAME = re.compile(
@@ -24,6 +25,7 @@ _NAME = re.compile(
 
 def redact(text: str) -> str:
     """Return `text` with the credentials of every address in it replaced by `***`; text without any is returned as it is."""
+    # Called for every text of every event, nearly all of which hold no address.
     if "://" not in text:
         return text
     return _QUERY.sub(_hidden, _USER.sub(rf"\g<scheme>{HIDDEN}@", text))

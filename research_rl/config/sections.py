@@ -478,8 +478,10 @@ class RewardConfig(Section):
             raise ValueError(f"rule={self.rule!r} with {len(kinds)} terms: rule composed needs terms, the published rules take none")
         if repeated := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
             raise ValueError(f"terms name {', '.join(repeated)} twice; sum up their weights")
+        # A reward that can only be negative is highest for writing nothing.
         if kinds and not any(term.weight > 0 for term in self.terms):
             raise ValueError("no term has a weight above 0; nothing would be learned")
+        # It is paid wherever the gold answer stands in the prediction: without strict, a list of guesses earns the most.
         if "contains" in kinds and not self.strict.enabled:
             raise ValueError("a term of kind contains pays for stuffed answers; set reward.strict.enabled=true")
         if self.asks_judge and not self.judge.model:
@@ -561,6 +563,7 @@ class TrainConfig(Section):
     )
     prompts_per_step: int = Field(default=16, ge=1, description="Questions per step.")
     rollouts_per_prompt: int = Field(default=8, ge=2, description="Rollouts per question (n of GRPO).")
+    # Empty is one update a batch, as in the paper: the policy that is updated is the one that wrote, and no clip acts.
     mini_batch: int | None = Field(default=None, ge=1, description="Questions per optimizer update; all when empty.")
     lr: float = Field(default=1e-6, gt=0, description="Learning rate.")
     lr_warmup_steps: int = Field(default=0, ge=0, description="Steps over which the learning rate rises; constant after them.")
@@ -727,6 +730,7 @@ def _rule(limit: float, window: int, patience: int, description: str, action: Li
     return Field(default=WatchRule(action=action, limit=limit, window=window, patience=patience), description=description)
 
 
+# The limits are silent on the 24 steps of a healthy laptop run and met by the collapses that were provoked (docs/experiments.md).
 class WatchConfig(Section):
     """Collapse watch: rules that warn, then stop training. Changes no artifact."""
 
@@ -755,9 +759,10 @@ class WatchConfig(Section):
         """Let `watch.nan.action=ignore` alone leave the rule's other values at their defaults."""
         if not isinstance(tree, Mapping):
             return tree
-        said = cast(Mapping[str, Any], tree)
+        # Pydantic would build a rule from the keys alone, and limit, window and patience have no defaults of their own.
+        rules = cast(Mapping[str, Any], tree)
         defaults = {name: field.default.model_dump() for name, field in cls.model_fields.items()}
-        return {name: {**defaults.get(name, {}), **value} if isinstance(value, Mapping) else value for name, value in said.items()}
+        return {name: {**defaults.get(name, {}), **value} if isinstance(value, Mapping) else value for name, value in rules.items()}
 
 
 class EvaluationConfig(Section):
@@ -945,6 +950,7 @@ class TrackingConfig(Section):
     @field_validator("registered_model")
     @classmethod
     def _registrable(cls, name: str | None) -> str | None:
+        # MLflow would refuse the name only after the training.
         if name and not re.fullmatch(r"\w[\w.\-]*( [\w.\-]+)*", name):
             raise ValueError(
                 f"{name!r} cannot be registered: use letters, digits, spaces and . _ - only, such as research-rl; null registers nothing"
@@ -1025,6 +1031,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _traces_have_a_prompt(self) -> Config:
+        # A chat template is the model's own; traces written without it would teach another prompt than the one that is used.
         if self.policy.warm_up and self.prompt.template == "instruct":
             raise ValueError("policy.warm_up=true writes traces without a chat template; set prompt.template to base or file")
         return self

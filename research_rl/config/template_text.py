@@ -26,6 +26,7 @@ _SHIPPED = Path(__file__).parents[1] / "episode" / "templates"
 def template_text(template: str, path: str | None) -> str:
     """Return the text of `prompt.template`, exactly as the file holds it. Raises ConfigError for an unusable `prompt.path`."""
     if template != "file":
+        # Shipped with the package: the wheel has them without a checkout.
         return _text(_SHIPPED / f"{template}.txt")
     if path is None:
         raise ConfigError(f"prompt.template='file' needs prompt.path; name a text file with one {PLACE}")
@@ -49,11 +50,13 @@ def by_content(prompt: Mapping[str, Any]) -> dict[str, Any]:
         text = template_text(prompt["template"], prompt["path"])
     except ConfigError:
         return {**prompt, "path": None, "sha256": None}
+    # Where the file lies decides nothing; the same text elsewhere makes the same prompts.
     return {**prompt, "path": None, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _text(file: Path) -> str:
     try:
+        # As bytes: read_text would turn \r\n into \n, and the text is taken, and hashed, as it is.
         with file.open("rb") as stream:
             text = stream.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:

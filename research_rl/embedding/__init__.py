@@ -63,6 +63,7 @@ def load_encoder(folder: Path, found: Manifest | None = None) -> Encoder:
             f"{folder} carries no encoder (encoder.kind=none); set index.kind=bm25, or encoder.kind=lexical or sentence, and rerun"
         )
     if facts["kind"] == "lexical":
+        # Imported here: the lexical encoder needs no torch, and a retriever with it starts in a fraction of the time.
         from research_rl.embedding.lexical import LexicalEncoder
 
         return LexicalEncoder.load(folder / ENCODER)

@@ -24,6 +24,7 @@ from research_rl.pipeline.work import Work
 __all__ = ["run"]
 
 _BATCH = 1000
+# Passages that the retriever searches for at its start, and how much of their text is the query.
 _CANARIES = 8
 _CANARY_CHARS = 300
 
@@ -57,6 +58,7 @@ def run(context: Context) -> None:
         staging.facts |= {"encoder": built.facts, "canaries": _canaries(store)}
         if padding := _padding(shards.values()):
             staging.facts["padding"] = padding
+    # Only once the artifact stands: until then this is what a killed run goes on from.
     work.remove()
 
 
@@ -130,8 +132,8 @@ def _encode_all(context: Context, store: PassageStore, built: _Built, work: Work
     records = {name: work.finished(name) for name in names.values()}
     missing = [shard for shard, name in names.items() if records[name] is None]
     report.skip(total - sum(map(len, missing)))
-    for shard, found in built.encode(missing, report.inside):
-        records[names[shard]] = work.unit(names[shard], partial(_save, found, names[shard]))
+    for shard, encoded in built.encode(missing, report.inside):
+        records[names[shard]] = work.unit(names[shard], partial(_save, encoded, names[shard]))
         report.close(len(shard))
     return {name: record for name, record in records.items() if record is not None}
 
@@ -153,6 +155,7 @@ class _Reporter:
 
     def inside(self, rows: int) -> None:
         now = time.monotonic()
+        # A message a second at most: encoders report every batch.
         if now - self._told < 1.0:
             return
         self._told, done = now, self._done + rows
@@ -160,9 +163,9 @@ class _Reporter:
         self._progress(text, (self._kept + done) / self._total)
 
 
-def _save(found: Encoded, name: str, folder: Path) -> dict[str, Any]:
-    np.save(folder / f"{name}.npy", found.vectors)
-    return {"tokens": found.tokens, "padding": found.padding}
+def _save(encoded: Encoded, name: str, folder: Path) -> dict[str, Any]:
+    np.save(folder / f"{name}.npy", encoded.vectors)
+    return {"tokens": encoded.tokens, "padding": encoded.padding}
 
 
 def _padding(records: Iterable[dict[str, Any]]) -> dict[str, float]:

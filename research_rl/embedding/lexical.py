@@ -44,6 +44,7 @@ class LexicalEncoder:
             terms, _, _ = _count(texts)
             frequency += np.bincount((terms % _TABLE).astype(np.int64), minlength=_TABLE)
             documents += len(texts)
+        # Smoothed as in scikit-learn: a term that no text has still gets a weight, and one that all have is not lost.
         return cls(dim, (np.log((1 + documents) / (1 + frequency)) + 1).astype(np.float32))
 
     @classmethod
@@ -72,17 +73,21 @@ class LexicalEncoder:
 
     def _encode(self, texts: Sequence[str]) -> Vectors:
         terms, documents, counts = _count(texts)
+        # Sublinear: a word that is repeated ten times is not ten times as telling.
         weights = self._idf[(terms % _TABLE).astype(np.int64)] * (1 + np.log(counts))
+        # Sign, column and bucket come from bits 62, 30 up and 0 up of one hash, so that they do not depend on each other.
         sign = 1 - 2 * ((terms >> np.uint64(62)) & np.uint64(1)).astype(np.float32)
         place = documents * self._dim + ((terms >> np.uint64(30)) % np.uint64(self._dim)).astype(np.int64)
         flat = np.bincount(place, weights * sign, minlength=len(texts) * self._dim)
         vectors = flat.reshape(len(texts), self._dim).astype(np.float32)
         norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+        # A text without any word has no direction: its vector stays zero.
         return vectors / np.maximum(norms, 1e-12)[:, None]
 
 
 def _count(texts: Sequence[str]) -> tuple[_Terms, npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return each text's distinct terms: hash, index of the text, occurrences."""
+    # Not `hash`, which differs from process to process.
     hashes = [[crc32(term.encode()) for term in terms(text)] for text in texts]
     lengths = np.fromiter(map(len, hashes), np.int64, len(hashes))
     flat = np.fromiter((term for text in hashes for term in text), np.uint64, int(lengths.sum()))
@@ -90,6 +95,7 @@ def _count(texts: Sequence[str]) -> tuple[_Terms, npt.NDArray[np.int64], npt.NDA
 
 
 def _distinct(hashes: _Terms, owner: npt.NDArray[np.int64]) -> tuple[_Terms, npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    # Sorted by text, then by hash: equal terms of a text are neighbours, and one pass of numpy counts them.
     order = np.lexsort((hashes, owner))
     hashes, owner = hashes[order], owner[order]
     first = np.ones(len(hashes), bool)

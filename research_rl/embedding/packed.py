@@ -43,6 +43,7 @@ def _pack(module: torch.nn.Module) -> None:
         else:
             _pack(child)
     if gelu:
+        # It is done inside the product now.
         module.intermediate_act_fn = torch.nn.Identity()
 
 

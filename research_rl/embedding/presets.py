@@ -1,6 +1,6 @@
 """What known model families want: prefixes, pooling, longest text. Knows names; a parameter that is set wins over it.
 
-Sources: the models' cards. A sentence-transformers folder that records prompts of its own speaks for itself.
+Sources: the models' cards. The prompts that a sentence-transformers folder records come before these.
 """
 
 from __future__ import annotations
@@ -51,16 +51,18 @@ def settle(config: EncoderConfig, folder: Path) -> dict[str, Any]:
     with an empty prefix, and ModelError when nothing says how to pool.
     """
     preset = _preset(config.model or "")
-    told = _prompts(folder)
+    prompts = _prompts(folder)
     facts: dict[str, Any] = {
-        "query_prefix": _first(config.query_prefix, told.get("query"), preset and preset.query, ""),
-        "passage_prefix": _first(config.passage_prefix, told.get("passage", told.get("document")), preset and preset.passage, ""),
+        "query_prefix": _first(config.query_prefix, prompts.get("query"), preset and preset.query, ""),
+        "passage_prefix": _first(config.passage_prefix, prompts.get("passage", prompts.get("document")), preset and preset.passage, ""),
         "max_tokens": _first(config.max_tokens, preset and preset.max_tokens, _MAX_TOKENS),
         "normalised": config.normalise,
         "batch_tokens": config.batch_tokens,
     }
+    # After the folder's own prompts: they may supply what the parameters leave empty.
     _refuse_bare_e5(config, preset, facts)
     pooling = None if config.pooling == "auto" else config.pooling
+    # With modules.json the folder says it and sentence-transformers reads it.
     if pooling is None and not (folder / MODULES).is_file():
         pooling = preset.pooling if preset else None
         if pooling is None:
@@ -73,6 +75,7 @@ def _first(*values: Any) -> Any:
 
 
 def _preset(model: str) -> _Preset | None:
+    # Also of pypi:<package>==<version>/<folder>, and whoever the owner of a copy is.
     name = re.split(r"[/:]", model.rstrip("/"))[-1].partition("==")[0].lower()
     return next((preset for preset in _PRESETS if re.fullmatch(preset.pattern, name)), None)
 

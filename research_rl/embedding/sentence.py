@@ -41,8 +41,10 @@ class SentenceEncoder:
         self._tokenizer, self._device = model.tokenizer, model.device
         self._pad = int(self._tokenizer.pad_token_id or 0)
         body, *head = model
+        # Normalisation is ours, for it comes with a check that every vector has a finite length.
         self._body, self._head = body, [module for module in head if type(module).__name__ != "Normalize"]
         self._threads = 1 if self._device.type != "cpu" else threads or os.cpu_count() or 1
+        # torch.set_num_threads holds for the calling thread, so every thread of the pool calls it.
         self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def __enter__(self) -> Self:
@@ -98,7 +100,12 @@ class SentenceEncoder:
         if not texts:
             return Encoded(np.empty((0, self.dim), np.float32))
         ids: list[list[int]] = self._tokenizer(
-            list(texts), truncation=True, max_length=self.facts["max_tokens"], return_attention_mask=False, return_token_type_ids=False
+            # The masks are made with the padding in `_forward`, which happens per batch and not per call.
+            list(texts),
+            truncation=True,
+            max_length=self.facts["max_tokens"],
+            return_attention_mask=False,
+            return_token_type_ids=False,
         )["input_ids"]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         plan = list(batches(lengths, self.facts["batch_tokens"]))
@@ -109,8 +116,8 @@ class SentenceEncoder:
             return rows, self._forward([ids[row] for row in rows], length)
 
         # Longest first, so that no core is left with the longest at the end.
-        for rows, found in self._pool.map(forward, reversed(plan)):
-            vectors[rows] = found
+        for rows, encoded in self._pool.map(forward, reversed(plan)):
+            vectors[rows] = encoded
             done += len(rows)
             if progress:
                 progress(done)
@@ -123,12 +130,13 @@ class SentenceEncoder:
         padded = np.full((len(ids), length), self._pad, np.int64)
         mask = np.zeros((len(ids), length), np.int64)
         left = self._tokenizer.padding_side == "left"
-        for row, own in enumerate(ids):
-            place = slice(length - len(own), length) if left else slice(0, len(own))
-            padded[row, place], mask[row, place] = own, 1
+        for row, tokens in enumerate(ids):
+            place = slice(length - len(tokens), length) if left else slice(0, len(tokens))
+            padded[row, place], mask[row, place] = tokens, 1
         with torch.inference_mode():
             inputs = {"input_ids": torch.from_numpy(padded), "attention_mask": torch.from_numpy(mask)}
             features = self._body({name: value.to(self._device) for name, value in inputs.items()})
+            # Pooling and norms sum over many values, for which bfloat16 has too few digits.
             features["token_embeddings"] = features["token_embeddings"].float()
             for module in self._head:
                 features = module(features)
@@ -157,6 +165,7 @@ def batches(lengths: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[Batch
     for first, last in _groups(steps, ends, batch_tokens):
         rows, length = order[ends[first] : ends[last]], int(steps[last - 1])
         size = max(1, batch_tokens // length)
+        # Equal parts: a last batch of a few texts would cost almost as much as a full one.
         for part in np.array_split(rows, -(-len(rows) // size)):
             yield part, length
 
@@ -165,6 +174,7 @@ def _groups(steps: Rows, ends: Rows, batch_tokens: int) -> list[tuple[int, int]]
     """Cut the distinct lengths `steps` into groups (first, last + 1) of the least total cost."""
     best, origin = np.zeros(len(steps) + 1), np.zeros(len(steps) + 1, np.int64)
     for last in range(1, len(steps) + 1):
+        # All groups that end at `last` at once: best[last] is the least cost of the texts up to there.
         rows, length = ends[last] - ends[:last], steps[last - 1]
         pieces = -(-rows // max(1, batch_tokens // length))
         costs = best[:last] + rows * length + pieces * (batch_tokens / _BATCH_SHARE)
@@ -186,6 +196,7 @@ def fast_bfloat16() -> Literal["bfloat16", "float32"]:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text(errors="replace") if cpu.is_file() else ""
+    # Without these instructions bfloat16 is emulated and slower than float32.
     return "bfloat16" if " amx_bf16" in flags or " avx512_bf16" in flags else "float32"
 
 

@@ -27,6 +27,7 @@ __all__ = ["encode"]
 Read = Callable[[range], list[str]]
 Results = Iterator[tuple[range, Encoded]]
 
+# One shard is encoded while the next one waits, so that no worker is idle while a result is written.
 _AHEAD = 2
 _RETRIES = 3
 _CONNECT_S = 10.0
@@ -61,8 +62,10 @@ def _gpus() -> int:
 def _in_processes(workers: int, threads: int, facts: dict[str, Any], folder: Path, shards: Iterable[range], read: Read) -> Results:
     import multiprocessing
 
+    # fork would copy torch's thread pools and CUDA context into a state that cannot be used.
     spawn = multiprocessing.get_context("spawn")
     numbers = spawn.SimpleQueue()
+    # The pool gives its processes no number; each takes one from the queue, by which it finds its GPU.
     for number in range(workers):
         numbers.put(number)
     threads = threads or max(1, (os.cpu_count() or 1) // workers)
@@ -71,6 +74,7 @@ def _in_processes(workers: int, threads: int, facts: dict[str, Any], folder: Pat
         flying: dict[Future[Encoded], range] = {}
         try:
             while True:
+                # Texts are read only when there is room for them: that bounds the memory.
                 for shard in islice(queue, _AHEAD * workers - len(flying)):
                     flying[pool.submit(_encode_here, read(shard))] = shard
                 if not flying:
@@ -88,7 +92,7 @@ _mine: SentenceEncoder | None = None
 
 
 def _start(folder: Path, facts: dict[str, Any], threads: int, numbers: Any) -> None:
-    """Load this process's model, on a GPU of its own where there are any, and leave when the parent does."""
+    """Load this process's model, on a GPU of its own where there are any, and end when the parent does."""
     import multiprocessing
     from threading import Thread
 
@@ -96,7 +100,9 @@ def _start(folder: Path, facts: dict[str, Any], threads: int, numbers: Any) -> N
     assert parent is not None
 
     def follow() -> None:
+        # A pool's process waits on its queue and would outlive a parent that is killed.
         parent.join()
+        # sys.exit in a thread ends that thread alone.
         os._exit(1)
 
     Thread(target=follow, daemon=True).start()
@@ -123,11 +129,13 @@ def _on_ray(config: EncodingConfig, facts: dict[str, Any], folder: Path, shards:
         threads = config.threads or 1
         workers = config.workers or gpus or max(1, int(ray.cluster_resources()["CPU"]) // threads)
         task = ray.remote(_encode_there).options(num_cpus=threads, num_gpus=1 if gpus else 0, max_retries=_RETRIES)
+        # Stored once in the cluster; each task carries a reference of a few bytes.
         model = ray.put({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
         queue, flying = iter(shards), dict[Any, range]()
         try:
             while True:
                 for shard in islice(queue, _AHEAD * workers - len(flying)):
+                    # In a list: Ray would resolve a bare reference for every task, this one is fetched by workers that lack the model.
                     flying[task.remote([model], facts, threads, read(shard))] = shard
                 if not flying:
                     return
@@ -144,6 +152,7 @@ def _cluster(config: EncodingConfig) -> Generator[Any]:
     import ray
 
     _reach(config.ray_address)
+    # The nodes need this package, not a checkout.
     environment = {"py_modules": [str(Path(__file__).parents[1])]}
     options: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False}
     if not config.ray_address:
@@ -182,6 +191,7 @@ def _encode_there(model: Sequence[Any], facts: dict[str, Any], threads: int, tex
     if name not in _loaded:
         import ray
 
+        # A worker lives on after a build; the model of the last one must not stay in memory.
         _loaded.clear()
         files: dict[str, bytes] = cast(Any, ray.get(model[0]))
         with tempfile.TemporaryDirectory() as scratch:

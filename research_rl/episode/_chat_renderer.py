@@ -49,6 +49,7 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    # Jinja's own filter escapes <, > and & for HTML; in a prompt they stand for themselves, as in transformers.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -63,6 +64,7 @@ def compiled(source: str) -> Template:
 
 class _Renderer:
     def __init__(self, template: str, variables: dict[str, str], seconds: float, bytes: int, characters: int) -> None:
+        # Soft and hard limit: the template cannot raise it again.
         resource.setrlimit(resource.RLIMIT_AS, (bytes, bytes))
         self._source, self._variables, self._seconds, self._characters = template, variables, seconds, characters
         self._template: Template | None = None
@@ -82,6 +84,7 @@ class _Renderer:
         return {"text": text}
 
     def _text(self, messages: list[dict[str, str]]) -> str:
+        # Compiled within the time limit: a template can take long to compile, too.
         self._template = self._template or compiled(self._source)
         return self._template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._variables)
 

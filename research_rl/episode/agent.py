@@ -22,6 +22,7 @@ __all__ = ["Completion", "Engine", "Gate", "Limits", "SearchFailure", "Searcher"
 
 _OPEN = f" {protocol.RESULT_OPEN}\n"
 _CLOSE = f"\n{protocol.RESULT_CLOSE}"
+# In square brackets, as `neutralise` would write them: what is shown here must not count as a tag.
 EMPTY_QUERY = "the query was empty; write it between <search> and </search>".replace("<", "[").replace(">", "]")
 NOTHING_FOUND = "no passage was found"
 _SEARCHER_GRACE = 2
@@ -104,7 +105,7 @@ class Gate(Protocol):
         ...
 
     def report(self, fault: SearchFault | None) -> None:
-        """Hear how a search ended; None is an answer."""
+        """Take note of how a search ended; None means that it was answered."""
         ...
 
 
@@ -127,10 +128,12 @@ async def run_episode(
     except TimeoutError:
         trajectory.stop = StopReason.TIME_LIMIT
     except Exception as error:  # noqa: BLE001 - the boundary: whatever an engine raises costs this trajectory, not its group
+        # Segments that were appended before stay: what the model wrote is logged, graded and counted.
         trajectory.stop, trajectory.error = StopReason.ENGINE_FAILURE, f"{type(error).__name__}: {error}"
     return trajectory
 
 
+# Encoded apart from the body and once: the brackets must keep their tokens whatever a passage begins or ends with.
 @lru_cache(maxsize=8)
 def _brackets(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return tokenizer.encode(_OPEN), tokenizer.encode(_CLOSE)
@@ -159,6 +162,7 @@ class _Episode:
                 return StopReason.ANSWERED if self._answered() else StopReason.MALFORMED
             if completion.finished_by == "length":
                 return StopReason.TOKEN_LIMIT
+            # Counted before the search is sent; an empty query has used one up, too.
             if len(self.trajectory.searches) >= self.limits.max_searches:
                 return StopReason.SEARCH_LIMIT
             self._observe(await self._search(protocol.last_query(text)))
@@ -167,6 +171,7 @@ class _Episode:
     async def _turn(self) -> tuple[Completion, str]:
         started = time.perf_counter()
         budget = self.limits.max_response_tokens - self.used
+        # The stop string only closes a search. `</answer>` is no stop: the model has to end its turn itself, and that is rewarded.
         completion = await self.engine.generate(self.context, (protocol.SEARCH_CLOSE,), budget)
         self.trajectory.engine_seconds += time.perf_counter() - started
         text = self.tokenizer.decode(completion.ids) if completion.text is None else completion.text
@@ -178,34 +183,36 @@ class _Episode:
             self.trajectory.searches.append(SearchRecord("", (), 0.0, "empty query", SearchFault.EMPTY_QUERY))
             return EMPTY_QUERY
         before = self.trajectory.search_seconds
-        found = await self._find(query)
+        reply = await self._find(query)
         seconds = self.trajectory.search_seconds - before
-        if isinstance(found, SearchFailure):
-            self.trajectory.searches.append(SearchRecord(query, (), seconds, found.reason, found.fault))
-            return f"search failed: {found.reason}"
-        text = "\n\n".join(passage.contents for passage in found).strip()
+        if isinstance(reply, SearchFailure):
+            self.trajectory.searches.append(SearchRecord(query, (), seconds, reply.reason, reply.fault))
+            return f"search failed: {reply.reason}"
+        text = "\n\n".join(passage.contents for passage in reply).strip()
         fault = None if text else SearchFault.NOTHING
-        self.trajectory.searches.append(SearchRecord(query, tuple(passage.id for passage in found), seconds, None, fault))
+        self.trajectory.searches.append(SearchRecord(query, tuple(passage.id for passage in reply), seconds, None, fault))
         return text or NOTHING_FOUND
 
     async def _find(self, query: str) -> list[Passage] | SearchFailure:
         """Ask; ask again when the gate closed over a failure, so that an outage told nobody anything about the query."""
-        found: list[Passage] | SearchFailure = SearchFailure("not asked")
+        reply: list[Passage] | SearchFailure = SearchFailure("not asked")
         for _ in range(_TRIES):
             if self.gate.closed:
                 await self._pause()
             started = time.perf_counter()
-            found = await self._ask(query)
+            reply = await self._ask(query)
             self.trajectory.search_seconds += time.perf_counter() - started
-            self.gate.report(found.fault if isinstance(found, SearchFailure) else None)
-            if not (isinstance(found, SearchFailure) and self.gate.closed):
+            self.gate.report(reply.fault if isinstance(reply, SearchFailure) else None)
+            # After the report, which may be what closed the gate.
+            if not (isinstance(reply, SearchFailure) and self.gate.closed):
                 break
-        return found
+        return reply
 
     async def _pause(self) -> None:
         """Wait before the gate with the episode's clock stopped."""
         now, due = asyncio.get_running_loop().time, self.clock.when()
         started = now()
+        # An outage of the retriever is not the episode's time; the deadline moves by as long as it lasted.
         self.clock.reschedule(None)
         await self.gate.wait()
         waited = now() - started
@@ -215,18 +222,20 @@ class _Episode:
     async def _ask(self, query: str) -> list[Passage] | SearchFailure:
         try:
             async with asyncio.timeout(_SEARCHER_GRACE * self.limits.search_timeout_s):
-                found = await self.searcher.search([query], self.limits.top_k)
+                reply = await self.searcher.search([query], self.limits.top_k)
         except TimeoutError:
             return SearchFailure(f"no answer in {_SEARCHER_GRACE * self.limits.search_timeout_s:g} s", SearchFault.TIMEOUT)
         except Exception as error:  # noqa: BLE001 - the boundary: a broken searcher must not lose a trajectory
             return SearchFailure(type(error).__name__, SearchFault.BROKEN)
-        if isinstance(found, SearchFailure):
-            return found
-        return found[0] if len(found) == 1 else SearchFailure(f"{len(found)} replies to 1 query", SearchFault.GARBAGE)
+        if isinstance(reply, SearchFailure):
+            return reply
+        # One query was sent, so anything else than one list is a broken reply.
+        return reply[0] if len(reply) == 1 else SearchFailure(f"{len(reply)} replies to 1 query", SearchFault.GARBAGE)
 
     def _observe(self, body: str) -> None:
         """Append one result block, its body cut to `max_result_tokens`, the whole cut to the response budget."""
         body_ids = self.tokenizer.encode(protocol.neutralise(body))
+        # The body alone is cut to its limit, so that the block is closed; only the end of the response can cut the closing tag off.
         cut = body_ids[: self.limits.max_result_tokens]
         opened, closed = _brackets(self.tokenizer)
         ids = [*opened, *cut, *closed]
@@ -240,5 +249,5 @@ class _Episode:
 
     def _answered(self) -> bool:
         written = "".join(s.text for s in self.trajectory.segments if s.author is Author.MODEL)
-        _, opened, rest = written.partition(protocol.ANSWER_OPEN)
-        return bool(opened) and protocol.ANSWER_CLOSE in rest
+        _, opened, answer = written.partition(protocol.ANSWER_OPEN)
+        return bool(opened) and protocol.ANSWER_CLOSE in answer

@@ -31,7 +31,7 @@ _SYSTEM, _USER = "the instructions stand here", "the question stands here"
 
 
 class ChatTemplate:
-    """A chat template and the special tokens it may name; `origin` is the model folder that messages speak of."""
+    """A chat template and the special tokens it may name; `origin` is the model folder that error messages name."""
 
     def __init__(self, source: str, variables: Mapping[str, str], origin: str) -> None:
         self.source, self.origin = source, origin
@@ -83,10 +83,12 @@ class ChatTemplate:
             process.stdin.write(json.dumps(messages) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
+        # The renderer ended before it read all of the request; `_why` says of what.
         except BrokenPipeError:
             line = ""
         if line:
             return cast(dict[str, str], json.loads(line))
+        # The next question starts another: one that takes too long must not spoil those after it.
         self._renderer = None
         return {"error": _why(process)}
 
@@ -99,6 +101,7 @@ class ChatTemplate:
             text=True,
             encoding="utf-8",
         )
+        # Not __del__, which a process that exits need not call.
         weakref.finalize(self, _end, process)
         assert process.stdin
         process.stdin.write(json.dumps({"template": self.source, "variables": self._variables, **_BOUNDS}) + "\n")
@@ -131,10 +134,10 @@ def read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
     Files win over settings, as in transformers. Raises ModelError when there are several and none is the default.
     """
-    named = _files(folder) or _named(settings.get("chat_template"), folder)
-    if named and "default" not in named:
-        raise ModelError(f"{folder} has the chat templates {sorted(named)} and none named 'default'; name the one to use so")
-    return named.get("default")
+    templates = _files(folder) or _named(settings.get("chat_template"), folder)
+    if templates and "default" not in templates:
+        raise ModelError(f"{folder} has the chat templates {sorted(templates)} and none named 'default'; name the one to use so")
+    return templates.get("default")
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -170,8 +173,8 @@ def special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     if path.is_file() and "added_tokens_decoder" not in settings:
         settings = {**settings, **read_object(path, ModelError, "download the model again")}
     extra = settings.get("extra_special_tokens")
-    named = {**{name: value for name, value in settings.items() if name.endswith("_token")}, **(extra if isinstance(extra, dict) else {})}
-    return {name: text for name, value in named.items() if (text := _text(value)) is not None}
+    tokens = {**{name: value for name, value in settings.items() if name.endswith("_token")}, **(extra if isinstance(extra, dict) else {})}
+    return {name: text for name, value in tokens.items() if (text := _text(value)) is not None}
 
 
 def _text(token: Any) -> str | None:

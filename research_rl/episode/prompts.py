@@ -42,6 +42,7 @@ class FolderTokenizer:
             self._tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exception
             raise ModelError(f"{folder / 'tokenizer.json'} is no tokenizer ({error}); download the model again") from None
+        # tokenizer.json can carry padding and truncation of its training; a prompt must be neither.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._special_tokens = special_tokens(folder, self.settings)
@@ -68,11 +69,12 @@ class FolderTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def _require_known_tokens(self) -> None:
-        """Raise ModelError for a token that transformers would add to the vocabulary, beyond the model's last row."""
+        """Raise ModelError for a named token that the vocabulary lacks."""
         if "eos_token" not in self._special_tokens:
             raise ModelError(f"{self.folder} names no eos_token, so that no turn would end; name it in tokenizer_config.json")
         for name in _IN_USE:
             token = self._special_tokens.get(name)
+            # transformers adds such a token behind the vocabulary, where the embedding has no row for it.
             if token is not None and self._tokenizer.token_to_id(token) is None:
                 raise ModelError(f"{self.folder}: {name}={token!r} is not in the vocabulary; repair tokenizer_config.json")
 
@@ -87,6 +89,7 @@ def render(question: str, config: PromptConfig, chat_template: ChatTemplate | No
     """Return the prompt text. `chat_template` is the model's, needed by `instruct`. Raises ConfigError or ModelError."""
     text = template_text(config.template, config.path)
     if config.template != "instruct":
+        # Not str.format: a template may hold other braces, such as \boxed{}.
         return text.replace(PLACE, question)
     if chat_template is None:
         raise ConfigError("prompt.template='instruct' needs a model with a chat template; use base or file for this model")

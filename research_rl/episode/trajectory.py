@@ -67,6 +67,7 @@ class SearchFault(StrEnum):
     @property
     def is_service(self) -> bool:
         """Whether the retriever or the way to it failed; the other faults are of the query that the model wrote, and answers to it."""
+        # Training pauses over a failing service; pausing over a bad query would wait for something that never gets better.
         return self not in (SearchFault.EMPTY_QUERY, SearchFault.NOTHING, SearchFault.REFUSED)
 
 
@@ -112,6 +113,7 @@ class Trajectory:
     segments: list[Segment] = field(default_factory=list[Segment])
     searches: list[SearchRecord] = field(default_factory=list[SearchRecord])
     stop: StopReason = StopReason.MALFORMED
+    # As the engine reported it: text that a tokenizer decodes can end like an end of sequence without being one.
     ended_by_eos: bool = False
     engine_seconds: float = 0.0
     search_seconds: float = 0.0

@@ -25,6 +25,7 @@ def clone(source: Path, target: Path) -> None:
     """Give `target` the content of `source`: shared blocks where the file system can, else a copy."""
     with source.open("rb") as original, target.open("wb") as copy:
         try:
+            # Not a hard link: an edit under one name, or DVC's cache, would alter the file under the other.
             fcntl.ioctl(copy.fileno(), _FICLONE, original.fileno())
         except OSError:  # another file system, or one that cannot
             shutil.copyfile(source, target)

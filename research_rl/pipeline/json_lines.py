@@ -27,9 +27,11 @@ def append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None
 
     Makes missing folders. Raises OSError when the record does not fit; the file then ends with the record before it.
     """
+    # JSON from elsewhere can hold half of a surrogate pair, for which UTF-8 has no bytes.
     line = (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
     handle = _open(path)
     try:
+        # A killed writer's unfinished line would otherwise run together with this one and cost both.
         size = _mend(handle, path)
         _write_whole(handle, line, size)
         if sync:
@@ -49,6 +51,7 @@ def read(path: Path, offset: int = 0) -> list[tuple[int, Any]]:
         stream.seek(offset)
         block = stream.read()
     records: list[tuple[int, Any]] = []
+    # What follows the last newline is still being written, or torn; the next reading begins there.
     for line in block.split(b"\n")[:-1]:
         offset += len(line) + 1
         try:

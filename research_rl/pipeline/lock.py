@@ -33,6 +33,7 @@ def locked(workspace: Workspace, wait_s: float, holder: str = "", on_wait: Calla
     path = workspace.work("locks") / _NAME
     with _opened(path) as stream:
         _acquire(stream, path, workspace, wait_s, on_wait)
+        # Only now: until the lock is ours the file names the other holder.
         stream.truncate(0)
         stream.write(f"{os.getpid()} ({holder})" if holder else str(os.getpid()))
         stream.flush()
@@ -54,6 +55,7 @@ def _acquire(stream: IO[str], path: Path, workspace: Workspace, wait_s: float, o
     deadline = time.monotonic() + wait_s
     while not _taken(stream):
         owner = f"process {path.read_text(encoding='utf-8').strip() or 'unknown'}"
+        # After a try, so that wait_s=0 asks once.
         if time.monotonic() >= deadline:
             raise ServiceError(f"{workspace.root} is in use by {owner}; wait for it or use another workspace")
         if on_wait:

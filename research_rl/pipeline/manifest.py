@@ -72,6 +72,7 @@ class Manifest(BaseModel):
 
 def _sealed(tree: dict[str, Any]) -> bytes:
     """Return the bytes of manifest.json: the content and, as `seal`, its sha256, so that an altered manifest is known as such."""
+    # Children name their parents' hashes; only the seal shows a flipped bit in the last manifest of a chain.
     return _canonical({**tree, "seal": hashlib.sha256(_canonical(tree)).hexdigest()})
 
 
@@ -112,12 +113,14 @@ def publish(
     target = _real(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
+    # In the same folder as `target`, so that the rename stays within one file system.
     staging = Staging(target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp")
     staging.path.mkdir()
     try:
         yield staging
         _seal(staging, stage, config_hash, {name: parent.hash for name, parent in sorted(parents.items())}, dict(parameters or {}))
         _swap(staging.path, target)
+    # Also Ctrl-C and the cancellation of a flow.
     except BaseException:
         shutil.rmtree(staging.path, ignore_errors=True)
         raise
@@ -156,6 +159,7 @@ def _read(folder: Path) -> Manifest:
 def sweep(target: Path) -> None:
     """Remove what a killed publication of `target` left behind; finish a swap that was cut in the middle."""
     target = _real(target)
+    # Killed between the two renames of `_swap`: the older artifact gets its name back. Killed after both: it is in the way.
     for old in target.parent.glob(f".{target.name}.*.old"):
         if target.exists():
             shutil.rmtree(old)
@@ -186,13 +190,16 @@ def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str
         facts=staging.facts,
         files=tuple(files),
     )
+    # Last: a folder with this file counts as an artifact.
     (staging.path / MANIFEST).write_bytes(_sealed(manifest.model_dump(mode="json")))
     fsync(staging.path / MANIFEST)
+    # A file can be on disk without its name being there; folders hold the names.
     for folder in (*(path for path in staging.path.rglob("*") if path.is_dir()), staging.path):
         fsync(folder)
 
 
 def _swap(new: Path, target: Path) -> None:
+    # Two renames, because none replaces a folder that holds files; `sweep` finishes what a kill between them leaves.
     old = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
     if target.exists():
         target.rename(old)
@@ -209,8 +216,8 @@ def _check(folder: Path, entry: FileEntry, hashed: Callable[[Path], str] | None)
         raise ManifestError(f"{path} is missing though {MANIFEST} lists it; remove {folder} and rerun") from None
     if size != entry.size or not path.is_file():
         raise ManifestError(f"{path} has {size} bytes, its manifest says {entry.size}; remove {folder} and rerun")
-    if hashed and (found := hashed(path)) != entry.sha256:
-        raise ManifestError(f"{path} has sha256 {found[:12]}, its manifest says {entry.sha256[:12]}; remove {folder} and rerun")
+    if hashed and (digest := hashed(path)) != entry.sha256:
+        raise ManifestError(f"{path} has sha256 {digest[:12]}, its manifest says {entry.sha256[:12]}; remove {folder} and rerun")
 
 
 def fsync(path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 __all__ = ["Meter", "peak_bytes"]
 
+# See /proc/pid/clear_refs in proc(5): the peak begins anew at the present size.
 _RESET_PEAK = "5"
 
 

@@ -29,16 +29,18 @@ def current(name: str, config: Config, workspace: Workspace, *, verify: bool = T
     """
     stage = STAGES[name]
     try:
-        found = manifest.load(workspace.folder(name), verify=verify, hashed=Verified(workspace.verified).sha256)
+        artifact = manifest.load(workspace.folder(name), verify=verify, hashed=Verified(workspace.verified).sha256)
+        # Which parents they are decides; their bytes are compared by the stage that reads them.
         parents = {parent: manifest.load(workspace.folder(parent), verify=False).hash for parent in stage.parents}
     except ManifestError:
         return None
     fits = (
-        found.stage == name
-        and found.config_hash == config_hash(located(config, workspace.root), stage.sections)
-        and found.parents == parents
+        artifact.stage == name
+        and artifact.config_hash == config_hash(located(config, workspace.root), stage.sections)
+        and artifact.parents == parents
     )
-    return found if fits and (not stage.fresh or _function(stage.fresh)(config, workspace, found)) else None
+    # Last: what lies outside the workspace may have to be asked for over the network.
+    return artifact if fits and (not stage.fresh or _function(stage.fresh)(config, workspace, artifact)) else None
 
 
 def standing(name: str, config: Config, workspace: Workspace) -> Manifest | None:
@@ -69,12 +71,14 @@ def run_stage(
     """
     if name not in STAGES:
         raise ConfigError(f"stage={name!r} is not one of {list(STAGES)}")
+    # The lock comes before `sweep`, which would remove the unfinished folder of another builder, and before `current`: the process
+    # that was waited for may have built the artifact.
     with _alone(name, workspace, progress), _room(name, workspace), missing_extras():
         manifest.sweep(workspace.folder(name))
         stage = STAGES[name]
-        found = None if force else current(name, config, workspace)
-        if found and not (refresh and _newer(stage, config, workspace, found, progress)):
-            return found, False
+        artifact = None if force else current(name, config, workspace)
+        if artifact and not (refresh and _newer(stage, config, workspace, artifact, progress)):
+            return artifact, False
         parents = {parent: _parent(name, parent, config, workspace) for parent in stage.parents}
         work = function or _function(stage.function)
         on_build()
@@ -122,19 +126,20 @@ def _room(name: str, workspace: Workspace) -> Generator[None]:
 
 def _is_full(error: OSError | RuntimeError) -> bool:
     """numpy, faiss and pyarrow name the cause in words, or only that less was written than asked."""
+    # EFBIG is the limit on file sizes (ulimit -f), which has the same remedies.
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return re.search(r"No space left|File too large|Disk quota|\d+ requested and \d+ written", str(error)) is not None
 
 
 def _parent(stage: str, parent: str, config: Config, workspace: Workspace) -> Manifest:
-    found = current(parent, config, workspace)
-    if found is None:
+    artifact = current(parent, config, workspace)
+    if artifact is None:
         raise ManifestError(
             f"stage {stage} needs {workspace.folder(parent)}, which is missing, torn or built from other parameters; "
             f"run `research run {parent}` first"
         )
-    return found
+    return artifact
 
 
 def _function(path: str) -> Callable[..., Any]:

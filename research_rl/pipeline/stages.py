@@ -98,6 +98,7 @@ class Context:
     @property
     def config_hash(self) -> str:
         """Hash of the parameters that decide this stage's artifact."""
+        # A prompt file of the workspace counts by its content, wherever this process was started.
         return config_hash(located(self.config, self.workspace.root), self.stage.sections)
 
     @property
@@ -117,6 +118,7 @@ class Context:
         folder = self.workspace.folder(self.stage.name)
         with manifest.publish(folder, self.stage.name, self.config_hash, self.parents, self.parameters) as staging:
             yield staging
+        # Beside the artifact, not in it: a manifest holds no time, so that equal inputs give equal bytes.
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         note = {"manifest": manifest.load(folder, verify=False).hash, "finished": finished, **self.meter.read(), **staging.measured}
         path = _measured(self.workspace, self.stage.name)
@@ -130,6 +132,7 @@ def measured(workspace: Workspace, found: Manifest) -> dict[str, Any]:
     Empty when it was built elsewhere.
     """
     try:
+        # The file outlives the artifact that it was written for, for example when `dvc pull` replaces the folder.
         note: dict[str, Any] = json.loads(_measured(workspace, found.stage).read_text())
     except (FileNotFoundError, ValueError):
         return {}
@@ -151,11 +154,13 @@ def _table(*stages: Stage) -> dict[str, Stage]:
 STAGES = _table(
     Stage("download", "research_rl.data.download:run", (), ("data",), "data", "raw questions and passages", "research_rl.data.download:fresh", "research_rl.data.download:newer"),
     Stage("validate", "research_rl.validation.stage:run_stage", ("download",), ("validation",), "artifacts/validated", "data-quality report"),
+    # prepare and corpus read nothing of validate: it is a parent so that data which fails its checks goes no further.
     Stage("prepare", "research_rl.data.prepare:run", ("download", "validate"), ("data.seed", "prepare"), "artifacts/prepared", "questions as parquet"),
     Stage("corpus", "research_rl.corpus.build:run", ("download", "validate"), ("corpus",), "artifacts/corpus", "passage store"),
     Stage("embed", "research_rl.embedding.build:run", ("corpus",), ("encoder",), "artifacts/embeddings", "passage vectors"),
     Stage("index", "research_rl.index.build:run", ("corpus", "embed"), ("index",), "artifacts/index", "search index"),
     Stage("policy", "research_rl.training.policy:run", (), ("seed", "policy", "prompt"), "artifacts/policy", "initial policy"),
+    # Of `serving`, engine and number format alone decide greedy text; the rest changes no artifact.
     Stage("baseline", "research_rl.evaluation.evaluate:run_baseline", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", *_REWARD, "evaluation", "serving.engine", "serving.dtype"), "artifacts/baseline", "evaluation before training"),
     Stage("train", "research_rl.training.train:run", ("policy", "prepare", "corpus", "embed", "index"), ("prompt", "episode", *_REWARD, "train"), "artifacts/train", "GRPO"),
     Stage("export", "research_rl.training.export:run", ("policy", "train"), (), "artifacts/model", "trained policy as a Hugging Face folder"),

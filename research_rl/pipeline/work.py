@@ -27,7 +27,7 @@ class Work:
     """The work folder of one stage with these parameters and parents."""
 
     def __init__(self, context: Context) -> None:
-        parents = [found.hash for _, found in sorted(context.parents.items())]
+        parents = [parent.hash for _, parent in sorted(context.parents.items())]
         key = sha256("/".join([context.config_hash, *parents]).encode()).hexdigest()[:16]
         self.folder = context.workspace.work(f"{context.stage.name}-{key}")
         for stale in self.folder.parent.glob(f"{context.stage.name}-*"):
@@ -59,6 +59,7 @@ class Work:
         """Give the files of a unit a second place in `target`."""
         for name, path in _files(self.folder / unit).items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
+            # Not a copy where it can be helped: the vectors of a large corpus take tens of gigabytes, and the work folder goes right after.
             place(path, target / name)
 
     def remove(self) -> None:
@@ -71,6 +72,7 @@ def _build(folder: Path, build: Callable[[Path], Record]) -> Record:
     folder.mkdir()
     started = time.monotonic()
     facts = build(folder)
+    # Files, then the record, then its name: a record on disk means that its files are.
     for path in _files(folder).values():
         fsync(path)
     files = {name: file_sha256(path) for name, path in _files(folder).items()}
@@ -89,7 +91,7 @@ def _files(folder: Path) -> dict[str, Path]:
 def _finished(folder: Path) -> Record | None:
     try:
         record: Record = json.loads(folder.with_suffix(".json").read_text())
-        whole = all(file_sha256(folder / name) == wanted for name, wanted in record["files"].items())
+        whole = all(file_sha256(folder / name) == digest for name, digest in record["files"].items())
     except (OSError, ValueError, KeyError):
         return None
     return record if whole else None

@@ -24,6 +24,7 @@ from research_rl.pipeline.stages import Workspace
 
 __all__ = ["by_shape", "machine", "measure", "shaped", "texts", "verified", "width"]
 
+# Enough rows to outweigh what a call costs, few enough for a plan in seconds.
 _SAMPLE = 4000
 _VECTORS = 30_000
 _WORDS = 100
@@ -50,6 +51,7 @@ def texts(workspace: Workspace) -> list[str]:
         return store.PassageStore(workspace.folder("corpus")).texts(0, _SAMPLE)
     except ManifestError:
         generator = np.random.default_rng(0)
+        # Word frequencies of a natural text, because the cost of an index of words depends on how often words repeat.
         ranks = np.minimum(generator.zipf(1.3, (_SAMPLE, _WORDS)), 200_000)
         return [" ".join(f"w{rank}" for rank in row) for row in ranks]
 
@@ -75,6 +77,7 @@ def _corpus(config: Config, sample: list[str], folder: Path) -> float:
 
 def _embed(config: Config, sample: list[str], folder: Path) -> float:
     if config.encoder.kind == "sentence":
+        # A transformer takes far longer a passage than hashing does.
         return _sentence(config, sample[: _SAMPLE // 16])
     from research_rl.embedding.lexical import LexicalEncoder
 
@@ -96,6 +99,7 @@ def _sentence(config: Config, sample: list[str]) -> float:
     source = models.resolve(config.encoder, config.transfer, cache_folder())
     facts = {**presets.settle(config.encoder, source), "dtype": fast_bfloat16() if dtype == "auto" else dtype}
     with SentenceEncoder.load(source, facts) as encoder:
+        # The first batch also pays for thread pools and kernels that are chosen once.
         encoder.encode_passages(sample[:16])
         return _seconds(lambda: encoder.encode_passages(sample)) / len(sample)
 
@@ -165,6 +169,7 @@ def by_shape(config: EncoderConfig) -> float:
         raise ModelError(f"encoder.model={config.model} is not among {list(SHAPES)}; give a folder")
     layers, width = shape
     tokens = min(config.max_tokens or np.inf, _WORDS * _TOKENS_A_WORD)
+    # 12 width^2 weights a layer (attention 4, MLP 8) and the two products of attention, each 2 operations a weight and token.
     return 2 * tokens * layers * (12 * width**2 + 2 * tokens * width) / _matrix_rate()
 
 
@@ -183,6 +188,7 @@ def _matrix_rate() -> float:
     import torch
 
     a, b = torch.randn(2048, 768).bfloat16(), torch.randn(768, 3072).bfloat16()
+    # Not timed: the first product sets up the library.
     _ = a @ b
     return 2 * 2048 * 768 * 3072 * 20 / _seconds(lambda: [a @ b for _ in range(20)])
 
@@ -201,4 +207,5 @@ def _hash_all(folder: Path) -> None:
 def _seconds(work: Callable[[], object]) -> float:
     started = time.process_time()
     work()
+    # Never zero: rates are divided by it.
     return max(time.process_time() - started, 1e-6)

@@ -68,6 +68,7 @@ def dry_run(config: Config, workspace: Workspace) -> DryRun:
     """Resolve a run. Raises ConfigError when it cannot fit, TrainingError when verl refuses its configuration."""
     plan, prepared = describe(config, workspace), workspace.folder("prepare")
     work = workspace.work("train")
+    # Paths as the stage would use them; none has to exist, and nothing is made.
     paths = overrides.Paths(workspace.folder("policy"), prepared / "train.parquet", prepared / "dev.parquet", work, ray_folder(work))
     arguments = overrides.render(config, paths)
     hydra = compose(config, {config.profile: arguments})[config.profile]
@@ -78,9 +79,11 @@ def dry_run(config: Config, workspace: Workspace) -> DryRun:
 
 def compose(config: Config, cases: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """Return verl's resolved configuration for each list of overrides. Raises TrainingError with verl's words."""
+    # verl is installed in the policy environment alone.
     command = [str(interpreter(config)), "-m", "research_rl.training.policy_env.compose"]
     env = {**os.environ, **python_path(), "HYDRA_FULL_ERROR": "1"}
     done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, cwd=RUN_FROM, env=env)
     if done.returncode:
         raise TrainingError(f"verl refuses the configuration; its log ends with:\n{done.stderr[-3000:]}")
+    # What verl's imports print comes before it.
     return json.loads(done.stdout.splitlines()[-1])

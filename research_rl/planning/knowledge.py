@@ -71,9 +71,9 @@ def estimates(config: Config, workspace: Workspace, rows: int) -> list[ResourceE
 def table(found: list[ResourceEstimate], rows: int) -> list[str]:
     """Return the estimates as lines of text."""
     lines = [f"knowledge side: {rows:,} passages", f"{'stage':<8}{'disk':>12}{'peak memory':>14}{'time, one core':>16}  rate"]
-    for item in found:
-        hours = f"{item.seconds:,.0f} s" if item.seconds < 7200 else f"{item.seconds / 3600:,.1f} h"
-        lines.append(f"{item.stage:<8}{item.disk / 1e9:>9,.2f} GB{item.memory / _GIB:>10,.2f} GiB{hours:>16}  {item.rate}")
+    for estimate in found:
+        hours = f"{estimate.seconds:,.0f} s" if estimate.seconds < 7200 else f"{estimate.seconds / 3600:,.1f} h"
+        lines.append(f"{estimate.stage:<8}{estimate.disk / 1e9:>9,.2f} GB{estimate.memory / _GIB:>10,.2f} GiB{hours:>16}  {estimate.rate}")
     return lines
 
 
@@ -81,18 +81,20 @@ def refuse(found: list[ResourceEstimate], config: Config, workspace: Workspace) 
     """Raise ConfigError when what is still to be built does not fit on the disk, in memory or in index.memory_gib."""
     import psutil
 
-    new = [item for item in found if not standing(item.stage, config, workspace)]
-    need, free = sum(item.disk for item in new), shutil.disk_usage(_existing(workspace.root)).free
+    # What stands takes no more room.
+    unbuilt = [estimate for estimate in found if not standing(estimate.stage, config, workspace)]
+    need, free = sum(estimate.disk for estimate in unbuilt), shutil.disk_usage(_existing(workspace.root)).free
     if need > free:
         raise ConfigError(
-            f"{', '.join(item.stage for item in new)} need {need / 1e9:.1f} GB on disk, {free / 1e9:.1f} GB are free at {workspace.root}; "
+            f"{', '.join(estimate.stage for estimate in unbuilt)} need {need / 1e9:.1f} GB on disk, "
+            f"{free / 1e9:.1f} GB are free at {workspace.root}; "
             "free some room, or lower what a vector takes (index.factory, encoder.dim)"
         )
-    for item in new:
+    for estimate in unbuilt:
         have = psutil.virtual_memory().total
-        if item.memory > have:
+        if estimate.memory > have:
             raise ConfigError(
-                f"stage {item.stage} needs {item.memory / _GIB:.1f} GiB of memory, this machine has {have / _GIB:.1f}; "
+                f"stage {estimate.stage} needs {estimate.memory / _GIB:.1f} GiB of memory, this machine has {have / _GIB:.1f}; "
                 "lower index.memory_gib, index.shard_rows or encoder.batch_tokens"
             )
 
@@ -139,7 +141,9 @@ class _Rates:
             return 0.0, "nothing to do"
         from research_rl.planning import calibrate
 
+        # Starting up and comparing the parents' bytes, which plans left out were 1.29 times too low (docs/experiments.md).
         before = calibrate.verified(read)
+        # The stage's own section and the encoder decide its rate; the rest of the configuration would only miss the cache.
         section = STAGES[stage].sections[-1]
         key = f"{stage}/{calibrate.machine()}/{self._config.model_dump_json(include={section, 'encoder'})}"
         if calibrate.shaped(self._config.encoder, stage):
@@ -153,6 +157,7 @@ class _Rates:
     def _keep(self, key: str, rate: float) -> None:
         self._known[key] = rate
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Plans of several workspaces share this file.
         temporary = self._path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(self._known))
         temporary.replace(self._path)

@@ -35,6 +35,7 @@ class Parameter:
     @property
     def stated(self) -> Any:
         """What ours is held against: the paper's value, else the script's."""
+        # Where the two disagree the paper counts; `why` says so at the parameter.
         return self.script if self.paper is None else self.paper
 
 
@@ -48,6 +49,7 @@ class Comparison:
     @property
     def equal(self) -> bool:
         """Whether the value is the stated one."""
+        # Neither says anything: ours is shown beside nothing and cannot differ.
         return self.parameter.stated is None or self.value == self.parameter.stated
 
     @property
@@ -57,6 +59,7 @@ class Comparison:
 
 
 _ACTOR, _REF, _ROLLOUT = (f"actor_rollout_ref.{name}" for name in ("actor", "ref", "rollout"))
+# The batch is the mini-batch in both: old and new policy are the same when the only update is made.
 _ONE_UPDATE = "with one update a batch the probability ratio is 1 and no clip acts"
 
 _DATA = (
@@ -219,10 +222,10 @@ def table(compared: Sequence[Comparison]) -> str:
     return markdown.table(("parameter", "read from", "paper", "published script", "ours", "why it differs"), map(_cells, compared))
 
 
-def _cells(item: Comparison) -> tuple[str, ...]:
-    parameter = item.parameter
-    why = parameter.why or ("" if item.equal else "no reason given")
-    return parameter.name, parameter.place, _shown(parameter.paper), _shown(parameter.script), _shown(item.value), why
+def _cells(comparison: Comparison) -> tuple[str, ...]:
+    parameter = comparison.parameter
+    why = parameter.why or ("" if comparison.equal else "no reason given")
+    return parameter.name, parameter.place, _shown(parameter.paper), _shown(parameter.script), _shown(comparison.value), why
 
 
 def _value(tree: Mapping[str, Any], name: str) -> Any:
@@ -237,6 +240,7 @@ def _shown(value: Any) -> str:
         return "–"
     if isinstance(value, list):
         return ", ".join(_shown(item) for item in value)
+    # Before int, of which bool is a kind.
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

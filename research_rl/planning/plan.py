@@ -51,23 +51,25 @@ def _row(name: str, config: Config, workspace: Workspace, current: set[str], ver
     if not (folder / manifest.MANIFEST).is_file():
         return Row(name, "missing", "", stage.summary)
     try:
-        found = manifest.load(folder, hashed=verified.sha256)
+        # With the bytes: `research status` is where damage is looked for.
+        artifact = manifest.load(folder, hashed=verified.sha256)
     except ManifestError as error:
         return Row(name, "torn", "", str(error))
-    short = found.hash[:12]
-    if found.config_hash != config_hash(located(config, workspace.root), stage.sections):
-        return Row(name, "stale", short, _changed(found, located(config, workspace.root)))
-    changed = [p for p in stage.parents if p not in current or _hash(workspace, p) != found.parents.get(p)]
+    short = artifact.hash[:12]
+    if artifact.config_hash != config_hash(located(config, workspace.root), stage.sections):
+        return Row(name, "stale", short, _changed(artifact, located(config, workspace.root)))
+    # By hash, because a parent that was built again may stand whole and current and still be another.
+    changed = [p for p in stage.parents if p not in current or _hash(workspace, p) != artifact.parents.get(p)]
     if changed:
         return Row(name, "stale", short, f"rebuilt or stale parent: {', '.join(changed)}")
-    return Row(name, "current", short, ", ".join(f"{key} {value:,}" for key, value in found.counts.items()))
+    return Row(name, "current", short, ", ".join(f"{key} {value:,}" for key, value in artifact.counts.items()))
 
 
-def _changed(found: Manifest, config: Config) -> str:
+def _changed(artifact: Manifest, config: Config) -> str:
     """Name the parameters in which an artifact differs from the configuration."""
-    lines = changes(found.parameters, parameters(config, STAGES[found.stage].sections)) if found.parameters else []
+    lines = changes(artifact.parameters, parameters(config, STAGES[artifact.stage].sections)) if artifact.parameters else []
     if not lines:
-        return f"parameters changed in {', '.join(STAGES[found.stage].sections)}"
+        return f"parameters changed in {', '.join(STAGES[artifact.stage].sections)}"
     return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
 
 
@@ -93,6 +95,7 @@ def describe(config: Config, workspace: Workspace) -> str:
 
 def check(config: Config, workspace: Workspace) -> None:
     """Raise ConfigError when the knowledge side cannot fit on the disk or in memory."""
+    # Without a snapshot or a known corpus there is nothing to reckon with.
     rows = knowledge.passages(config, workspace)
     if rows is not None:
         knowledge.refuse(knowledge.estimates(config, workspace, rows), config, workspace)

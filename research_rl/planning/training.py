@@ -126,19 +126,22 @@ def memory(config: Config, shape: Shape) -> Memory:
     train, trainer = config.train, config.trainer
     total, world, lora = shape.parameters, trainer.nodes * trainer.gpus_per_node, train.lora_rank
     trained = shape.adapter(lora) if lora else total
+    # Under an adapter the weights stay, in float32, without gradients and optimizer.
     frozen = 4 * total if lora else 0
     state, resident = (frozen + 16 * trained) / world, (frozen + 12 * trained) / world
+    # Empty: the default that is rendered for verl.
     tokens = trainer.max_tokens_per_gpu or 2 * (config.prompt.max_tokens + config.episode.max_response_tokens)
     inner = 2 * (6 * shape.hidden + 2 * shape.kv_width + 3 * shape.intermediate)
-    kept = shape.layers * 2 * shape.hidden + 2 * inner if trainer.gradient_checkpointing else shape.layers * inner
+    bytes_per_token = shape.layers * 2 * shape.hidden + 2 * inner if trainer.gradient_checkpointing else shape.layers * inner
     share = trainer.gpu_memory_utilization * config.plan.gpu_memory_gib * GIB
     weights = 2 * total / trainer.tensor_parallel
+    # verl keeps the reference in host memory; an adapter needs none: the policy without it is the reference.
     reference = 4 * total if train.kl_coef > 0 and not lora else 0
     waiting = {"none": 0, "idle": frozen + 12 * trained, "always": frozen + 16 * trained}[trainer.offload]
     return Memory(
         state=0.0 if trainer.offload == "always" else state,
         gathered=2 * (shape.outside + 2 * shape.layer),
-        activations=tokens * kept,
+        activations=tokens * bytes_per_token,
         logits=tokens * shape.vocabulary * 8,
         scoring=2 * tokens * (shape.vocabulary * 6 + inner),
         resident=resident if trainer.offload == "none" else 0.0,
@@ -156,18 +159,19 @@ def require_fit(config: Config, shape: Shape) -> Memory:
         raise ConfigError(
             f"trainer.tensor_parallel={trainer.tensor_parallel} exceeds trainer.gpus_per_node={trainer.gpus_per_node}; lower it or add GPUs"
         )
-    found, limit = memory(config, shape), (1 - _RESERVE) * plan.gpu_memory_gib * GIB
+    need, limit = memory(config, shape), (1 - _RESERVE) * plan.gpu_memory_gib * GIB
     usable = f"{limit / GIB:.0f} GiB usable of plan.gpu_memory_gib={plan.gpu_memory_gib:g}"
     where = f"on {trainer.nodes} x {trainer.gpus_per_node} GPUs"
-    _below(found.update, limit, f"the update of {shape.parameters / 1e9:.1f} B parameters {where}", usable, _spare(config))
-    _below(found.rollout, limit, f"rollouts {where}", usable, "lower trainer.gpu_memory_utilization or set trainer.offload=idle")
+    _below(need.update, limit, f"the update of {shape.parameters / 1e9:.1f} B parameters {where}", usable, _spare(config))
+    _below(need.rollout, limit, f"rollouts {where}", usable, "lower trainer.gpu_memory_utilization or set trainer.offload=idle")
+    # An engine that cannot hold one whole trajectory never finishes it, however few run at once.
     longest = shape.kv_bytes * (config.prompt.max_tokens + config.episode.max_response_tokens) / trainer.tensor_parallel
     engine = f"the engine's share (trainer.gpu_memory_utilization={trainer.gpu_memory_utilization:g})"
     remedy = "raise trainer.tensor_parallel or trainer.gpu_memory_utilization"
-    _below(found.engine_weights + longest, found.share, "the engine's weights and one full trajectory", engine, remedy)
+    _below(need.engine_weights + longest, need.share, "the engine's weights and one full trajectory", engine, remedy)
     machine = f"90 % of plan.host_memory_gib={plan.host_memory_gib:g}"
-    _below(found.host, 0.9 * plan.host_memory_gib * GIB, "what waits in host memory", machine, "add machines (trainer.nodes)")
-    return found
+    _below(need.host, 0.9 * plan.host_memory_gib * GIB, "what waits in host memory", machine, "add machines (trainer.nodes)")
+    return need
 
 
 def _below(value: float, limit: float, what: str, whose: str, remedy: str) -> None:
@@ -225,6 +229,7 @@ def _decode(config: Config, shape: Shape, written: float, length: float) -> floa
     train, trainer, plan = config.train, config.trainer, config.plan
     engines = trainer.nodes * trainer.gpus_per_node / trainer.tensor_parallel
     sequences = train.prompts_per_step * train.rollouts_per_prompt / engines
+    # Decoding is bound by memory bandwidth, not by arithmetic.
     read = 2 * shape.parameters + sequences * shape.kv_bytes * length
     return plan.longest * written * read / (plan.decode_efficiency * plan.gpu_bandwidth * 1e12 * trainer.tensor_parallel)
 
@@ -235,34 +240,37 @@ def lines(config: Config, folder: Path | None) -> list[str]:
     episodes = train.steps * train.prompts_per_step * train.rollouts_per_prompt
     limit = f"at most {config.episode.max_response_tokens:,} tokens"
     steps = f"{train.steps} steps x {train.prompts_per_step} questions x {train.rollouts_per_prompt} rollouts"
-    found = [f"train: {steps} = {episodes:,} episodes of {limit}, on {train.hardware} with {train.engine}"]
+    report_lines = [f"train: {steps} = {episodes:,} episodes of {limit}, on {train.hardware} with {train.engine}"]
     if train.hardware == "cpu":
-        return found
+        return report_lines
     if shape is None:
-        return [*found, f"train: the shape of policy.path={config.policy.path!r} is not known before the policy stage; no memory estimate"]
-    return [*found, *_memory_lines(config, shape, require_fit(config, shape)), *_schedule_lines(config, schedule(config, shape))]
+        return [
+            *report_lines,
+            f"train: the shape of policy.path={config.policy.path!r} is not known before the policy stage; no memory estimate",
+        ]
+    return [*report_lines, *_memory_lines(config, shape, require_fit(config, shape)), *_schedule_lines(config, schedule(config, shape))]
 
 
-def _memory_lines(config: Config, shape: Shape, found: Memory) -> list[str]:
+def _memory_lines(config: Config, shape: Shape, need: Memory) -> list[str]:
     full = shape.kv_bytes * (config.prompt.max_tokens + config.episode.max_response_tokens) / config.trainer.tensor_parallel
     return [
         f"train: {shape.parameters / 1e9:.2f} B parameters; GiB a GPU, of {config.plan.gpu_memory_gib:g}, update "
-        f"{found.update / GIB:.1f} (state {found.state / GIB:.1f}, gathered {found.gathered / GIB:.1f}, "
-        f"activations {found.activations / GIB:.1f}, logits {found.logits / GIB:.1f}; or without gradients {found.scoring / GIB:.1f})",
-        f"train: rollouts {found.rollout / GIB:.1f} (engine {found.share / GIB:.1f}, of it weights {found.engine_weights / GIB:.1f} and "
-        f"cache {found.cache / GIB:.1f} = {found.cache / full:.0f} full trajectories; resident {found.resident / GIB:.1f}); "
-        f"host memory {found.host / GIB:.0f} a machine",
+        f"{need.update / GIB:.1f} (state {need.state / GIB:.1f}, gathered {need.gathered / GIB:.1f}, "
+        f"activations {need.activations / GIB:.1f}, logits {need.logits / GIB:.1f}; or without gradients {need.scoring / GIB:.1f})",
+        f"train: rollouts {need.rollout / GIB:.1f} (engine {need.share / GIB:.1f}, of it weights {need.engine_weights / GIB:.1f} and "
+        f"cache {need.cache / GIB:.1f} = {need.cache / full:.0f} full trajectories; resident {need.resident / GIB:.1f}); "
+        f"host memory {need.host / GIB:.0f} a machine",
     ]
 
 
-def _schedule_lines(config: Config, found: Schedule) -> list[str]:
+def _schedule_lines(config: Config, times: Schedule) -> list[str]:
     train, plan = config.train, config.plan
-    tokens = train.steps * found.trajectories * found.read
+    tokens = train.steps * times.trajectories * times.read
     measured = [name for name in ("train_tokens_per_s", "decode_tokens_per_s") if getattr(plan, name)]
     basis = f"from plan.{' and plan.'.join(measured)}" if measured else "an estimate from assumed rates (the `plan` section)"
     return [
-        f"train: a step of {found.trajectories:,} episodes of {found.written:,.0f} written and {found.read:,.0f} read tokens: "
-        f"rollout {found.rollout_s:.0f} s, search {found.search_s:.0f} s, update {found.update_s:.0f} s, rest {plan.step_overhead_s:.0f} s",
-        f"train: {tokens / 1e6:,.0f} M tokens, {found.hours:.1f} h, {found.gpu_hours:,.0f} GPU-hours, "
-        f"{found.cost:,.0f} at {plan.price_per_gpu_hour:g} a GPU-hour; {basis}",
+        f"train: a step of {times.trajectories:,} episodes of {times.written:,.0f} written and {times.read:,.0f} read tokens: "
+        f"rollout {times.rollout_s:.0f} s, search {times.search_s:.0f} s, update {times.update_s:.0f} s, rest {plan.step_overhead_s:.0f} s",
+        f"train: {tokens / 1e6:,.0f} M tokens, {times.hours:.1f} h, {times.gpu_hours:,.0f} GPU-hours, "
+        f"{times.cost:,.0f} at {plan.price_per_gpu_hour:g} a GPU-hour; {basis}",
     ]

@@ -26,6 +26,7 @@ def descendants(root: int) -> list[int]:
             continue
         try:
             with open(f"/proc/{name}/stat", "rb") as stream:
+                # The second field is the name in parentheses and may hold spaces and parentheses itself.
                 fields = stream.read().rpartition(b")")[2].split()
         except OSError:
             continue
@@ -61,12 +62,10 @@ def reap() -> dict[int, int]:
 
 
 def childless() -> bool:
-    """Reap, and return whether nothing is left below this process.
-
-    The kernel's word: orphans become children of a subreaper, so without a child there is no descendant. A reading of /proc is
-    not one moment: where a child's pid is below its parent's, both are missed when the parent ends between the two.
-    """
+    """Reap, and return whether nothing is left below this process."""
     reap()
+    # Asked of the kernel, not of /proc: orphans become children of a subreaper, so without a child there is no descendant. A reading
+    # of /proc is not one moment: where a child's pid is below its parent's, both are missed when the parent ends between the two.
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -80,20 +79,25 @@ def end_all() -> None:
     deadline = time.monotonic() + GRACE_S
     while not childless():
         if time.monotonic() > deadline:
+            # At every turn: a process that was forked during the last reading of /proc has had no signal.
             signal_all(signal.SIGKILL)
         time.sleep(0.02)
 
 
 def main(command: list[str]) -> int:
     """Run `command` to its end or until the parent is gone or a signal comes; return its exit code."""
+    # Before the command starts: orphans go to whoever is the subreaper when their parent ends.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # Python goes on with an interrupted `select` by itself; a byte in this pipe makes it return.
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
     stop: list[object] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: stop.append(number))
+    # A signal without a handler writes no byte into that pipe.
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    # End of file on the owner's pipe is for the guardian; the command must not read it as its own input.
     null = os.open(os.devnull, os.O_RDONLY)
     child = os.posix_spawnp(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, null, 0)], setsigdef=[signal.SIGCHLD])
     code: int | None = None
@@ -105,6 +109,7 @@ def main(command: list[str]) -> int:
             os.read(wake_read, 4096)
         code = reap().get(child)
     end_all()
+    # As a shell reports it: 128 + the signal that ended the command; 143 (SIGTERM) when it was this process that ended it.
     return 128 - code if code is not None and code < 0 else code if code is not None else 143
 
 

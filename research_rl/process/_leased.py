@@ -13,6 +13,7 @@ import threading
 import time
 
 GUARDIAN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_guardian.py")
+# EX_TEMPFAIL of sysexits.h: not a code of the command, and the same command may succeed later.
 EXPIRED = 75
 
 
@@ -49,11 +50,12 @@ def main(lease: str, seconds: float, log_path: str, folder: str, command: list[s
     assert child.stdout
     thread = threading.Thread(target=copy, args=(child.stdout.fileno(), log), daemon=True)
     thread.start()
-    text, seen, code = read(lease), time.monotonic(), None
+    # The time of a change is when it was seen here; a time written into the lease would be another machine's.
+    lease_text, changed_at, code = read(lease), time.monotonic(), None
     while (code := child.poll()) is None and not stop:
-        if (current := read(lease)) != text:
-            text, seen = current, time.monotonic()
-        elif time.monotonic() - seen > seconds:
+        if (current := read(lease)) != lease_text:
+            lease_text, changed_at = current, time.monotonic()
+        elif time.monotonic() - changed_at > seconds:
             os.write(log, f"research: no sign of life in {lease} for {seconds:g} s; the trainer is ended\n".encode())
             child.terminate()
             child.wait()
@@ -63,6 +65,7 @@ def main(lease: str, seconds: float, log_path: str, folder: str, command: list[s
         child.terminate()
         child.wait()
         return 143
+    # The last lines of the command are still on their way through the pipe.
     thread.join(5)
     return code
 

@@ -29,7 +29,9 @@ class Identity:
     def of(cls, pid: int) -> Identity | None:
         """Return the identity of a process, None when it ended."""
         try:
+            # Pid and name are cut off: the name may hold spaces. The rest begins with field 3 of proc(5), the state; 22 is the start.
             fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        # The second when the process ends between opening and reading.
         except (FileNotFoundError, ProcessLookupError):
             return None
         return None if fields[0] in _ENDED else cls(pid, int(fields[19]), _BOOT.read_text().strip())

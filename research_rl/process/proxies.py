@@ -50,6 +50,7 @@ def require_usable() -> None:
     """Raise ServiceError for a SOCKS proxy that httpx cannot use: it fails to make any client then, also one for loopback."""
     for kind, address in urllib.request.getproxies().items():
         scheme = address.partition("://")[0]
+        # `getproxies` lists NO_PROXY as one more kind.
         if kind != "no" and scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
             raise ServiceError(
                 f"{kind.upper()}_PROXY names a {scheme} proxy, for which the package socksio is missing; "

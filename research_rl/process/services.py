@@ -52,6 +52,7 @@ _GRACE = "RESEARCH_GRACE_S"
 _GRACE_S = 10.0
 _KILL_AFTER_S = 10.0
 """How long after its grace period a guardian itself is given before it is killed."""
+# Addresses to bind that mean every interface; no client can connect to them.
 _ANY = ("", "0.0.0.0", "::")
 
 
@@ -104,6 +105,7 @@ class Process:
         try:
             code = self.popen.wait(self.grace_s + _KILL_AFTER_S)
         except subprocess.TimeoutExpired:
+            # First the descendants: once the guardian is killed nothing else would end them.
             if record := _read(self.pid_file):
                 _end(record)
             self.popen.kill()
@@ -154,13 +156,16 @@ def spawn(
     marker, log = uuid.uuid4().hex, log or folder / f"{name}.log"
     whole_env = {**os.environ, **(env or {}), _MARKER: marker}
     grace_s = float(whole_env.get(_GRACE, _GRACE_S)) if grace_s is None else grace_s
+    # A detached command has no guardian; the grace period would go to guardians that it starts for other commands.
     whole_env |= bypass_loopback(whole_env) | ({} if detached else {_GRACE: str(grace_s)})
     with log.open("ab") as output:
         popen = subprocess.Popen(
             command if detached else [sys.executable, "-I", "-S", str(_GUARDIAN), *command],
+            # Nothing is ever written to the pipe: it closes when this process ends, however that happens, and the guardian waits for that.
             stdin=subprocess.DEVNULL if detached else subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
+            # Ctrl-C in a terminal reaches this process alone, which then ends its services in order.
             start_new_session=True,
             cwd=cwd,
             env=whole_env,
@@ -229,6 +234,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 def require_free(host: str, port: int, setting: str) -> int:
     """Return `port`, or a free one for 0. Raises ServiceError when something listens there already."""
     with socket.socket(_family(host)) as probe:
+        # As servers do: without it a port counts as taken for a minute after its last connection closed.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -262,6 +268,7 @@ def reap(folder: Path) -> list[str]:
     ended: list[str] = []
     for pid_file in sorted(folder.glob("*.pid")):
         record = _read(pid_file)
+        # `research run` in another terminal may own services here.
         if record and record.owned():
             continue
         if record and _end(record):
@@ -312,10 +319,12 @@ def _end(record: _Record) -> bool:
 
 def _members(record: _Record) -> list[psutil.Process]:
     members: dict[int, psutil.Process] = {}
+    # The tree below the guardian is not enough: a killed guardian's orphans are children of init and known by their marker alone.
     for process in psutil.process_iter():
         try:
             if process.environ().get(_MARKER) == record.marker:
                 members[process.pid] = process
+        # Processes of other users show no environment; they cannot be of this folder.
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     if record.process.alive():

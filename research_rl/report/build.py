@@ -44,6 +44,7 @@ def run(context: Context, links: Links = ()) -> None:
     train, findings = context.parent("train"), _findings(context)
     with context.publish() as staging:
         title = f"GRPO, profile {context.config.profile}"
+        # Two pictures: a page that follows the reader's colour scheme cannot recolour a PNG.
         figure.draw(findings.curves, staging.path / "training.png", title)
         dark = figure.render(findings.curves, title, dark=True)
         _write(staging.path / "metrics.json", json.dumps(_numbers(findings), indent=1, sort_keys=True) + "\n")
@@ -54,6 +55,7 @@ def run(context: Context, links: Links = ()) -> None:
         _write(staging.path / "trajectories.html", viewer(groups, "Trajectories"))
         pairs = findings.matched.everything
         staging.counts |= {"questions": len(pairs), "steps": findings.curves.steps, **_outcomes(pairs)}
+        # The manifest alone answers what a run brought, without reading the pages.
         staging.facts |= _numbers(findings)
 
 
@@ -111,6 +113,7 @@ def _page(context: Context, findings: _Findings, png: bytes, dark_png: bytes, li
         facts=provenance.headline(context, stages),
         verdict=verdict(findings.metrics, "f1"),
         left_out=left_out(matched.lost, len(matched.everything)),
+        # Pages are shared: no credentials in an address, and no scheme that a browser would run.
         links=[(text, public(address)) for text, address in links if address.startswith(("http://", "https://"))],
         metric_head=metric_head("before", "after"),
         metrics=difference_rows(findings.metrics),
@@ -139,6 +142,7 @@ def _stop_rows(pairs: Sequence[Pair]) -> list[list[str]]:
         return f"{sum(pair[side].stop == reason for pair in pairs) / max(1, len(pairs)):.1%}"
 
     rows = [[reason.value.replace("_", " "), share(0, reason), share(1, reason)] for reason in StopReason]
+    # A reason that no episode ended with only lengthens the table.
     return [row for row in rows if row[1:] != ["0.0%", "0.0%"]]
 
 

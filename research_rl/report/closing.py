@@ -32,4 +32,5 @@ def _short(path: Path) -> str:
 def _activated() -> str:
     """Return how to activate the environment of this interpreter, once, where `research` is not found without."""
     folder = Path(sys.prefix)
+    # `make demo` activates nothing in the shell that started it.
     return f". {_short(folder)}/bin/activate && " if (folder / "bin/activate").is_file() else ""

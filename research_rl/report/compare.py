@@ -56,6 +56,7 @@ def load(a: Path, b: Path) -> EvaluationComparison:
         raise DataError(
             f"{a} and {b} share no question ({len(before)} and {len(after)} questions); compare evaluations of the same test set"
         )
+    # What each evaluation recorded beside its results, not params.yaml: that may have changed since.
     changes = parameters.differences(parameters.read(a), parameters.read(b))
     metrics = [
         metric for metric in compare_metrics(matched.pairs, RESAMPLES, SEED) if metric.name != "reward" or not _rewards_differ(changes)
@@ -77,6 +78,7 @@ def _name(folder: Path) -> str:
 
 def _changed(pairs: Sequence[Pair]) -> list[list[str]]:
     """Return the questions whose F1 moved most, losses first."""
+    # Losses first: they are what a mean that rose hides.
     moved = sorted((pair for pair in pairs if pair[0].f1 != pair[1].f1), key=lambda pair: pair[1].f1 - pair[0].f1)
     chosen = moved if len(moved) <= 2 * _EXAMPLES else [*moved[:_EXAMPLES], *moved[-_EXAMPLES:]]
     return [[a.question, " | ".join(a.golden_answers), a.prediction, b.prediction, f"{b.f1 - a.f1:+.2f}"] for a, b in chosen]

@@ -53,6 +53,7 @@ def render(curves: Curves, title: str, *, dark: bool = False) -> bytes:
     """Return the panels of `draw` as a PNG, `dark` for a dark page."""
     import matplotlib
 
+    # Tasks run in threads and on machines without a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -66,6 +67,7 @@ def render(curves: Curves, title: str, *, dark: bool = False) -> bytes:
             axis.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(title)
         figure.tight_layout()
+        # The name and version of matplotlib would make equal curves differ in their bytes.
         figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
         pyplot.close(figure)
     return image.getvalue()
@@ -84,6 +86,7 @@ def _panel(axis: Any, curves: Curves, title: str, label: str, lines: tuple[tuple
     if len(drawn) > 1:
         axis.legend(frameon=False, loc="best")
     low, high = axis.get_ylim()
+    # From zero, so that noise does not look like progress.
     axis.set_ylim(min(0.0, low), high + 0.05 * (high - min(0.0, low)))
 
 

@@ -76,6 +76,7 @@ def verdict(metrics: Sequence[PairedMetric], name: str, before: str = "before", 
 
 
 def _judge(difference: Difference) -> str:
+    # Before the interval: with very few questions it is too narrow to be believed.
     if not difference.decides:
         return f"{difference.n} {'question decides' if difference.n == 1 else 'questions decide'} nothing, it takes {FEWEST}"
     if not difference.significant:
@@ -84,6 +85,7 @@ def _judge(difference: Difference) -> str:
 
 
 def _kind(metric: PairedMetric) -> str:
+    # Of counts such as searches or tokens neither direction is better.
     if not metric.difference.significant or metric.name not in BETTER_HIGH:
         return ""
     return "good" if metric.difference.mean > 0 else "bad"

@@ -23,4 +23,5 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
+    # A tag needs its opening bracket alone to be escaped; inline code keeps its closing ones readable.
     return printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")

@@ -51,6 +51,7 @@ def compare_metrics(pairs: Sequence[Pair], resamples: int, seed: int) -> list[Pa
     """Return every metric that at least one pair defines on both sides."""
     compared: list[PairedMetric] = []
     for name, metric in METRICS.items():
+        # A metric may be undefined for a question, as recall is without known passages; a pair counts only with both sides.
         both = [(a, b) for a, b in ((metric(before), metric(after)) for before, after in pairs) if a is not None and b is not None]
         if both:
             first, second = [a for a, _ in both], [b for _, b in both]
@@ -78,4 +79,5 @@ def _is_lost(pair: Pair) -> bool:
 
 
 def _key(result: Result) -> tuple[str, str, str]:
+    # Ids repeat between data sets, and an evaluation of other questions may use the same ids.
     return result.data_source, result.id, result.question

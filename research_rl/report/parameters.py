@@ -42,12 +42,16 @@ def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
     """Return (name, in A, in B) of each differing parameter; a section that only one of the two trees has is one row."""
+    # Stages record different sections: listing each of their parameters would bury the real differences.
     alone = {*a} ^ {*b}
-    left, right = flat(a), flat(b)
+    leaves_a, leaves_b = flat(a), flat(b)
+    # `...` stands for absent: None is a value that a parameter may have.
     names = [
-        name for name in sorted({*left, *right}) if name.partition(".")[0] not in alone and left.get(name, ...) != right.get(name, ...)
+        name
+        for name in sorted({*leaves_a, *leaves_b})
+        if name.partition(".")[0] not in alone and leaves_a.get(name, ...) != leaves_b.get(name, ...)
     ]
-    rows = [(name, _value(left, name), _value(right, name)) for name in names]
+    rows = [(name, _value(leaves_a, name), _value(leaves_b, name)) for name in names]
     used = ("not used", "used")
     return rows + [(f"{name} (all)", used[name in a], used[name in b]) for name in sorted(alone)]
 

@@ -37,11 +37,13 @@ def stage_facts(context: Context) -> list[StageFacts]:
     """Return the facts of every stage above the report whose artifact is in this workspace, in the order of the pipeline."""
     ancestors = _ancestors(context.stage.name)
     folders = {name: context.workspace.folder(name) for name in STAGES if name in ancestors}
+    # With a DVC remote a workspace may hold the last artifacts without those above them.
     return [_facts(context, name) for name, folder in folders.items() if (folder / manifest.MANIFEST).is_file()]
 
 
 def headline(context: Context, stages: list[StageFacts]) -> list[str]:
     """Return short facts for the head of a page: when, with which seed and code, how long."""
+    # ISO times in UTC sort as text.
     finished = max((facts.finished for facts in stages), default="")
     seconds = sum(facts.seconds or 0.0 for facts in stages)
     facts = [f"finished {_time(finished)} UTC"] if finished else []
@@ -53,6 +55,7 @@ def changed(context: Context) -> list[Row] | None:
     deciding = parameters.read(context.parent("evaluate"))
     try:
         profile = config.load_profile(context.config.profile).model_dump(mode="json")
+    # A workspace outlives the profile that it came from.
     except ConfigError:
         return None
     return parameters.differences({name: profile[name] for name in deciding if name in profile}, deciding)
@@ -98,5 +101,5 @@ def _time(iso: str) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {remainder} s"

@@ -38,6 +38,7 @@ class Curves:
         _, values = self.series.get(name, ([], []))
         if not values:
             return 0.0, 0.0
+        # One step alone is too noisy: a step of the laptop profile is 16 questions.
         part = max(1, len(values) // 10)
         return sum(values[:part]) / part, sum(values[-part:]) / part
 
@@ -59,8 +60,8 @@ def read_curves(folder: Path) -> Curves:
         if steps:
             series[name] = (steps, [float(rows[step][metric]) for step in steps])
     start = rollout_files(folder, "dev").get(0)
-    before = [float(row["f1"]) for row in read_lines(start)] if start else []
-    if before and "dev_f1" in series:  # the first step's line has no room for what was played before it
+    initial_f1 = [float(row["f1"]) for row in read_lines(start)] if start else []
+    if initial_f1 and "dev_f1" in series:  # the first step's line has no room for what was played before it
         steps, values = series["dev_f1"]
-        series["dev_f1"] = ([0, *steps], [sum(before) / len(before), *values])
+        series["dev_f1"] = ([0, *steps], [sum(initial_f1) / len(initial_f1), *values])
     return Curves(series)

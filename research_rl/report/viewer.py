@@ -16,6 +16,7 @@ from research_rl.report.pairs import Pair, outcome
 
 __all__ = ["evaluated", "rolled_out", "spread", "validated", "viewer"]
 
+# Bounds of the page: the paper's run has 154 steps of 1,280 rollouts, which no browser opens as one page.
 QUESTIONS = 180
 STEPS = 12
 QUESTIONS_PER_STEP = 4
@@ -35,6 +36,7 @@ def viewer(groups: Sequence[Group], title: str) -> str:
 def evaluated(pairs: Sequence[Pair], limit: int = QUESTIONS) -> list[Group]:
     """Return one group a question with its trajectories before and after; wins, losses, ties and lost ones in equal parts if there are."""
     kinds = {name: [pair for pair in pairs if outcome(pair) == name] for name in ("win", "loss", "tie", "lost")}
+    # In equal parts: after a good training wins are the many, losses what one wants to read.
     return [_pair_group(pair) for pair in _interleave(list(kinds.values()), limit)]
 
 
@@ -42,6 +44,7 @@ def validated(rows: Iterable[dict[str, Any]]) -> list[Group]:
     """Return one group a dev question with its greedy trajectory after every validated step; those whose reward moved most first."""
     groups: dict[str, Group] = {}
     for row in sorted((row for row in rows if "segments" in row), key=lambda row: int(row["step"])):
+        # One group a question over all steps, so that its answers stand side by side.
         group = groups.setdefault(str(row.get("question", "")), _rollout_group(str(row.get("question", "")), row))
         group["items"].append({**_rollout(int(row["step"]), row), "phase": f"dev, after step {row['step']}", "kind": "dev"})
     return sorted(groups.values(), key=_moved, reverse=True)[:VALIDATED_QUESTIONS]
@@ -68,6 +71,7 @@ def rolled_out(rows: Iterable[dict[str, Any]]) -> list[Group]:
 
 def spread(values: Sequence[int], count: int = STEPS) -> list[int]:
     """Return at most `count` of the values, evenly spread, the first and the last among them."""
+    # First and last are always shown: what the policy could at the start and at the end.
     if len(values) <= count:
         return list(values)
     return [values[round(place * (len(values) - 1) / (count - 1))] for place in range(count)]

@@ -58,7 +58,9 @@ class Grader:
         text = rules.graded_text(trajectory.segments).removesuffix(self._eos)
         if self._config.strict.enabled:
             text = hacking.plain(text)
+            # Both sides, so that a look-alike letter neither wins nor costs an honest answer.
             target = replace(target, golds=tuple(hacking.plain(gold) for gold in target.golds))
+        # Rule composed names no published rule; its terms take prediction and format from the stricter one.
         rule = "paper" if self._config.rule == "paper" else "repository"
         grade = rules.score_text(text, target.golds, rule, ended_by_eos=trajectory.ended_by_eos)
         grade = replace(grade, suspicion=self._suspicion(trajectory, grade.prediction, target))
@@ -75,6 +77,7 @@ class Grader:
     def _strict(self, grade: Grade) -> Grade:
         if not self._config.strict.enabled or grade.suspicion is None:
             return grade
+        # Terms that cost are kept: a suspect answer must not be the way out of a penalty.
         parts = {name: min(0.0, part) for name, part in grade.parts.items()}
         return replace(grade, score=sum(parts.values()), parts=parts, reason=f"suspect: {grade.suspicion}")
 
@@ -92,7 +95,8 @@ class Grader:
         return grade, parts
 
     async def _judged(self, facts: _Facts, grade: Grade) -> tuple[float, Grade]:
-        """Return the judge's word as 0 or 1; it is not asked about nothing, about a gold answer itself or a suspect answer."""
+        """Return the judge's verdict as 0 or 1, or the fallback where it gives none."""
+        # Each question costs time and money: an exact match needs no judge, nothing and a suspect answer earn nothing whatever it says.
         if grade.em or not normalize(grade.prediction) or (grade.suspicion and self._config.strict.enabled):
             return grade.em, grade
         verdict = (
@@ -127,6 +131,7 @@ def _published(rule: rules.Rule) -> Callable[[_Facts, RewardTerm], float]:
 def _retrieval(facts: _Facts, term: RewardTerm) -> float:
     """Share of the supporting passages that any search found; 0 where none is known."""
     retrieved = [passage for search in facts.trajectory.searches for passage in search.passage_ids]
+    # Without known passages every rollout of the group gets the same, so that the term gives no signal.
     return recall(retrieved, facts.target.supporting) or 0.0
 
 

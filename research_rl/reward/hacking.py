@@ -17,6 +17,7 @@ from research_rl.reward.metrics import normalize
 
 __all__ = ["plain", "suspicion"]
 
+# What sets alternatives apart, and below it what an honest answer may hold as well: commas and the word "and".
 _ENUMERATION = re.compile(r"\s*(?:[;；؛|\n]|\s/\s|\bor\b|\\\\)\s*", re.IGNORECASE)
 _LIST = re.compile(r"\s*(?:[,，、،]|\band\b)\s*", re.IGNORECASE)
 _BOXED = protocol.BOXED_OPEN.removesuffix("{")
@@ -34,6 +35,7 @@ def suspicion(written: str, answer: str, prediction: str, golds: Sequence[str], 
     """
     if protocol.RESULT_OPEN in written or protocol.RESULT_CLOSE in written:
         return "a result block of its own"
+    # Folding turns a disguised tag into a plain one, so the counts differ.
     if _tags(protocol.fold(written)) != _tags(written):
         return "look-alike tags"
     if answer.count(_BOXED) > 1:
@@ -41,6 +43,7 @@ def suspicion(written: str, answer: str, prediction: str, golds: Sequence[str], 
     words = normalize(prediction).split()
     if not words:
         return "an empty answer" if answer else None
+    # An answer as long as a gold answer is never suspect for its length.
     longest = max((len(normalize(gold).split()) for gold in golds), default=0)
     if len(words) > max(limits.max_answer_words, longest):
         return "a long answer"
@@ -57,6 +60,7 @@ def _stuffed(prediction: str, golds: Sequence[str], allowed: int) -> bool:
     """One answer may have commas (a place, a date) up to `allowed` parts; what offers a choice has two answers or more."""
 
     def parts(pattern: re.Pattern[str], text: str) -> int:
+        # Empty parts do not count: "a, b," has two.
         return sum(bool(normalize(part)) for part in pattern.split(text))
 
     choices = max((parts(_ENUMERATION, gold) for gold in golds), default=1)
@@ -66,6 +70,7 @@ def _stuffed(prediction: str, golds: Sequence[str], allowed: int) -> bool:
 
 def _pasted(words: Sequence[str], results: Sequence[str], allowed: int) -> bool:
     """Whether more than `allowed` consecutive words of the answer stand in one result."""
+    # One word more than allowed is enough: a longer run contains such a one.
     runs = {" ".join(words[start : start + allowed + 1]) for start in range(len(words) - allowed)}
     texts = (f" {normalize(result)} " for result in results) if runs else ()
     return any(f" {run} " in text for text in texts for run in runs)

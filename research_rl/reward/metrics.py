@@ -23,7 +23,9 @@ __all__ = ["contains", "exact_match", "forget", "normalize", "recall", "token_f1
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Longer texts are retrieved passages and runaway answers: they hardly occur twice and would fill the memory.
 _SHORT = 256
+# As in HotpotQA's evaluation: an answer of these kinds is right or wrong as a whole.
 _CLOSED = frozenset({"yes", "no", "noanswer"})
 
 
@@ -96,5 +98,5 @@ def _common(predicted: Sequence[str], expected: Sequence[str]) -> int:
     """Return the size of the two multisets' intersection."""
     if len(expected) == 1:
         return int(expected[0] in predicted)
-    left = Counter(expected)
-    return sum((left & Counter(predicted)).values()) if not left.keys().isdisjoint(predicted) else 0
+    expected_counts = Counter(expected)
+    return sum((expected_counts & Counter(predicted)).values()) if not expected_counts.keys().isdisjoint(predicted) else 0

@@ -28,6 +28,7 @@ __all__ = ["FORMAT_REWARD", "Grade", "Rule", "answer", "boxed", "check_format", 
 
 Rule = Literal["paper", "repository"]
 FORMAT_REWARD = 0.1
+# The format rule looks for a result after each search; the text of passages is not graded.
 _EMPTY_RESULT = f" {protocol.RESULT_OPEN}\n{protocol.RESULT_CLOSE}"
 
 
@@ -69,6 +70,7 @@ def score_text(text: str, golds: Sequence[str], rule: Rule, *, ended_by_eos: boo
     extracted = boxed(answer(text))
     if fault is None and extracted is None and rule == "repository":
         fault = "the boxed answer cannot be read"
+    # Read even when the format is wrong: the rule of the paper pays F1 regardless of the format.
     prediction = (extracted or "").strip()
     f1, em = token_f1(prediction, golds), exact_match(prediction, golds)
     score = f1 or FORMAT_REWARD if fault is None else f1 if rule == "paper" else 0.0
@@ -97,6 +99,7 @@ def boxed(text: str) -> str | None:
 
     The last `\\boxed{...}` with its braces matched; the older form `\\boxed x` wins where it occurs and runs up to `$`.
     """
+    # As published: this form is looked for first, wherever it stands.
     if "\\boxed " in text:
         return text.split("\\boxed ")[-1].split("$")[0]
     start = text.rfind("\\boxed")
@@ -128,6 +131,6 @@ def _searches_closed(text: str) -> bool:
 
 def answer(text: str) -> str:
     """Return what stands between the first <answer> and the </answer> after it; "" when there is no such pair."""
-    _, _, rest = text.partition(protocol.ANSWER_OPEN)
-    body, closed, _ = rest.partition(protocol.ANSWER_CLOSE)
+    _, _, after_open = text.partition(protocol.ANSWER_OPEN)
+    body, closed, _ = after_open.partition(protocol.ANSWER_CLOSE)
     return body if closed else ""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 __all__ = ["UNSEGMENTED", "characters", "marks", "terms", "unsegmented", "words"]
 
+# Han with its radicals, iteration marks and extensions; kana with bopomofo; both with their half-width and compatibility forms.
 _IDEOGRAPHS = "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 _KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3105-\u312f\u31a0-\u31bf\uff66-\uff9f"
 _THAI_LAO = "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ecf\u0edc-\u0edf"
@@ -26,6 +27,7 @@ _HANGUL = "\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3"
 UNSEGMENTED = _IDEOGRAPHS + _KANA + _SOUTH_EAST_ASIAN
 """Letters of the scripts without spaces between words, as the inside of a character class of a regular expression."""
 
+# Lengths of the n-grams of `terms`.
 _SIZES = {"cjk": (1, 2), "south_east_asian": (2, 3)}
 _WORD = re.compile(r"\w+")
 _ANY = re.compile(f"[{UNSEGMENTED}]")
@@ -35,6 +37,7 @@ _INVISIBLE = re.compile("[\u00ad\u0640\u064b-\u0652\u0670\u200c\u200d\u2060\ufef
 
 def words(text: str) -> list[str]:
     """Return the words of a text in order and in lower case; of a script without spaces its single characters."""
+    # The same words as the patterns below give, at a fraction of the time; most texts of an English corpus end here.
     if text.isascii():
         return _WORD.findall(text.lower())
     return _patterns().words.findall(_plain(text))
@@ -66,6 +69,7 @@ def characters(text: str) -> list[str]:
 
 
 def _ngrams(run: list[str], sizes: tuple[int, ...]) -> list[str]:
+    # A single letter still has to be findable.
     if len(run) < sizes[0]:
         return ["".join(run)]
     return ["".join(run[start : start + size]) for size in sizes for start in range(len(run) - size + 1)]
@@ -79,6 +83,7 @@ def _plain(text: str) -> str:
 @lru_cache(1)
 def marks() -> str:
     """Return all combining marks, as the inside of a character class; `\\w` leaves them out, which cuts Hindi words apart."""
+    # All combining marks lie between these bounds but the variation selectors, which the end of the return value adds.
     codes = [code for code in range(0x300, 0x1F000) if unicodedata.category(chr(code))[0] == "M"]
     starts = [code for code in codes if unicodedata.category(chr(code - 1))[0] != "M"]
     ends = [code for code in codes if unicodedata.category(chr(code + 1))[0] != "M"]
@@ -95,6 +100,7 @@ class _Patterns(NamedTuple):
 def _patterns() -> _Patterns:
     """Compile the patterns at the first text beyond ASCII, which many runs never see."""
 
+    # A word goes on over marks, which `\w` does not match.
     def word(without: str) -> str:
         return f"[^\\W{without}]+(?:[{marks()}]+[^\\W{without}]*)*"
 

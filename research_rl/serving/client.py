@@ -23,6 +23,7 @@ from research_rl.process.services import Endpoint
 __all__ = ["HttpEngine", "Sampling", "parse_sglang", "parse_vllm", "render_sglang", "render_vllm"]
 
 Body = dict[str, Any]
+# Timeouts, a busy or starting server, a gateway that misses its server; any other refusal would come again.
 _TRANSIENT = frozenset({408, 425, 429, 502, 503, 504})
 
 
@@ -50,6 +51,7 @@ class HttpEngine:
     ) -> None:
         self._endpoint, self._sampling, self._attempts, self._engine = endpoint, sampling, attempts, engine
         self._client = httpx.AsyncClient(
+            # SGLang's own interface lies beside /v1, not below it.
             base_url=endpoint.url.removesuffix("/").removesuffix("/v1"),
             headers={"Authorization": f"Bearer {endpoint.token}"} if endpoint.token else {},
             timeout=timeout_s,
@@ -74,6 +76,7 @@ class HttpEngine:
         failure = ""
         for attempt in range(self._attempts):
             if attempt:
+                # 0.5, 1 and 2 s: a server that is overloaded is not asked again at once by every episode.
                 await asyncio.sleep(0.25 * 2**attempt)
             try:
                 reply = await self._client.post(path, json=body)
@@ -95,13 +98,16 @@ def render_vllm(prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: int,
         "prompt": list(prompt_ids),
         "max_tokens": max_tokens,
         "stop": list(stop),
+        # The ids of </search> belong to the response that is trained on.
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "return_token_ids": True,
+        # 0 asks for the log-probability of the drawn token alone.
         "logprobs": 0 if sampling.logprobs else None,
         "temperature": sampling.temperature,
         "top_p": 1.0,
+        # vLLM's value for no limit; SGLang's is -1.
         "top_k": 0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
@@ -112,6 +118,7 @@ def render_vllm(prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: int,
 def parse_vllm(reply: Mapping[str, Any]) -> Completion:
     """Read a completions reply: `stop_reason` is the stop string, or null (or a token id) at the end of the sequence."""
     choice = reply["choices"][0]
+    # Older servers ignore `return_token_ids` without an error.
     ids = choice.get("token_ids")
     if ids is None:
         raise ServiceError("the server returned no token_ids; serve the model with vLLM 0.10.2 or newer, or with SGLang")
@@ -140,9 +147,9 @@ def render_sglang(prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: in
 def parse_sglang(reply: Mapping[str, Any]) -> Completion:
     """Read a reply of /generate: ids and log-probabilities stand together in `output_token_logprobs`."""
     meta = reply["meta_info"]
-    drawn = meta["output_token_logprobs"]
+    tokens = meta["output_token_logprobs"]
     finish = meta["finish_reason"]
-    return _completion([item[1] for item in drawn], [item[0] for item in drawn], finish["type"], finish.get("matched"))
+    return _completion([token[1] for token in tokens], [token[0] for token in tokens], finish["type"], finish.get("matched"))
 
 
 def _completion(ids: Sequence[int], logprobs: Sequence[float | None] | None, finish: str | None, matched: int | str | None) -> Completion:
@@ -152,6 +159,7 @@ def _completion(ids: Sequence[int], logprobs: Sequence[float | None] | None, fin
     if finish == "length":
         return Completion(tuple(ids), values, "length")
     if finish == "stop":
+        # A stop string matched as text; a matched token id is one of the model's ends of sequence.
         return Completion(tuple(ids), values, "stop" if isinstance(matched, str) else "eos")
     raise ServiceError(f"the server ended a sequence with finish_reason={finish!r}; stop or length is needed")
 
@@ -160,4 +168,5 @@ def _seed(prompt_ids: Sequence[int], sampling: Sampling) -> int | None:
     if sampling.temperature == 0:
         return None
     digest = hashlib.blake2b(f"{sampling.seed}:{','.join(map(str, prompt_ids))}".encode(), digest_size=4).digest()
+    # 31 bits, which a signed 32-bit seed holds.
     return int.from_bytes(digest) >> 1

@@ -18,7 +18,9 @@ from research_rl.serving.model import ModelFolder
 __all__ = ["HEALTH_PATH", "Launch", "render", "threads"]
 
 HEALTH_PATH = "/health"
+# With the tiny policy and 32 sequences one thread decodes 3,535 to 4,098 tokens/s, two 2,612 to 3,406 (docs/experiments.md).
 SMALL_BYTES = 64 << 20
+# The folder is checked and complete: nothing has to be asked of the hub, and no usage is reported.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -62,21 +64,21 @@ def _vllm(config: ServingConfig, model: ModelFolder, served_name: str, interpret
     ]
     env = {**_OFFLINE, "VLLM_API_KEY": token, "VLLM_LOGGING_COLOR": "0"}
     if config.hardware == "cpu":
+        # Eager: there are no CUDA graphs on a CPU, and compiling takes longer than a short evaluation.
         return Launch([*command, "--enforce-eager"], env | _vllm_cpu(config, model), {})
     eager = ["--enforce-eager"] if config.eager else []
     return Launch([*command, *eager, "--gpu-memory-utilization", str(config.gpu_memory_utilization)], env, {})
 
 
 def _vllm_cpu(config: ServingConfig, model: ModelFolder) -> dict[str, str]:
-    """Start fast and keep few cores busy: no inductor compilation, and with one replica no worker process beside the engine.
-
-    Without TORCH_COMPILE_DISABLE the sampler is compiled at the first request, which takes longer than the start.
-    """
+    """Start fast and keep few cores busy: no inductor compilation, and with one replica no worker process beside the engine."""
     env = {
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        # Else the sampler is compiled at the first request, which took 26 s after a start of 50 s (docs/experiments.md).
         "TORCH_COMPILE_DISABLE": "1",
         "OMP_NUM_THREADS": str(threads(config.threads, model.weight_bytes)),
     }
+    # Engine and worker as two processes spin while each waits for the other, on cores that the pipeline needs too.
     return env | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.tensor_parallel == 1 else {})
 
 

@@ -89,6 +89,7 @@ def served_name(folder: Path) -> str:
     try:
         return f"policy-{manifest.load(folder, verify=False).hash[:12]}"
     except ManifestError:
+        # A folder of the user's own has no manifest.
         return f"policy-{folder.resolve().name}"
 
 
@@ -100,12 +101,13 @@ def _require_files(folder: Path) -> None:
         raise ModelError(f"model folder {folder} has no {', '.join(missing)}; give a Hugging Face folder with a fast tokenizer")
     for name in _NEEDED:
         with (folder / name).open("rb") as stream:
+            # A clone without `git lfs` holds these: small text files under the right names.
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise ModelError(f"{folder / name} is a Git LFS pointer and not the file itself; run `git lfs pull` in {folder}")
 
 
 def _require_weights(folder: Path, config: _Described) -> None:
-    """Raise ModelError unless the tensors that index and configuration speak of are in the files."""
+    """Raise ModelError unless the tensors that index and configuration name are in the files."""
     present, index = tensors(folder), folder / "model.safetensors.index.json"
     listed: dict[str, str] = read_object(index, ModelError, _AGAIN)["weight_map"] if index.is_file() else {}
     lost = sorted(name for name, file in listed.items() if name not in present or present[name].file.name != file)
@@ -113,18 +115,21 @@ def _require_weights(folder: Path, config: _Described) -> None:
         raise ModelError(
             f"{index} lists {len(listed)} tensors, {len(lost)} are not where it says, {lost[0]!r} first; download the model again"
         )
+    # Without an index nothing lists the tensors; a lost shard shows as layers that have none.
     numbers = {int(match[1]) for name in present if (match := _LAYER.search(name))}
     layers = config.language.num_hidden_layers or 0
     if numbers and (absent := sorted(set(range(layers)) - numbers)):
         raise ModelError(
             f"{folder} has weights for {layers - len(absent)} of {layers} layers, layer {absent[0]} has none; download the model again"
         )
+    # Only where it is said: what a missing entry means differs between architectures.
     if config.tie_word_embeddings is False and numbers and not any(_HEAD.search(name) for name in present):
         raise ModelError(f"{folder} has no output weights (lm_head) and its config.json ties none; download the model again")
 
 
 def _require_rows(folder: Path, config: _Described, vocabulary: int) -> None:
     rows = config.language.vocab_size or 0
+    # Fewer are usual: models pad their rows to a multiple that suits the hardware.
     if vocabulary > rows:
         raise ModelError(f"{folder}: the tokenizer has {vocabulary} tokens, the model only {rows} rows; they belong to different models")
 

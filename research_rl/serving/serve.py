@@ -53,6 +53,7 @@ def context_tokens(config: Config) -> int:
 def serve(config: Config, workspace: Workspace, folder: Path | None = None) -> None:
     """Serve a model (the trained policy when `folder` is None) until interrupted; print where and as what."""
     with running(config, workspace, folder or workspace.folder("export"), name="serve-model") as endpoint:
+        # In a file for its owner alone and not printed: what is printed ends up in logs.
         token = workspace.services / "serve-model.token"
         with _files({token: endpoint.token or ""}):
             print(f"{endpoint.model} at {endpoint.url}/v1; the bearer token is in {token}; stop with Ctrl-C", flush=True)
@@ -62,6 +63,7 @@ def serve(config: Config, workspace: Workspace, folder: Path | None = None) -> N
 @contextmanager
 def _started(config: Config, workspace: Workspace, model: ModelFolder, name: str) -> Generator[Endpoint]:
     serving = config.serving
+    # Also on loopback: other users of the machine reach it, too.
     token = token_from(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
     port = require_free(serving.host, serving.port, "serving.port")
     endpoint = Endpoint(base_url(serving.host, port), token, served_name(model.path))
@@ -83,6 +85,7 @@ def _started(config: Config, workspace: Workspace, model: ModelFolder, name: str
         deadline_s=serving.start_deadline_s,
         env=plan.env,
     )
+    # The files first: the server reads its key from them when it starts.
     with _files(plan.files), service:
         # A health check asks for no token: another server that took the port in between would pass it.
         if endpoint.model not in (names := _served(endpoint.url, token)):

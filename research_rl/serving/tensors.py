@@ -116,6 +116,7 @@ def read(path: Path) -> Iterator[Tensor]:
     length, header = _header(path)
     for name, entry in header.items():
         if name != "__metadata__":
+            # Offsets count from behind the 8 bytes of the header's length and the header.
             start, end = entry["data_offsets"]
             yield Tensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + start, 8 + length + end)
 
@@ -149,7 +150,9 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     """Return the length of the header in bytes and the header."""
     with path.open("rb") as stream:
         start = stream.read(8)
+        # Shorter than 8 bytes: any length that the next line refuses.
         length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else path.stat().st_size
+        # Before reading: a damaged length could ask for more than the memory.
         if length > path.stat().st_size - 8:
             raise _Cut
         if length > _LONGEST_HEADER:
@@ -173,15 +176,16 @@ def write(path: Path, outputs: Sequence[Output]) -> None:
     """Write a file, one tensor after the other."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for item in outputs:
-        header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [offset, offset + item.size]}
-        offset += item.size
+    for tensor in outputs:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size]}
+        offset += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
+    # The format allows spaces behind the header; with them the tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for item in outputs:
-            stream.writelines(item.content())
+        for tensor in outputs:
+            stream.writelines(tensor.content())
 
 
 def content(tensor: Tensor) -> Bytes:
@@ -201,12 +205,14 @@ def floats(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     if tensor.dtype not in ("F32", "BF16"):
         raise ModelError(f"{tensor.name} in {tensor.file} has format {tensor.dtype}; F32 or BF16 is needed")
     raw = np.array(content(tensor))
+    # bfloat16 is the upper half of a float32.
     values = raw.view("<f4") if tensor.dtype == "F32" else (raw.view("<u2").astype("<u4") << 16).view("<f4")
     return values.reshape(tensor.shape)
 
 
 def to_bfloat16(block: Bytes) -> bytes:
     """Round float32 bytes to the nearest bfloat16, ties to even, as torch does; a NaN stays a NaN."""
+    # 64 bits, because the rounding below can carry out of 32.
     bits = block.view(np.dtype("<u4")).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).astype("<u2").tobytes()

@@ -49,6 +49,7 @@ def keep(config: Config, workspace: Workspace, part: str = "1/1", until: Callabl
 
     Raises ServiceError when the first start fails; later failures are answered by another start.
     """
+    # Chosen once: clients keep the address over restarts.
     port = require_free(config.retriever.host, config.retriever.port, "retriever.port")
     url, starts, pause = base_url(config.retriever.host, port), 0, _FIRST_PAUSE_S
     while not until():
@@ -59,6 +60,7 @@ def keep(config: Config, workspace: Workspace, part: str = "1/1", until: Callabl
                 _show(workspace, url, starts)
                 reason = _watched(process, workspace, url, until)
         except ServiceError as error:
+            # A retriever that never answered is misconfigured; starting it again would hide the reason.
             if not starts:
                 raise
             reason = str(error)
@@ -91,6 +93,7 @@ def _watched(process: Process, workspace: Workspace, url: str, until: Callable[[
         failed = 0 if _answers(url) else failed + 1
         if failed >= _FAILED_CHECKS:
             return f"failed {failed} health checks in a row"
+        # Empty while a new index is published: the old one, which is still open, is served until the new one stands.
         if (now := _edition(workspace)) and now != edition:
             return "serves an index that was built anew since"
     return "was told to end"

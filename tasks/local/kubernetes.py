@@ -36,6 +36,7 @@ def memory_mib(workspace: Workspace, parts: int = 1) -> int:
     vectors = _bytes(embed, "vectors-") if reads_vectors(index) else 0
     encoder = _bytes(embed, "encoder/")
     torch = _TORCH_MIB if embed.facts["encoder"]["kind"] == "sentence" or vectors else 0
+    # The index is shared out among the parts; every part holds all passages.
     mapped = (_bytes(index, "") + vectors) / parts + _bytes(corpus, "")
     return round(_PROCESS_MIB + torch + (2 * encoder + mapped) / _MIB)
 
@@ -81,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("workspace", type=Path, help="folder with artifacts/")
     parser.add_argument("--image", help="image of the retriever (default: research-rl/retriever:local)")
     parser.add_argument("--parts", type=int, default=1, help="Deployments among which the index is cut")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        print(rendered(Workspace(given.workspace.resolve()), given.image, given.parts), end="")
+        print(rendered(Workspace(options.workspace.resolve()), options.image, options.parts), end="")
     except ResearchError as error:
         print(f"kubernetes: {error}", file=sys.stderr)
         return 1

@@ -46,6 +46,7 @@ def server(checkout: Path = CHECKOUT) -> str:
     if uri := running.get("MLFLOW_TRACKING_URI"):
         os.environ.setdefault("MLFLOW_TRACKING_URI", uri)
     configured, local = _configured(checkout), running.get("PREFECT_API_URL")
+    # A server of somebody else's gets no key of ours.
     if configured and configured != local:
         _require_answer(configured, "start it, or unset PREFECT_API_URL to have a server started for this run")
         return configured
@@ -94,6 +95,7 @@ def _require_answer(url: str, remedy: str) -> None:
         try:
             httpx.get(f"{url}/health", timeout=max(0.1, deadline - time.monotonic())).raise_for_status()
             return
+        # Nobody listens at that port: waiting would change nothing.
         except httpx.ConnectError as error:
             failure = str(error)
             break
@@ -109,6 +111,7 @@ def _started() -> str:
     deadline = float(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value())
     open_until_exit = ExitStack()
     atexit.register(open_until_exit.close)
+    # Entered first, so that it is removed last, after the server that writes its log there.
     folder = Path(open_until_exit.enter_context(TemporaryDirectory(prefix="research-prefect-")))
     # No interface, and no services that only a lasting server needs: as Prefect starts its own temporary server.
     env = {**apps.prefect_environment(port, auth_string), "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
@@ -120,7 +123,7 @@ def _started() -> str:
 
 
 def _use_until_exit(url: str, auth_string: str, stack: ExitStack | None = None) -> None:
-    """Let everything in this process, and the processes it starts, speak to the server at `url`."""
+    """Let everything in this process, and the processes it starts, use the server at `url`."""
     if stack is None:
         stack = ExitStack()
         atexit.register(stack.close)

@@ -66,6 +66,7 @@ class Stack:
         addresses = self._choose()
         env = {**self._environment(), **self.variables()}
         servers = self._prefect(addresses), self._mlflow(addresses)
+        # Both are started before either is waited for.
         for service, process in [(service, self._start(service)) for service in servers]:
             services.wait_healthy(process, service.health or "", _START_S)
         self._deploy(env)
@@ -95,35 +96,36 @@ class Stack:
 
     def s3(self) -> dict[str, str]:
         """Start an S3 server for DVC remotes and return the variables its clients need. Raises ServiceError."""
-        known = self.addresses()
-        if "s3" in self.running() and "AWS_ENDPOINT_URL" in known:
-            return known
+        addresses = self.addresses()
+        if "s3" in self.running() and "AWS_ENDPOINT_URL" in addresses:
+            return addresses
         ports = [require_free(apps.HOST, int(os.environ.get("RESEARCH_S3_PORT", "8333")), "RESEARCH_S3_PORT")]
+        # SeaweedFS derives the ports that are not named from others, which may be in use.
         ports += [require_free(apps.HOST, 0, "") for _ in range(7)]
-        known |= {
+        addresses |= {
             "AWS_ENDPOINT_URL": f"http://{apps.HOST}:{ports[0]}",
             "AWS_ACCESS_KEY_ID": settings.USER,
             "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        self._write(known)
-        process = self._start(LocalService("s3", s3_command(self.state / ".services" / "s3", ports, known)))
-        services.wait_healthy(process, known["AWS_ENDPOINT_URL"] + "/status", _START_S)
-        _make_bucket(known)
-        return known
+        self._write(addresses)
+        process = self._start(LocalService("s3", s3_command(self.state / ".services" / "s3", ports, addresses)))
+        services.wait_healthy(process, addresses["AWS_ENDPOINT_URL"] + "/status", _START_S)
+        _make_bucket(addresses)
+        return addresses
 
     def _choose(self) -> dict[str, str]:
         """Return the addresses: those in use by running services, else the configured ports, which must be free."""
-        running, known = self.running(), self.addresses()
+        running, addresses = self.running(), self.addresses()
         for name, variable, default, service, path in (
             ("PREFECT_API_URL", "RESEARCH_PREFECT_PORT", "4200", "prefect-server", "/api"),
             ("MLFLOW_TRACKING_URI", "RESEARCH_MLFLOW_PORT", "5000", "mlflow-server", ""),
         ):
-            if service not in running or name not in known:
+            if service not in running or name not in addresses:
                 port = require_free(apps.HOST, int(os.environ.get(variable, default)), variable)
-                known[name] = f"http://{apps.HOST}:{port}{path}"
-        self._write(known)
-        return known
+                addresses[name] = f"http://{apps.HOST}:{port}{path}"
+        self._write(addresses)
+        return addresses
 
     def _write(self, addresses: Mapping[str, str]) -> None:
         write_private(self.folder / ADDRESSES, json.dumps(dict(addresses), indent=1))

@@ -54,9 +54,11 @@ class TrackingJournal:
 
         A disk that does not take it costs the run this event, not more: the first one is said in the log.
         """
+        # Here, at the one place that all events pass.
         event = redact_tree({"op": operation, "time": int(time.time() * 1000), **values})
         with self._lock:
             try:
+                # On disk before it returns: a run that is killed the next moment is still known to MLflow with what it did.
                 json_lines.append(self.folder / EVENTS, event, sync=True)
             except OSError as error:
                 self.lost += 1

@@ -23,6 +23,7 @@ def register(client: MlflowClient, run: str, model: str, folder: Path, tags: Map
     if not folder.is_dir():
         logger.warning("%s is gone; it is not registered", folder)
         return
+    # The event may come twice: after a reply that was lost, or when an artifact is current again.
     if version_of(client, model, tags[MANIFEST]) is None:
         if not client.search_registered_models(f"name = '{model}'"):
             client.create_registered_model(model, description="Policies trained to reason with search")

@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tasks.tracking.resend", description="Send tracking journals that MLflow missed.")
     parser.add_argument("-w", "--workspace", type=Path, default=Path())
     workspace = Workspace(parser.parse_args(arguments).workspace.resolve())
+    # Two senders of one journal would send its events twice.
     with locked(workspace, 0.0, "sending tracking journals"):
         return send_all(journals(workspace), live=None)
 

@@ -31,6 +31,7 @@ FLOW = "flow"
 _JOURNAL = "research.journal"
 _KIND = "mlflow.experimentKind"
 """The tag by which MLflow's pages open an experiment on its runs, and not on the use of language models."""
+# A login that is refused may be accepted once the key is corrected; no event is given up for it.
 _LOGIN = (401, 407)
 _CHARS = 300
 _POLL_S = 0.3
@@ -52,13 +53,13 @@ def send_all(folder: Path, live: str | None, patience_s: float = 0.0) -> int:
 
     A silent MLflow is waited for while `live` is open and for at least `patience_s` in all. Return 1 if some is left.
     """
-    left = 0
+    unsent = 0
     for path in sorted(item for item in folder.iterdir() if item.is_dir() and item.name != live):
         if not Place.load(path).done:
-            left += not _Sender(path, 0.0, live=False).run()
+            unsent += not _Sender(path, 0.0, live=False).run()
     if live:
-        left += not _Sender(folder / live, patience_s, live=True).run()
-    return int(left > 0)
+        unsent += not _Sender(folder / live, patience_s, live=True).run()
+    return int(unsent > 0)
 
 
 class _Sender:
@@ -90,6 +91,7 @@ class _Sender:
             except _Unreachable as error:
                 self._note(error)
                 failing_since = failing_since or time.monotonic()
+                # While the flow runs there is time to wait; after it the sender holds up its end.
                 if (self.closed or not self.live) and time.monotonic() - failing_since >= self.patience_s:
                     return False
                 time.sleep(wait)
@@ -105,6 +107,7 @@ class _Sender:
     def _send(self, events: Sequence[tuple[int, Event]]) -> None:
         for group in _groups(events):
             self._reach([event for _, event in group])
+            # After MLflow took the group: a sender that is killed before sends it again, and nothing is lost.
             self.place.offset, self.place.failure = group[-1][0], ""
             self.place.save(self.folder)
 
@@ -121,6 +124,7 @@ class _Sender:
         except _Refused as error:
             if events[0]["op"] == "open" or error.status in _LOGIN:
                 raise _Unreachable(f"MLflow refused to open the run: {error}" if events[0]["op"] == "open" else str(error)) from error
+            # MLflow answers for runs of a deleted experiment as if the event were wrong.
             if self._revived():
                 raise _Unreachable(f"the experiment was deleted and is restored: {error}") from error
             self._refuse(events, str(error))
@@ -167,12 +171,13 @@ class _Sender:
     def _begin(self, key: str, event: Event, name: str, start: int, tags: Mapping[str, str], parent: str | None) -> None:
         from mlflow.entities import Param
 
-        named = {**tags, "mlflow.runName": name, "mlflow.source.name": "research-rl", _JOURNAL: f"{self.folder.name}/{key}"}
+        run_tags = {**tags, "mlflow.runName": name, "mlflow.source.name": "research-rl", _JOURNAL: f"{self.folder.name}/{key}"}
         if parent:
-            named["mlflow.parentRunId"] = self._known(parent)
+            run_tags["mlflow.parentRunId"] = self._known(parent)
         if key not in self.place.runs:
-            self.place.runs[key] = self._made(named[_JOURNAL]) or self._create(start, named)
+            self.place.runs[key] = self._made(run_tags[_JOURNAL]) or self._create(start, run_tags)
         params = [Param(name, value) for name, value in event["params"].items()]
+        # MLflow takes 100 parameters in one request, and 1,000 metrics.
         for first in range(0, len(params), 100):
             self._client().log_batch(self.place.runs[key], params=params[first : first + 100])
 
@@ -258,6 +263,7 @@ class _Sender:
 
     def _finish(self) -> bool:
         """End runs that are still open, which only a died flow leaves, and mark the journal as sent."""
+        # A journal without its end belongs to a flow that was killed.
         if not self.closed and self.place.runs:
             try:
                 _reaching(self._kill_open)
@@ -270,6 +276,7 @@ class _Sender:
         if self.place.runs:
             import mlflow
 
+            # Traces are sent by a thread of MLflow; the journal counts as sent only after them.
             mlflow.flush_trace_async_logging()
         self.place.done = True
         self.place.save(self.folder)
@@ -310,6 +317,7 @@ def _reaching(call: Callable[[], _T]) -> _T:
         return call()
     except MlflowException as error:
         status = error.get_http_status_code()
+        # 408 and 429 ask for another try.
         if 400 <= status < 500 and status not in (408, 429):
             raise _Refused(error) from error
         raise _Unreachable(f"MLflow failed: {str(error)[:_CHARS]}") from error
@@ -348,6 +356,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: str) -> str:
 def _made_experiment(client: MlflowClient, name: str, artifacts: str) -> Experiment:
     from mlflow.exceptions import MlflowException
 
+    # Otherwise the server decides where artifacts lie.
     local = str(client.tracking_uri).startswith("sqlite")
     try:
         return client.get_experiment(client.create_experiment(name, artifact_location=Path(artifacts).as_uri() if local else None))
@@ -389,8 +398,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a silent MLflow after the flow's end")
     options = parser.parse_args(arguments)
     _log_to_stderr()
+    # Tracking must not take the processor from training.
     os.nice(5)
     quiet = {
+        # Trying again is done here, where the journal keeps the place; MLflow's own tries would block for minutes.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "MLFLOW_DISABLE_TELEMETRY": "true",

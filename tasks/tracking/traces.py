@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = ["Piece", "log_trace", "pieces"]
 
+# A block that the end of the response cut off counts up to there.
 _TAGS = re.compile(r"<(think|search|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 
 Piece = tuple[str, str, str, float]
@@ -42,6 +43,7 @@ def log_trace(uri: str, experiment: str, run: str, record: Mapping[str, Any], en
     kinds = {"think": SpanType.LLM, "search": SpanType.TOOL, "retrieve": SpanType.RETRIEVER, "answer": SpanType.LLM}
     mlflow.set_tracking_uri(uri)
     spans = list(pieces(record))
+    # Counted back from the end, which is known; spans then follow each other without gaps.
     now = end_ms * 1_000_000 - int(sum(seconds for *_, seconds in spans) * 1e9)
     root = mlflow.start_span_no_context(
         "episode",
@@ -53,9 +55,9 @@ def log_trace(uri: str, experiment: str, run: str, record: Mapping[str, Any], en
         experiment_id=experiment,
         start_time_ns=now,
     )
-    for kind, given, text, seconds in spans:
+    for kind, query, text, seconds in spans:
         span = mlflow.start_span_no_context(
-            kind, span_type=kinds[kind], parent_span=root, inputs={"text": given} if given else None, start_time_ns=now
+            kind, span_type=kinds[kind], parent_span=root, inputs={"text": query} if query else None, start_time_ns=now
         )
         now += int(seconds * 1e9)
         span.end(outputs=text, end_time_ns=now)

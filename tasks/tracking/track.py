@@ -35,6 +35,7 @@ __all__ = ["FLOW", "StageRun", "Tracker", "changed", "flat", "journals", "run_na
 FLOW = "flow"
 _PARAM_CHARS = 500
 _TAG_CHARS = 4000
+# How long a run waits at its end for MLflow; what is then left is sent by the next run.
 _DRAIN_S = 90.0
 _KILLED_S = 5.0
 PATIENCE_S = 20.0
@@ -174,6 +175,7 @@ class Tracker:
             name=f"{run_name(flow, config)}, {datetime.now(UTC):%Y-%m-%d %H:%M}",
             journal=journal.folder.name,
             experiment=config.tracking.experiment,
+            # The journal is a file: the sender gets the address with its credentials by its environment.
             uri=redact(uri),
             artifacts=str(workspace.root / "mlartifacts"),
             tags=tags,
@@ -193,6 +195,7 @@ class Tracker:
             ],
             folder=workspace.services,
             cwd=CHECKOUT,
+            # Not an argument, which every user of the machine can read.
             env={"MLFLOW_TRACKING_URI": uri},
             log=journals(workspace) / "sender.log",
         )
@@ -206,6 +209,7 @@ class Tracker:
             yield run
         except BaseException as error:
             run.tags({"error": redact(f"{type(error).__name__}: {error}")[:_PARAM_CHARS]})
+            # Cancellation and Ctrl-C are no Exception: the run was killed, the stage did not fail.
             run.end("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         run.end("FINISHED")
@@ -227,6 +231,7 @@ class Tracker:
         """Note that this run reported an artifact; stages that end at one moment wait for each other."""
         path = self.journal.folder.parent / _INDEX
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        # Stages of one run that end at once would each write the index without the other's artifact.
         with self._remembering:
             temporary.write_text(json.dumps({**self._index(), f"{manifest.stage}:{manifest.hash}": self.journal.folder.name}))
             temporary.replace(path)
@@ -246,11 +251,11 @@ class Tracker:
     def comparison(self, artifacts: Sequence[Manifest]) -> str | None:
         """Return the page that compares the runs which reported `artifacts`; None when MLflow knows not all of them."""
         places = [(manifest.stage, self._place(manifest.stage, manifest, 0.0)) for manifest in artifacts]
-        known = [(place, place.runs[stage]) for stage, place in places if place]
-        if len(known) < len(places) or not known:
+        reported = [(place, place.runs[stage]) for stage, place in places if place]
+        if len(reported) < len(places) or not reported:
             return None
-        place = known[0][0]
-        query = {"runs": json.dumps([run for _, run in known]), "experiments": json.dumps([place.experiment])}
+        place = reported[0][0]
+        query = {"runs": json.dumps([run for _, run in reported]), "experiments": json.dumps([place.experiment])}
         return f"{_page(place)}/#/compare-runs?{urlencode(query, quote_via=quote)}"
 
     def _place(self, key: str, manifest: Manifest | None, wait_s: float) -> Place | None:
@@ -276,6 +281,7 @@ class Tracker:
         deadline = time.monotonic() + (_KILLED_S if status == "KILLED" else _DRAIN_S)
         while self.sender.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
+        # Also when it ended by itself, which removes its pid file.
         self.sender.stop()
         place = Place.load(self.journal.folder)
         self._report(place)
@@ -316,8 +322,8 @@ def changed(config: Config) -> str:
         profile = flat(load_profile(config.profile).model_dump(mode="json"))
     except ConfigError:  # params.yaml outlives the profile that it came from
         return f"profile {config.profile} is unknown here"
-    differing = {name: value for name, value in flat(config.model_dump(mode="json")).items() if profile.get(name) != value}
-    return redact(", ".join(f"{name}={value}" for name, value in differing.items()) or "nothing")[:_TAG_CHARS]
+    differences = {name: value for name, value in flat(config.model_dump(mode="json")).items() if profile.get(name) != value}
+    return redact(", ".join(f"{name}={value}" for name, value in differences.items()) or "nothing")[:_TAG_CHARS]
 
 
 def _page(place: Place) -> str:

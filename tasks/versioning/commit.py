@@ -47,8 +47,10 @@ def commit(job: Job) -> State[list[str]]:
     """Commit every stage that is current; return their names. A failure of DVC is reported, not raised: the artifacts stand."""
     if not job.config.tracking.dvc:
         return Completed(name="Skipped", message="tracking.dvc is false", data=[])
+    # By sizes: DVC hashes every byte itself.
     hashes = {name: artifact.hash for name in STAGES if (artifact := current(name, job.config, job.workspace, verify=False))}
     note = job.workspace.work("dvc") / "recorded.json"
+    # `dvc commit` hashes all artifacts, which takes minutes for a large index.
     if _recorded(job.workspace.root, note, hashes):
         return Completed(name="Cached", message="DVC has these artifacts", data=list(hashes))
     try:
@@ -75,6 +77,7 @@ def record(workspace: Workspace, finished: Sequence[str], config: Config) -> Non
     targets = [f"{STAGES[name].folder}.dvc" if name == SNAPSHOT else name for name in finished]
     if targets:
         with _parameters(workspace.root / "params.yaml", config):
+            # --force: DVC would ask whether to accept outputs that it did not build.
             dvc(workspace.root, "commit", "--quiet", "--force", *targets)
 
 
@@ -101,6 +104,7 @@ def _parameters(path: Path, config: Config) -> Generator[None]:
 
 def _aside(path: Path, text: str) -> Path:
     """Return where the edited file waits while `text` stands in its place."""
+    # The name holds the hash of what stands in the file's place: so a later process sees whether it was edited since.
     return path.with_name(f"{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}.edited")
 
 
@@ -125,6 +129,7 @@ def prepare_repository(root: Path) -> None:
     """Give `root` a DVC repository and the rendered dvc.yaml unless it has them. Raises ServiceError."""
     if not (root / ".dvc").is_dir():
         dvc(root, "init", "--quiet", "--no-scm")
+        # no_scm again, because this text replaces what `init` wrote; links, so that the cache does not double a large index.
         (root / ".dvc" / "config").write_text(_CONFIG)
     dvc_file.write(root)
 

@@ -52,6 +52,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
     entry: dict[str, Any] = {"desc": stage.summary, "cmd": _COMMAND.format(name=stage.name)}
     if stage.parents:
         entry["deps"] = [STAGES[parent].folder for parent in stage.parents]
+    # Keys, not sections: an empty seed stands for the top-level one, which DVC has to watch, too.
     if stage.keys:
         entry["params"] = list(stage.keys)
     entry["outs"] = [{stage.folder: {"persist": True}} if stage.name in _PERSISTENT else stage.folder]
