@@ -429,7 +429,7 @@ class RewardTerm(Section):
     kind: Literal["em", "f1", "contains", "format", "judge", "paper", "repository", "retrieval", "searches", "length", "suspicion"] = Field(
         description="em, f1, contains: the boxed answer against the gold answers; format: the format is right; judge: a judge calls it "
         "right; paper, repository: that rule; retrieval: share of the supporting passages found; searches: different answered queries "
-        "over target; length: tokens written over target; suspicion: the answer looks made for the grader."
+        "over target; length: tokens written over target; suspicion: the answer shows a sign of reward hacking."
     )
     weight: float = Field(allow_inf_nan=False, description="Factor; negative makes the term cost.")
     target: int = Field(default=1, ge=1, description="searches, length: the number that counts as 1.")
@@ -437,7 +437,7 @@ class RewardTerm(Section):
 
 
 class StrictConfig(Section):
-    """Hardening against answers made for the grader. Off, they are counted (episode/suspect) and paid."""
+    """Answers that show a sign of reward hacking earn nothing. Off, they are counted (episode/suspect) and paid."""
 
     enabled: bool = Field(
         default=False, description="A suspect answer earns nothing; answers are compared in Unicode's compatibility form."
@@ -463,7 +463,7 @@ class RewardConfig(Section):
         description="paper: eq. 2 of arXiv 2503.19470; repository: the published code's rule, stricter on format; composed: reward.terms.",
     )
     terms: tuple[RewardTerm, ...] = Field(default=(), description="Terms of the weighted sum; rule composed.")
-    strict: StrictConfig = Field(default_factory=StrictConfig, description="Hardening.")
+    strict: StrictConfig = Field(default_factory=StrictConfig, description="Measures against reward hacking.")
     judge: JudgeRule = Field(default_factory=JudgeRule, description="The judge's model.")
 
     @property
@@ -751,7 +751,7 @@ class WatchConfig(Section):
     throughput: WatchRule = _rule(0.1, 5, 10, "Tokens per second, as a share of their median so far, fall below the limit.")
     probability_gap: WatchRule = _rule(0.1, 3, 3, "Mean gap of token probabilities between rollout engine and trainer exceeds the limit.")
     empty_searches: WatchRule = _rule(0.05, 3, 3, "Share of answered searches without any passage text exceeds the limit.")
-    suspect: WatchRule = _rule(0.3, 5, 10, "Share of answers that look made for the grader exceeds the limit.", "warn")
+    suspect: WatchRule = _rule(0.3, 5, 10, "Share of answers that show a sign of reward hacking exceeds the limit.", "warn")
 
     @model_validator(mode="before")
     @classmethod
@@ -820,7 +820,7 @@ class RetrieverConfig(Section):
     max_connections: int = Field(
         default=4096, ge=1, description="Most connections at once; fewer where the system's limit of open files is lower."
     )
-    max_queue: int = Field(default=2048, ge=1, description="Queries waiting before new ones are turned away with 503.")
+    max_queue: int = Field(default=2048, ge=1, description="Queries waiting before new ones are refused with 503.")
     max_deadline_s: float = Field(
         default=60.0, gt=0, description="Longest time a request may wait to be searched; X-Deadline-Ms and timeout_s ask for less."
     )
@@ -842,7 +842,7 @@ class RetrieverConfig(Section):
     pause_least: int = Field(default=8, ge=1, description="Fewest failed searches that make training pause; as many in a row always do.")
     pause_window_s: float = Field(default=30.0, gt=0, description="How far back searches count as recent, in seconds.")
     pause_max_s: float = Field(
-        default=600.0, gt=0, description="Longest wait for the service to be well again; then training stops, to be resumed later."
+        default=600.0, gt=0, description="Longest wait for the service to be healthy again; then training stops, to be resumed later."
     )
     warm: bool = Field(default=True, description="Read the index ahead and search once at several batch sizes before saying ready.")
 

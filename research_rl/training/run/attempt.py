@@ -129,11 +129,11 @@ class Attempt:
             failed = f"{sum(note['faults'].values())} of {note['searches']} recent searches failed ({faults})"
             if note["event"] == "gave_up":
                 raise TrainingError(
-                    f"{failed} and {url} was not well again within retriever.pause_max_s={retriever.pause_max_s:g}; "
+                    f"{failed} and {url} was not healthy again within retriever.pause_max_s={retriever.pause_max_s:g}; "
                     f"repair the retriever and run the stage again, it goes on from its last checkpoint"
                 )
             waits = f"paused: {failed}; waiting for {url}, at most {retriever.pause_max_s:g} s"
-            self.state.say(waits if note["event"] == "paused" else "the retriever is well again; training goes on")
+            self.state.say(waits if note["event"] == "paused" else "the retriever is healthy again; training goes on")
 
     def _announce(self) -> None:
         """Seal a checkpoint and tell the hooks, once verl's tracker (written after its files) names it and its step is recorded."""

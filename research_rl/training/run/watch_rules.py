@@ -239,7 +239,7 @@ RULES: dict[str, Rule] = {
     "suspect": Rule(
         _level("episode/suspect"),
         "above",
-        "share of answers that look made for the grader",
+        "share of answers that show a sign of reward hacking",
         "set reward.strict.enabled=true, so that they earn nothing",
     ),
 }
