@@ -58,15 +58,25 @@ def commit(job: Job) -> State[list[str]]:
     except ServiceError as error:
         get_run_logger().warning("DVC did not take the artifacts: %s", error)
         return Completed(name="NotCommitted", message=str(error)[:500], data=[])
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(hashes))
+    _note(note, hashes)
     return Completed(message=f"committed {', '.join(hashes)}", data=list(hashes))
 
 
 def _recorded(root: Path, note: Path, hashes: dict[str, str]) -> bool:
     """Return whether DVC was given exactly these artifacts last time and its files still stand."""
     files = (root / "dvc.lock", root / "dvc.yaml", root / f"{STAGES[SNAPSHOT].folder}.dvc", note)
-    return all(path.is_file() for path in files) and json.loads(note.read_text()) == hashes
+    try:
+        return all(path.is_file() for path in files) and json.loads(note.read_text(encoding="utf-8")) == hashes
+    except ValueError:  # a note that was cut off says nothing
+        return False
+
+
+def _note(path: Path, hashes: dict[str, str]) -> None:
+    """Write down in one step which artifacts DVC was given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(hashes), encoding="utf-8")
+    temporary.replace(path)
 
 
 def record(workspace: Workspace, finished: Sequence[str], config: Config) -> None:
