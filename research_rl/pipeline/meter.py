@@ -5,6 +5,7 @@ Other work in the same process counts too.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -38,4 +39,5 @@ def peak_bytes() -> int:
     except OSError:
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Bytes on macOS, KiB elsewhere.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
