@@ -57,17 +57,15 @@ def main(lease: str, seconds: float, log_path: str, folder: str, command: list[s
             lease_text, changed_at = current, time.monotonic()
         elif time.monotonic() - changed_at > seconds:
             os.write(log, f"research: no sign of life in {lease} for {seconds:g} s; the trainer is ended\n".encode())
-            child.terminate()
-            child.wait()
-            return EXPIRED
+            code = EXPIRED
+            break
         time.sleep(0.2)
-    if code is None:
+    if child.poll() is None:
         child.terminate()
         child.wait()
-        return 143
-    # The last lines of the command are still on their way through the pipe.
+    # However it ended, the last lines of the command are still on their way through the pipe.
     thread.join(5)
-    return code
+    return 143 if code is None else code
 
 
 if __name__ == "__main__":
