@@ -17,9 +17,9 @@ from pathlib import Path
 from research_rl.config import EncoderConfig, TransferConfig
 from research_rl.errors import ModelError, ServiceError
 from research_rl.pipeline.manifest import file_sha256
-from research_rl.process.hub import snapshot
+from research_rl.process.hub import cached, snapshot
 
-__all__ = ["MODULES", "copy_model", "resolve", "tree_sha256", "wheel_folder"]
+__all__ = ["MODULES", "copy_model", "in_cache", "resolve", "tree_sha256", "wheel_folder"]
 
 MODULES = "modules.json"
 """File that marks a sentence-transformers folder; it says how token vectors become one."""
@@ -42,13 +42,24 @@ def resolve(config: EncoderConfig, transfer: TransferConfig, cache: Path) -> Pat
         return _model_folder(folder, "", model)
     if folder.is_absolute() or model.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise ModelError(f"encoder.model={model} is not a folder; correct the path, or give a hub name or pypi:<package>")
-    name = model if "/" in model else f"sentence-transformers/{model}"
+    name = _hub_name(model)
     try:
         return snapshot(name, config.revision, transfer, cache / "hub", without=["*.onnx", "*.h5", "*.ot", "*.msgpack", "openvino/*"])
     except ServiceError as error:
         raise ModelError(
             f"encoder.model={model} is no folder, and {error}; check name, encoder.revision, transfer.hub_endpoint and the network"
         ) from error
+
+
+def in_cache(config: EncoderConfig, cache: Path) -> bool:
+    """Return whether the weights of a model of the hub are in `cache` already."""
+    folder = cached(_hub_name(config.model or ""), config.revision, cache / "hub")
+    # A transfer that was cut off leaves a folder, too.
+    return folder is not None and any(path.suffix in (".safetensors", ".bin") for path in folder.rglob("*"))
+
+
+def _hub_name(model: str) -> str:
+    return model if "/" in model else f"sentence-transformers/{model}"
 
 
 def wheel_folder(package: str, cache: Path) -> Path:

@@ -154,12 +154,13 @@ def shaped(config: EncoderConfig, stage: str) -> bool:
     """Return whether the rate of `stage` must be reckoned: its encoder is a known one and not on this machine."""
     if stage != "embed" or config.kind != "sentence" or _shape(config) is None:
         return False
+    from research_rl.embedding import models
 
     model = config.model or ""
     if model.startswith("pypi:"):
         package = model.removeprefix("pypi:").partition("/")[0].partition("==")[0].replace("-", "_").lower()
         return not any((cache_folder() / "wheels").glob(f"{package}-*"))
-    return not Path(model).expanduser().is_dir()
+    return not Path(model).expanduser().is_dir() and not models.in_cache(config, cache_folder())
 
 
 def by_shape(config: EncoderConfig) -> float:

@@ -13,7 +13,7 @@ from research_rl.config import TransferConfig
 from research_rl.errors import ServiceError
 from research_rl.process.proxies import httpx_options
 
-__all__ = ["connect", "snapshot"]
+__all__ = ["cached", "connect", "snapshot"]
 
 _PUBLIC = "https://huggingface.co"
 
@@ -47,3 +47,14 @@ def snapshot(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ServiceError(f"{address} does not give {repository} at {revision} ({reason})") from error
+
+
+def cached(repository: str, revision: str, cache: Path) -> Path | None:
+    """Return the folder that an earlier `snapshot` into `cache` left; None when there is none. Asks no server."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(str(snapshot_download(repository, revision=revision, cache_dir=cache, local_files_only=True)))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None

@@ -10,7 +10,7 @@ from research_rl import config
 from research_rl.errors import ConfigError
 from research_rl.index import budget
 from research_rl.pipeline.stages import Workspace
-from research_rl.planning import knowledge, plan
+from research_rl.planning import calibrate, knowledge, plan
 from tests.knowledge import built
 
 WIKI = 21_015_324
@@ -39,6 +39,19 @@ def test_a_rate_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = [item.rate for item in knowledge.estimates(chosen, workspace, 1000)]
     monkeypatch.setattr("research_rl.planning.calibrate.measure", lambda *_: pytest.fail("measured again"))
     assert [item.rate for item in knowledge.estimates(chosen, workspace, 1000)] == first
+
+
+def test_a_model_of_the_hub_that_was_fetched_is_measured_and_not_reckoned(tmp_path: Path) -> None:
+    encoder = config.load_profile("laptop", ["encoder.kind=sentence", "encoder.model=intfloat/e5-base-v2"]).encoder
+    assert calibrate.shaped(encoder, "embed")
+    repository, commit = tmp_path / "cache" / "hub" / "models--intfloat--e5-base-v2", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").touch()
+    assert calibrate.shaped(encoder, "embed")
+    (repository / "snapshots" / commit / "model.safetensors").touch()
+    assert not calibrate.shaped(encoder, "embed")
 
 
 def test_what_cannot_fit_is_refused_with_value_limit_and_remedy(tmp_path: Path) -> None:
