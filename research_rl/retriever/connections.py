@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -36,44 +37,59 @@ def bounded(limit: int, refused: Callable[[str], None], headers_s: float = _HEAD
 
     `refused` is called with `headers` or `connections` for each connection that is closed.
     """
-    unfinished: dict[Any, asyncio.TimerHandle] = {}
 
-    class Bounded(H11Protocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._wait_for_headers()
-            if len(self.connections) > limit:
-                oldest = next(iter(unfinished))
-                refused("connections")
-                oldest._end(_FULL)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            # uvicorn's types deny that there is None between two requests.
-            if self.cycle is not None and not self.cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
-                self._no_longer_waits()
-            elif self not in unfinished:
-                self._wait_for_headers()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._no_longer_waits()
-            super().connection_lost(exc)
-
-        def _wait_for_headers(self) -> None:
-            unfinished[self] = self.loop.call_later(headers_s, self._late)
-
-        def _no_longer_waits(self) -> None:
-            if timer := unfinished.pop(self, None):
-                timer.cancel()
-
-        def _late(self) -> None:
-            refused("headers")
-            self._end(_LATE)
-
-        def _end(self, answer: bytes) -> None:
-            self._no_longer_waits()
-            self.connections.discard(self)
-            self.transport.write(answer)
-            self.transport.close()
+    class Bounded(_Bounded):
+        bounds = _Bounds(limit, refused, headers_s)
 
     return Bounded
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What holds for all connections of one server, and those whose request is still awaited, the oldest first."""
+
+    limit: int
+    refused: Callable[[str], None]
+    headers_s: float
+    unfinished: dict[Any, asyncio.TimerHandle] = field(default_factory=dict[Any, asyncio.TimerHandle])
+
+
+class _Bounded(H11Protocol):
+    bounds: _Bounds
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_headers()
+        if len(self.connections) > self.bounds.limit:
+            oldest = next(iter(self.bounds.unfinished))
+            self.bounds.refused("connections")
+            oldest._end(_FULL)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # uvicorn's types deny that there is None between two requests.
+        if self.cycle is not None and not self.cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
+            self._no_longer_waits()
+        elif self not in self.bounds.unfinished:
+            self._wait_for_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._no_longer_waits()
+        super().connection_lost(exc)
+
+    def _wait_for_headers(self) -> None:
+        self.bounds.unfinished[self] = self.loop.call_later(self.bounds.headers_s, self._late)
+
+    def _no_longer_waits(self) -> None:
+        if timer := self.bounds.unfinished.pop(self, None):
+            timer.cancel()
+
+    def _late(self) -> None:
+        self.bounds.refused("headers")
+        self._end(_LATE)
+
+    def _end(self, answer: bytes) -> None:
+        self._no_longer_waits()
+        self.connections.discard(self)
+        self.transport.write(answer)
+        self.transport.close()
