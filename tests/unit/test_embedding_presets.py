@@ -45,6 +45,13 @@ def test_a_folder_that_says_its_prompts_and_pooling_is_heard(tmp_path: Path) -> 
     assert settled(tmp_path, model=str(tmp_path)) == ("ask: ", "tell: ", None, 256)
 
 
+@pytest.mark.parametrize("text", ['{"prompts": ', "[]", "\0"])
+def test_damaged_prompts_of_a_folder_are_one_message(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config_sentence_transformers.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config_sentence_transformers\.json .*; download the model again"):
+        settled(tmp_path, model=str(tmp_path))
+
+
 def test_an_unknown_plain_folder_must_be_told_how_to_pool(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"set encoder\.pooling to mean or cls"):
         settled(tmp_path, model="some/model")

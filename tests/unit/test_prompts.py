@@ -88,6 +88,14 @@ def test_tokens_of_the_old_file_are_seen(write: Callable[..., Path]) -> None:
     assert encode_prompt(FolderTokenizer(folder), "Who?", INSTRUCT) == expected_ids(folder, messages("Who?", system_role=True))
 
 
+@pytest.mark.parametrize("text", ['{"bos_token": ', "[]", "\0"])
+def test_a_damaged_old_file_is_one_message(text: str, write: Callable[..., Path]) -> None:
+    folder = write(chat_template=SHAPES["chatml"])
+    (folder / "special_tokens_map.json").write_text(text)
+    with pytest.raises(ModelError, match=r"special_tokens_map\.json .*; download the model again"):
+        FolderTokenizer(folder)
+
+
 def test_of_several_templates_the_default_one_is_used(write: Callable[..., Path]) -> None:
     several = [{"name": name, "template": SHAPES[shape]} for name, shape in (("tool_use", "phi3"), ("default", "chatml"))]
     folder = write(chat_template=several)
