@@ -29,7 +29,7 @@ from research_rl.pipeline.stages import silent
 from research_rl.pipeline.work import Work
 from research_rl.reward.words import terms, unsegmented
 
-__all__ = ["STOP_WORDS", "Bm25", "CorpusTexts", "build", "sampled", "write"]
+__all__ = ["SAMPLE", "STOP_WORDS", "Bm25", "CorpusTexts", "build", "counted", "sampled", "write"]
 
 STOP_WORDS = (
     *bm25s.tokenization.STOPWORDS_EN,
@@ -37,8 +37,10 @@ STOP_WORDS = (
 )
 """bm25s's English list and the words that make a question a question: they say nothing about its subject."""
 _BATCH = 2000
-_SAMPLE, _BLOCKS = 2000, 20
-"""Passages of which the terms are counted beforehand, and how many places of the corpus they stand at."""
+SAMPLE = 2000
+"""Passages of which the terms are counted beforehand."""
+_BLOCKS = 20
+"""Places of the corpus that they stand at."""
 _LEAST_TERMS = 100
 _GROWTH = (0.3, 0.8)
 """How a vocabulary grows: bounds of the exponent of Heaps' law, as a small or repetitive sample says little about it."""
@@ -95,15 +97,21 @@ def build(work: Work, config: IndexConfig, store: CorpusTexts, ranges: Sequence[
 
 
 def sampled(store: CorpusTexts) -> Terms:
-    """Count the terms of passages spread over the corpus, for the plan of memory and disk; English ones where there are none."""
+    """Count the terms of passages spread over the corpus, see `counted`."""
+    blocks = min(len(store), _BLOCKS)
+    starts = [len(store) * block // blocks for block in range(blocks)]
+    ends = [min(start + SAMPLE // _BLOCKS, end) for start, end in zip(starts, [*starts[1:], len(store)], strict=True)] if blocks else []
+    return counted(text for start, end in zip(starts, ends, strict=True) for text in store.texts(start, end))
+
+
+def counted(texts: Iterable[str]) -> Terms:
+    """Count the terms of some passages, for the plan of memory and disk; those of English where there are next to none."""
     stems, seen = _Stems(), list[tuple[int, int]]()
     total = distinct = 0
-    for block in np.array_split(np.arange(len(store)), min(len(store), _BLOCKS) or 1):
-        rows = block[: _SAMPLE // _BLOCKS]
-        for text in store.texts(int(rows[0]), int(rows[-1]) + 1) if len(rows) else []:
-            tokens, _ = _numbers(stems, [text])
-            total, distinct = total + len(tokens), distinct + len(np.unique(tokens))
-            seen.append((total, len(stems.numbers)))
+    for text in texts:
+        tokens, _ = _numbers(stems, [text])
+        total, distinct = total + len(tokens), distinct + len(np.unique(tokens))
+        seen.append((total, len(stems.numbers)))
     if total < _LEAST_TERMS:
         return ENGLISH
     words = len(stems.numbers)

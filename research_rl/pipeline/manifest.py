@@ -27,6 +27,7 @@ __all__ = ["MANIFEST", "FileEntry", "Manifest", "Staging", "file_sha256", "fsync
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
+_LONGEST_PATH = 1000
 
 
 class FileEntry(BaseModel):
@@ -42,7 +43,7 @@ class FileEntry(BaseModel):
     def _inside(cls, path: str) -> str:
         """Refuse a name that could lead out of the artifact, whoever wrote the manifest."""
         parts = PurePosixPath(path).parts
-        if not parts or parts[0] == "/" or ".." in parts or "\0" in path:
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in path or len(path) > _LONGEST_PATH:
             raise ValueError("no name of a file below the folder")
         return path
 

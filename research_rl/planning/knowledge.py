@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,13 +110,20 @@ def _text_bytes(config: Config, workspace: Workspace, rows: int) -> float:
 
 
 def _terms(config: Config, workspace: Workspace) -> Terms:
-    """Return what is known of the corpus's terms: counted where it is built, else those of English."""
+    """Return what is known of the corpus's terms: of the corpus built, else of the beginning of the raw file, else those of English."""
     from research_rl.corpus.store import PassageStore
-    from research_rl.index.bm25 import sampled
-    from research_rl.index.budget import ENGLISH
+    from research_rl.data import flashrag
+    from research_rl.data.download import CORPUS
+    from research_rl.index import bm25, budget
 
-    corpus = standing("corpus", config, workspace) if config.index.kind != "dense" else None
-    return sampled(PassageStore(workspace.folder("corpus"), corpus)) if corpus else ENGLISH
+    if config.index.kind == "dense":
+        return budget.ENGLISH
+    if corpus := standing("corpus", config, workspace):
+        return bm25.sampled(PassageStore(workspace.folder("corpus"), corpus))
+    if standing("download", config, workspace):
+        passages = flashrag.read_passages(workspace.folder("download") / CORPUS)
+        return bm25.counted(passage.contents for passage in islice(passages, bm25.SAMPLE))
+    return budget.ENGLISH
 
 
 def _existing(path: Path) -> Path:

@@ -223,7 +223,7 @@ def published(folder: Path) -> Path:
     return folder / "manifest.json"
 
 
-def test_a_spoiled_manifest_never_reads_as_one(tmp_path: Path) -> None:
+def test_a_spoiled_manifest_is_named_or_lists_what_stands_in_its_folder(tmp_path: Path) -> None:
     path = published(tmp_path / "index")
     content = path.read_bytes()
     tree = {name: value for name, value in json.loads(content).items() if name != "seal"}
@@ -233,7 +233,7 @@ def test_a_spoiled_manifest_never_reads_as_one(tmp_path: Path) -> None:
     ]
     for changed in [*odd, *files, *spoiled(content, 200, 4)]:
         if changed != content and read(path, changed, lambda path: manifest.load(path.parent)):
-            assert manifest.load(path.parent).files == manifest.Manifest.model_validate(tree).files, changed
+            assert {entry.path for entry in manifest.load(path.parent).files} <= {"a"}, changed
     path.unlink()
     path.mkdir()
     with pytest.raises(ResearchError, match=r"manifest\.json cannot be read"):
@@ -249,7 +249,7 @@ def test_spoiled_results_are_named_with_their_line(tmp_path: Path) -> None:
 
 
 def initialised(workspace: Path, corpus: str, folder: Path) -> None:
-    sets = [f"data.{name}=q.jsonl" for name in ("train", "dev", "test")]
+    sets = [f"data.{name}=[q.jsonl]" for name in ("train", "dev", "test")]
     assert main(["init", "-w", str(workspace), "data.source=folder", f"data.folder={folder}", f"data.corpus={corpus}", *sets]) == 0
 
 
@@ -283,10 +283,7 @@ def test_bombs_are_refused_in_bounded_memory_by_the_real_command(tmp_path: Path)
     """In a process of its own that may take 1.5 GB; each bomb holds 4 GB."""
     source = tmp_path / "source"
     source.mkdir()
-    block = bytes(1 << 24)
-    with gzip.open(source / "c.jsonl.gz", "wb", 9) as stream:
-        for _ in range(256):
-            stream.write(block)
+    (source / "c.jsonl.gz").write_bytes(gzip.compress(bytes(1 << 24)) * 256)  # the members of a .gz follow each other
     (source / "q.jsonl").write_bytes(READERS["questions"][1])
     initialised(tmp_path / "w", "c.jsonl.gz", source)
 

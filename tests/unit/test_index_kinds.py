@@ -103,7 +103,7 @@ def test_rank_fusion_is_the_sum_of_reciprocal_ranks() -> None:
             self.ranking = ranking
 
         def search(self, queries: Any, top_k: int) -> tuple[Any, Any]:
-            return np.zeros((1, top_k), np.float32), np.array([(self.ranking + [-1] * 6)[:top_k]])
+            return np.ones((1, top_k), np.float32), np.array([(self.ranking + [-1] * 6)[:top_k]])
 
     scores, rows = Hybrid([Fixed([3, 1, 2]), Fixed([2, 3])], depth=5, offset=60).search(["q"], 4)
     assert rows.tolist() == [[3, 2, 1, -1]]
@@ -117,7 +117,7 @@ def test_a_dense_index_without_vectors_is_refused(tmp_path: Path) -> None:
 
 def test_a_word_index_that_finds_nothing_speaks_of_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no factory and no encoder: naming them sends the user to parameters that change nothing."""
-    monkeypatch.setattr("tests.knowledge.passages", lambda rows: [{"id": f"p{n}", "contents": "who is the one of it"} for n in range(rows)])
+    monkeypatch.setattr("tests.knowledge.passages", lambda rows: [{"id": f"p{n}", "contents": "who is the of it"} for n in range(rows)])
     with pytest.raises(ConfigError) as caught:
         built(tmp_path, 20, encoder={"kind": "none"}, index={"kind": "bm25"})
     assert str(caught.value).startswith("index.kind=bm25 finds none of 8 passages by their own text")
