@@ -14,7 +14,7 @@ from typing import TypedDict
 
 from research_rl.errors import ServiceError
 
-__all__ = ["LOOPBACK", "HttpxOptions", "botocore_options", "bypass_loopback", "httpx_options", "require_usable"]
+__all__ = ["LOOPBACK", "HttpxOptions", "botocore_options", "bypass_loopback", "environment_options", "httpx_options", "require_usable"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -29,6 +29,11 @@ class HttpxOptions(TypedDict):
 def httpx_options(proxy: str | None = None) -> HttpxOptions:
     """Return the options for httpx: through `proxy`, else straight to the server."""
     return {"trust_env": False, "proxy": proxy}
+
+
+def environment_options() -> HttpxOptions:
+    """Return the options for httpx by which a library's own client goes, to ask without a token whether it will reach its server."""
+    return {"trust_env": True, "proxy": None}
 
 
 def botocore_options(proxy: str | None = None) -> dict[str, dict[str, str]]:

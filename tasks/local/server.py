@@ -93,7 +93,8 @@ def _require_answer(url: str, remedy: str) -> None:
     deadline, failure = time.monotonic() + _ANSWER_S, "no answer"
     while time.monotonic() < deadline:
         try:
-            httpx.get(f"{url}/health", timeout=max(0.1, deadline - time.monotonic())).raise_for_status()
+            rest = max(0.1, deadline - time.monotonic())
+            httpx.get(f"{url}/health", timeout=rest, **proxies.environment_options()).raise_for_status()
             return
         # Nobody listens at that port: waiting would change nothing.
         except httpx.ConnectError as error:

@@ -130,6 +130,7 @@ def test_a_reward_that_cannot_be_meant_is_refused(override: list[str], message: 
 class JudgeServer(BaseHTTPRequestHandler):
     """An OpenAI-compatible endpoint that calls right whatever begins with P, and misbehaves as told."""
 
+    protocol_version = "HTTP/1.1"
     script: ClassVar[list[Any]] = []
     asked: ClassVar[list[dict[str, Any]]] = []
     over: ClassVar[threading.Event] = threading.Event()
