@@ -115,6 +115,8 @@ def main(arguments: list[str]) -> int:
     if unknown := [name for name in options.tiers if name not in TIERS]:
         print(f"unknown tier {', '.join(unknown)}; the tiers are {', '.join(TIERS)}", file=sys.stderr)
         return 2
+    # A shell starts what runs in its background with interrupts ignored, which children inherit; they are stopped by one, see exit_code.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ends, outcomes = time.monotonic() + 60 * options.minutes, list[Outcome]()
     for tier in options.tiers or [tier for tier in TIERS if tier != "long"]:
         print(f"== {tier}", flush=True)
