@@ -148,10 +148,11 @@ class Attempt:
             (found, sealed), self.sealing = self.sealing, None
             sealed.result()
             self.announced = found.step
-            checkpoints.prune(folder, self.state.run.config.trainer.keep_checkpoints)
             if self.state.uploader:
                 self.state.uploader.offer(found)
             self.state.hooks.on_checkpoint(found.step, found.path)
+            # Last: where sealing took long, enough newer checkpoints may stand for this one to go.
+            checkpoints.prune(folder, self.state.run.config.trainer.keep_checkpoints)
 
     def _sealing_the_last(self) -> bool:
         """Whether all steps are done and only the seal of the last checkpoint is waited for: then the trainer owes nothing more."""
