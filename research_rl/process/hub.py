@@ -41,9 +41,15 @@ def snapshot(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     address = connect(transfer)
-    patterns = {"allow_patterns": list(only) if only else None, "ignore_patterns": list(without) or None}
+    allowed, ignored = list(only) if only else None, list(without) or None
     try:
-        return Path(str(snapshot_download(repository, revision=revision, endpoint=address, cache_dir=cache, **patterns)))
+        return Path(
+            str(
+                snapshot_download(
+                    repository, revision=revision, endpoint=address, cache_dir=cache, allow_patterns=allowed, ignore_patterns=ignored
+                )
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ServiceError(f"{address} does not give {repository} at {revision} ({reason})") from error

@@ -74,7 +74,7 @@ def served() -> Generator[None]:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=_ANSWER_S, trust_env=False).is_success
+        return httpx.get(f"{url}/health", timeout=_ANSWER_S, **proxies.environment_options()).is_success
     except httpx.HTTPError:
         return False
 
