@@ -102,7 +102,7 @@ def test_a_warm_up_needs_a_prompt_it_can_write() -> None:
         (["train.prompts_per_step=4", "train.mini_batch=8"], r"mini_batch=8 does not divide prompts_per_step=4; .* one of \[1, 2, 4\]"),
         (
             ["train.prompts_per_step=4", "train.rollouts_per_prompt=3", "trainer.gpus_per_node=8"],
-            r"train\.prompts_per_step=4 times train\.rollouts_per_prompt=3 .* 8 processes; make train\.prompts_per_step a multiple of 8",
+            r"train\.prompts_per_step=4 times train\.rollouts_per_prompt=3 .*=8 processes; make train\.prompts_per_step a multiple of 8",
         ),
         (
             ["train.mini_batch=2", "train.rollouts_per_prompt=6", "trainer.nodes=2", "trainer.gpus_per_node=4"],
