@@ -78,6 +78,8 @@ for step in range(step + 1, int(options["trainer.total_training_steps"]) + 1):
         with open(folder / "worker.jsonl", "a") as stream:
             stream.write(json.dumps(line) + "\n")
         time.sleep(script.get("pause_s", 0) * (note == "paused"))
+    while step == script.get("until_sealing") and not (work / "sealing").exists():
+        time.sleep(0.02)
     for index in range(script.get("rows", 4)):
         episode(step, index, script.get("stop", "answered"))
     if step == script.get("hang"):
@@ -297,6 +299,9 @@ def altered(run: Run, **values: Any) -> Run:
     return Run(run.config.model_copy(update=parts), run.paths, run.services, "u")
 
 
+PATIENT = {"start_deadline_s": 300.0, "step_deadline_s": 300.0}
+
+
 def kept(run: Run) -> dict[str, int]:
     """Return the files of checkpoints and rollouts with their sizes, without the seals."""
     files = (path for folder in (run.paths.checkpoints, run.rollouts) for path in folder.rglob("*"))
@@ -304,7 +309,7 @@ def kept(run: Run) -> dict[str, int]:
 
 
 def test_fewer_steps_publish_the_checkpoint_of_that_step_and_remove_nothing(tmp_path: Path) -> None:
-    run = make_run(tmp_path, [{}], steps=6, keep_checkpoints=4)
+    run = make_run(tmp_path, [{}], steps=6, keep_checkpoints=4, **PATIENT)
     supervise(run, TrainHooks(), ignore)
     before, metrics, said, listener = kept(run), read_metrics(run), list[str](), Listener()
     outcome = supervise(altered(run, steps=4, keep_checkpoints=1), listener, lambda text, share: said.append(text))
@@ -317,7 +322,7 @@ def test_fewer_steps_publish_the_checkpoint_of_that_step_and_remove_nothing(tmp_
 
 
 def test_fewer_steps_without_a_checkpoint_of_that_step_are_refused_and_remove_nothing(tmp_path: Path) -> None:
-    run = make_run(tmp_path, [{}], steps=6, keep_checkpoints=2)
+    run = make_run(tmp_path, [{}], steps=6, keep_checkpoints=2, **PATIENT)
     supervise(run, TrainHooks(), ignore)
     before, metrics = kept(run), read_metrics(run)
     with pytest.raises(TrainingError, match=r"train\.steps=3: .*trained to step 6 .*only of 5, 6; .*--force"):
@@ -327,13 +332,15 @@ def test_fewer_steps_without_a_checkpoint_of_that_step_are_refused_and_remove_no
 
 def test_a_seal_that_takes_longer_than_a_step_may_does_not_end_a_healthy_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first checkpoint's seal waits until the trainer has gone on for longer than `step_deadline_s`, as a large model's does."""
-    run, listener = make_run(tmp_path, [{"pause": 0.3}], steps=8, step_deadline_s=10.0), Listener()
-    hashed, began = checkpoints.file_sha256, list[float]()
+    run, listener = make_run(tmp_path, [{"pause": 0.3, "until_sealing": 2}], steps=8, **{**PATIENT, "step_deadline_s": 10.0}), Listener()
+    hashed, seals = checkpoints.file_sha256, list[float]()
 
     def slowly(path: Path) -> str:
-        began.append(time.monotonic())
-        while time.monotonic() - began[0] < 1.3 * 10.0 or not (run.paths.checkpoints / "global_step_6").is_dir():
-            time.sleep(0.02)
+        if not seals:
+            seals.append(time.monotonic())
+            (run.paths.work / "sealing").touch()
+            while time.monotonic() - seals[0] < 1.3 * 10.0 or not (run.paths.checkpoints / "global_step_6").is_dir():
+                time.sleep(0.02)
         return hashed(path)
 
     monkeypatch.setattr(checkpoints, "file_sha256", slowly)
