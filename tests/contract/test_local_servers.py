@@ -24,7 +24,8 @@ from tasks.local import sign_in
 from tasks.local.stack import LocalService, Stack, _pages
 from tests.browser import CHROMIUM, browser
 
-START_S = 600.0
+START_S = 1800.0
+pytestmark = pytest.mark.timeout(2 * START_S)
 RUN = """
 from tasks import settings
 settings.apply()
