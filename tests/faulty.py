@@ -14,10 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from research_rl.paths import CHECKOUT
 from research_rl.process import services
+from tests.knowledge import until_ready
 
 GARBAGE = ("garbage", "truncated", "schema", "empty_list")
 """Replies that must be told from an answer by reading them."""
@@ -35,14 +34,7 @@ class Retriever:
         """Start it and wait until it answers."""
         command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(self.root), "--port", str(self.port)]
         self.process = subprocess.Popen(command, cwd=CHECKOUT)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=2).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        raise AssertionError("the retriever did not start")
+        until_ready(self.process, f"http://127.0.0.1:{self.port}")
 
     def outage(self, seconds: float) -> None:
         """Kill it, and start it again on its port after a while."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from research_rl.embedding import build as embed
 from research_rl.index import build as index
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import STAGES, Context, Progress, Workspace, silent
+from tests.waiting import until
 
 TOWNS = ("Avonlea", "Brockhurst", "Caldera", "Dunmore", "Eastwick")
 
@@ -56,13 +56,12 @@ def built(root: Path, rows: int = 250, **tree: Any) -> Workspace:
 
 
 def until_ready(process: subprocess.Popen[bytes] | psutil.Popen, url: str) -> None:
-    """Wait until a retriever answers; fail when it ends or takes two minutes."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    """Wait until a retriever answers; fail when it ends."""
+
+    def ready() -> bool:
         try:
-            if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
-                return
+            return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
         except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError(f"{url} is not ready (exit code {process.poll()})")
+            return False
+
+    assert until(ready, over=lambda: process.poll() is not None), f"{url} is not ready (exit code {process.poll()})"

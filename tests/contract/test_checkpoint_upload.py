@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import shutil
-import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from research_rl.training.run.supervise import supervise
 from tasks.local.stack import Stack
 from tests.unit.test_training_checkpoints import write_checkpoint
 from tests.unit.test_training_supervise import Listener, ignore, make_run, read_metrics
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,7 @@ def test_an_unreachable_server_costs_messages_and_the_next_run_sends_the_rest(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     uploader = Uploader(store, work, 2, told.append)
     uploader.offer(sealed(work / "checkpoints", 1))
-    deadline = time.monotonic() + 600
-    while not told and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: told)
     assert not uploader.close(0) and "not in S3 yet" in told[0]
     assert restore(store, work, work / "checkpoints", 1, 9, told.append) is None
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)

@@ -21,6 +21,7 @@ from research_rl.pipeline import manifest
 from research_rl.process._guardian import PR_SET_CHILD_SUBREAPER, descendants
 from tests.encoder_model import write_model
 from tests.knowledge import context, store
+from tests.waiting import until
 
 ROWS, SHARD = 1200, 100
 DRIVER = """
@@ -109,20 +110,13 @@ def test_a_killed_driver_leaves_no_ray_and_its_shards_are_kept(tmp_path: Path, m
     workspace, before = store(tmp_path, ROWS), set(descendants(os.getpid()))
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), str(model)])
     try:
-        _until(lambda: any(workspace.work("").glob("embed-*/vectors-*.json")) or driver.poll() is not None, 600)
+        assert until(lambda: any(workspace.work("").glob("embed-*/vectors-*.json")), over=lambda: driver.poll() is not None)
         assert len(set(descendants(os.getpid())) - before) > 3
     finally:
         driver.kill()
         driver.wait()
-    _until(lambda: not set(descendants(os.getpid())) - before, 120)
+    assert until(lambda: not set(descendants(os.getpid())) - before)
     shards = workspace.work("").glob("embed-*/vectors-*.npy")
     kept = {path.name: path.stat().st_ino for path in shards if path.with_suffix(".json").exists()}
     run(tmp_path, model)
     assert {name: (workspace.folder("embed") / name).stat().st_ino for name in kept} == kept
-
-
-def _until(fits: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not fits():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)

@@ -27,6 +27,7 @@ from tasks.artifacts import _headline, _verdict
 from tasks.tracking import sender, track
 from tasks.tracking.journal import EVENTS, Place, TrackingJournal, read
 from tasks.tracking.track import Tracker, journals, tracking_uri
+from tests.waiting import PATIENCE_S, until
 
 EPISODE: dict[str, Any] = {
     "question": "Who?",
@@ -121,7 +122,7 @@ def server(tmp_path: Path) -> tuple[str, Any]:
     store = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "stored")]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    return url, lambda: guarded("mlflow", command, folder=tmp_path / "server", health_url=f"{url}/health", deadline_s=200, env=env)
+    return url, lambda: guarded("mlflow", command, folder=tmp_path / "server", health_url=f"{url}/health", deadline_s=PATIENCE_S, env=env)
 
 
 def test_an_absent_server_costs_seconds_and_is_told_later(
@@ -174,10 +175,7 @@ def test_a_server_absent_then_killed_then_back_ends_with_every_step_once(
     with tracker.stage("train", config.load_profile("laptop"), ("train",)) as run:
         tell(run, range(1, 11))
         with running() as process:
-            deadline = time.monotonic() + 120
-            while not sent_steps(tracker, url) and time.monotonic() < deadline:
-                time.sleep(0.2)
-            assert sent_steps(tracker, url), "the sender must find a server that comes late"
+            assert until(lambda: sent_steps(tracker, url)), "the sender must find a server that comes late"
             tell(run, range(11, 16))
             kill(process)
         tell(run, range(16, 31))

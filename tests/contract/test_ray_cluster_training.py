@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from ray_cluster import Cluster, cluster
 
 from research_rl.paths import CHECKOUT
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(5400)]
 SIZE = [
@@ -84,14 +84,6 @@ def workspace(ray: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Workspa
     return found
 
 
-def quiet(ray: Cluster, seconds: float) -> list[str]:
-    """Return what still runs on the cluster after at most `seconds`."""
-    deadline = time.monotonic() + seconds
-    while (left := ray.busy()) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return left
-
-
 def test_two_steps_on_two_nodes(workspace: Workspace, ray: Cluster) -> None:
     workspace.run("train", "train.steps=2")
     folder = workspace.root / "artifacts" / "train"
@@ -100,21 +92,18 @@ def test_two_steps_on_two_nodes(workspace: Workspace, ray: Cluster) -> None:
     assert json.loads((folder / "checkpoint/actor/fsdp_config.json").read_text())["world_size"] == 2
     (log,) = workspace.root.glob("artifacts/.work/train-*/logs/attempt_1.log")
     assert "Training Progress" in log.read_text()
-    assert quiet(ray, 30) == []
+    assert until(lambda: not ray.busy()), ray.busy()
     assert not list((workspace.root / ".services").rglob("train.job"))
 
 
-@pytest.mark.parametrize(
-    ("flow", "number", "seconds"), [(False, signal.SIGTERM, 60.0), (False, signal.SIGKILL, 90.0), (True, signal.SIGTERM, 60.0)]
-)
-def test_a_cancelled_run_leaves_nothing_on_the_cluster(workspace: Workspace, ray: Cluster, flow: bool, number: int, seconds: float) -> None:
+@pytest.mark.parametrize(("flow", "number"), [(False, signal.SIGTERM), (False, signal.SIGKILL), (True, signal.SIGTERM)])
+def test_a_cancelled_run_leaves_nothing_on_the_cluster(workspace: Workspace, ray: Cluster, flow: bool, number: int) -> None:
     overrides = ("train.steps=50", f"train.lr={1e-4 + (number + 100 * flow) * 1e-6}")
     driver = workspace.start_flow(*overrides) if flow else workspace.start("train", *overrides)
-    before, deadline = len(workspace.steps()), time.monotonic() + 1500
-    while len(workspace.steps()) == before and driver.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.5)
+    before = len(workspace.steps())
+    until(lambda: len(workspace.steps()) > before, over=lambda: driver.poll() is not None)
     assert driver.poll() is None, (workspace.root / ("flow.log" if flow else "train.log")).read_text()[-6000:]
     assert any("main_ppo" in words for words in ray.busy())
     driver.send_signal(number)
-    driver.wait(120)
-    assert quiet(ray, seconds) == []
+    driver.wait(PATIENCE_S)
+    assert until(lambda: not ray.busy()), ray.busy()

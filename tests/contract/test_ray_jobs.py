@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from research_rl.config import load_profile
 from research_rl.errors import ConfigError, ServiceError
 from research_rl.paths import CHECKOUT
 from research_rl.training.run.launch import RayJobLauncher, RayJobs, launcher
+from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(not BIN.is_dir(), reason="needs the policy environment; run `make setup`")
 PYTHON = str(BIN / "python")
@@ -43,21 +43,12 @@ def start(ray: Cluster, folder: Path) -> RayJobLauncher:
     return RayJobLauncher(RayJobs(ray.address, ray.token), folder, 5.0)
 
 
-def until(true: Callable[[], object], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if true():
-            return True
-        time.sleep(0.2)
-    return False
-
-
 def test_a_job_runs_where_and_with_what_it_is_told(ray: Cluster, tmp_path: Path) -> None:
     code = "import os; print(os.getcwd(), os.environ['TOLD'], flush=True); raise SystemExit(7)"
     made = start(ray, tmp_path)
     job = made.start([PYTHON, "-c", code], {"TOLD": "it's here"}, tmp_path, tmp_path / "attempt_1.log")
     assert (tmp_path / "train.job").is_file()
-    assert until(lambda: job.poll() is not None, 120), job.tail()
+    assert until(lambda: job.poll() is not None), job.tail()
     assert (job.poll(), job.tail()) == (7, f"{tmp_path} it's here")
     assert job.stop() == 7
     assert not (tmp_path / "train.job").exists() and not list(tmp_path.glob("*.lease"))
@@ -67,9 +58,9 @@ def test_a_job_runs_where_and_with_what_it_is_told(ray: Cluster, tmp_path: Path)
 
 def test_a_stopped_job_leaves_nothing(ray: Cluster, tmp_path: Path) -> None:
     job = start(ray, tmp_path).start(SLEEP, {}, tmp_path, tmp_path / "attempt_1.log")
-    assert until(lambda: "started" in job.tail(), 120)
+    assert until(lambda: "started" in job.tail())
     assert job.stop() == 143
-    assert until(lambda: not [words for words in ray.busy() if str(tmp_path) in words], 20), ray.busy()
+    assert until(lambda: not [words for words in ray.busy() if str(tmp_path) in words]), ray.busy()
 
 
 def test_a_job_ends_itself_when_its_driver_is_killed(ray: Cluster, tmp_path: Path) -> None:
@@ -78,20 +69,20 @@ def test_a_job_ends_itself_when_its_driver_is_killed(ray: Cluster, tmp_path: Pat
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments], env=env, stdout=subprocess.PIPE, text=True)
     assert driver.stdout
     name, log = driver.stdout.readline().strip(), tmp_path / "attempt_1.log"
-    assert until(lambda: log.is_file() and "started" in log.read_text(), 120)
+    assert until(lambda: log.is_file() and "started" in log.read_text())
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    assert until(lambda: RayJobs(ray.address, ray.token).info(name)["status"] == "FAILED", 60)
+    assert until(lambda: RayJobs(ray.address, ray.token).info(name)["status"] == "FAILED")
     assert "no sign of life" in log.read_text()
     assert not [words for words in ray.busy() if str(tmp_path) in words]
 
 
 def test_the_job_of_an_earlier_process_is_reaped(ray: Cluster, tmp_path: Path) -> None:
     job = start(ray, tmp_path).start(SLEEP, {}, tmp_path, tmp_path / "attempt_1.log")
-    assert until(lambda: "started" in job.tail(), 120)
+    assert until(lambda: "started" in job.tail())
     start(ray, tmp_path).reap()
     assert not (tmp_path / "train.job").exists()
-    assert until(lambda: not [words for words in ray.busy() if str(tmp_path) in words], 20)
+    assert until(lambda: not [words for words in ray.busy() if str(tmp_path) in words])
     job.stop()
 
 

@@ -30,6 +30,7 @@ from research_rl.process.services import Endpoint, free_port
 from research_rl.retriever import command
 from research_rl.retriever.client import RetrieverClient
 from tests.knowledge import built, passages
+from tests.waiting import until
 
 ROWS, SECRET = 250, "a-secret"
 LIMITS = {"max_batch": 8, "max_queries": 3000, "max_top_k": 20, "max_query_chars": 100, "max_body_mib": 1, "cache_entries": 50}
@@ -383,16 +384,16 @@ def serving(workspace: Workspace, log: Path, **config: Any) -> Generator[tuple[s
 def wait_ready(url: str) -> list[int]:
     """Wait for 200 from /readyz; return the statuses seen before."""
     seen: list[int] = []
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+
+    def ready() -> bool:
         try:
             seen.append(httpx.get(f"{url}/readyz", trust_env=False).status_code)
         except httpx.TransportError:
             seen.append(0)
-        if seen[-1] == 200:
-            return seen[:-1]
-        time.sleep(0.01)
-    raise AssertionError(f"{url} is not ready: {seen[-5:]}")
+        return seen[-1] == 200
+
+    assert until(ready, pause_s=0.01), f"{url} is not ready: {seen[-5:]}"
+    return seen[:-1]
 
 
 @pytest.mark.parametrize("log_queries", [False, True])

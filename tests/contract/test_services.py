@@ -16,19 +16,15 @@ import pytest
 from research_rl.errors import ServiceError
 from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port, guarded, reap, require_free, running, spawn
+from tests.waiting import PATIENCE_S, until
 
 
 def _http(port: int) -> list[str]:
     return [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
 
 
-def _gone(pid: int, within_s: float = 600.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.05)
-    return False
+def _gone(pid: int) -> bool:
+    return until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_guarded_service_answers_and_leaves_nothing(tmp_path: Path) -> None:
@@ -197,5 +193,5 @@ print(child.pid)
 
 def test_a_reading_of_the_process_table_that_misses_some_ends_nothing_early() -> None:
     """Where pids wrapped round, a child can stand before its parent, and both escape one reading when the parent ends in it."""
-    done = subprocess.run([sys.executable, "-c", _BLIND], check=True, timeout=30, cwd=CHECKOUT, stdout=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", _BLIND], check=True, timeout=PATIENCE_S, cwd=CHECKOUT, stdout=subprocess.PIPE)
     assert not psutil.pid_exists(int(done.stdout))

@@ -24,6 +24,7 @@ from research_rl import config
 from research_rl.training.run import checkpoints
 from research_rl.training.run.run import interpreter
 from tests.training import Training, workspace
+from tests.waiting import until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(4 * 3600)]
 RUNS = 2
@@ -121,10 +122,11 @@ def order(kills: int, chance: random.Random) -> list[str]:
 
 def wait_until_nothing_runs(training: Training) -> None:
     """Wait until nothing of a killed driver is left; its guards need a moment."""
-    deadline = time.monotonic() + 300
-    while left := [p for p in psutil.process_iter(["cmdline"]) if str(training.work) in " ".join(p.info["cmdline"] or [])]:
-        assert time.monotonic() < deadline, f"a killed driver leaves {left} running"
-        time.sleep(0.2)
+
+    def left() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter(["cmdline"]) if str(training.work) in " ".join(p.info["cmdline"] or [])]
+
+    assert until(lambda: not left()), f"a killed driver leaves {left()} running"
 
 
 @pytest.mark.parametrize("number", range(RUNS))

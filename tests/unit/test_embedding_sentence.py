@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from research_rl.config import EncoderConfig, TransferConfig
 from research_rl.embedding.models import copy_model, resolve, tree_sha256
 from research_rl.embedding.sentence import SentenceEncoder, batches
 from research_rl.errors import ModelError
@@ -105,7 +106,7 @@ def test_unnormalised_vectors_keep_their_length(folder: Path) -> None:
 
 
 def test_a_copied_model_leaves_other_formats_behind_and_a_broken_one_is_named(folder: Path, tmp_path: Path) -> None:
-    copy_model(resolve(str(folder), tmp_path), tmp_path / "copy")
+    copy_model(resolve(EncoderConfig(kind="sentence", model=str(folder)), TransferConfig(), tmp_path), tmp_path / "copy")
     assert not (tmp_path / "copy" / "onnx").exists()
     assert tree_sha256(tmp_path / "copy") == tree_sha256(tmp_path / "copy")
     assert SentenceEncoder.load(tmp_path / "copy", FACTS).dim == 32
