@@ -50,7 +50,7 @@ def test_a_run_leaves_its_newest_checkpoints_and_a_fresh_machine_goes_on(bucket:
     assert here.store
     held = sorted(here.store.sealed(here.store.client()))
     # On a busy machine two checkpoints may be finished between two looks; only the newer of them is then sent.
-    assert held[-1] == 3 and len(held) <= here.config.train.keep_checkpoints
+    assert held[-1] == 3 and len(held) <= here.config.trainer.keep_checkpoints
 
     fresh = make_run(tmp_path / "b", [{}], steps=5)
     there = Run(fresh.config, fresh.paths, fresh.services, "u", store=here.store)
