@@ -27,6 +27,7 @@ DUELS = {
     "P11": "benchmarks.bm25",
     "P13": "benchmarks.start_up",
     "P14": "benchmarks.validation",
+    "P15": "benchmarks.late_replica",
 }
 
 
