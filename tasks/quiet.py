@@ -1,4 +1,4 @@
-"""Deliberate errors without a traceback in Prefect's logs: their message says what to do. Knows logging only."""
+"""What Prefect logs that helps nobody: tracebacks of deliberate errors, links to a server that ends with the run. Knows logging only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 from research_rl.errors import ResearchError
 
-__all__ = ["WithoutTraceback", "install"]
+__all__ = ["WithoutLink", "WithoutTraceback", "install"]
 
 LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
 
@@ -22,9 +22,17 @@ class WithoutTraceback(logging.Filter):
         return True
 
 
-def install() -> None:
-    """Put the filter on the loggers of runs, once."""
+class WithoutLink(logging.Filter):
+    """Drops the link to a run's page, for a server that is gone before anyone can follow it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass but Prefect's "View at <address>"."""
+        return not record.getMessage().startswith("View at ")
+
+
+def install(kind: type[logging.Filter]) -> None:
+    """Put a filter on the loggers of runs, once."""
     for name in LOGGERS:
         logger = logging.getLogger(name)
-        if not any(isinstance(item, WithoutTraceback) for item in logger.filters):
-            logger.addFilter(WithoutTraceback())
+        if not any(isinstance(item, kind) for item in logger.filters):
+            logger.addFilter(kind())

@@ -30,7 +30,7 @@ from tasks.tracking.track import StageRun
 __all__ = ["StageTask", "is_transient", "stage_task"]
 
 # When the tasks are imported, before any run logs.
-quiet.install()
+quiet.install(quiet.WithoutTraceback)
 RETRIES = 2
 BACKOFF_S = 2
 _UPDATE_S = 2.0

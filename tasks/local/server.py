@@ -27,7 +27,7 @@ from research_rl.errors import ResearchError, ServiceError
 from research_rl.paths import CHECKOUT
 from research_rl.process import proxies
 from research_rl.process.services import free_port, guarded
-from tasks import settings
+from tasks import quiet, settings
 from tasks.local import apps
 
 __all__ = ["served", "server"]
@@ -120,6 +120,7 @@ def _started() -> str:
     service = guarded("prefect", command, folder=folder, health_url=f"{url}/health", deadline_s=deadline, env=env)
     open_until_exit.enter_context(service)
     _use_until_exit(url, auth_string, open_until_exit)
+    quiet.install(quiet.WithoutLink)
     return url
 
 

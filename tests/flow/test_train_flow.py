@@ -33,6 +33,7 @@ def test_the_next_run_goes_on_from_the_last_saved_step(trained: Trained) -> None
     space = Workspace(trained.root)
     lines = [json.loads(line) for line in (space.folder("train") / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, SIZE["train.steps"] + 1))
+    assert "View at" not in "".join(trained.logs), "the server of a run by hand, and its pages, end with the run"
     skipped = set(re.findall(r"'(\w+)-\w+' - Finished in state Cached", trained.logs[1]))
     assert {"policy", "download", "validate", "prepare", "corpus", "embed", "index", "baseline"} <= skipped
     assert not list(space.services.rglob("*.pid")) and processes_of(trained.root, trained.home) == []
