@@ -34,7 +34,7 @@ def test_the_next_run_goes_on_from_the_last_saved_step(trained: Trained) -> None
     lines = [json.loads(line) for line in (space.folder("train") / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, SIZE["train.steps"] + 1))
     assert "View at" not in "".join(trained.logs), "the server of a run by hand, and its pages, end with the run"
-    skipped = set(re.findall(r"'(\w+)-\w+' - Finished in state Cached", trained.logs[1]))
+    skipped = set(re.findall(r"'(\w+)' - Finished in state Cached", trained.logs[1]))
     assert {"policy", "download", "validate", "prepare", "corpus", "embed", "index", "baseline"} <= skipped
     assert not list(space.services.rglob("*.pid")) and processes_of(trained.root, trained.home) == []
 
@@ -99,8 +99,8 @@ def test_dvc_has_nothing_left_to_do(trained: Trained) -> None:
 
 def test_a_third_run_skips_every_stage(trained: Trained) -> None:
     log = trained.run()
-    assert set(re.findall(r"'(\w+)-\w+' - Finished in state Cached", log)) >= set(STAGES)
-    assert trained.seconds[-1] < 120, "skipping must not take longer than the start of the servers"
+    assert set(re.findall(r"'(\w+)' - Finished in state Cached", log)) >= set(STAGES)
+    assert trained.seconds[-1] < trained.seconds[0] / 2, "skipping every stage takes less than half of training from the first saved step"
 
 
 @pytest.mark.parametrize(
