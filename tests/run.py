@@ -28,11 +28,11 @@ LINT = [
     [str(BIN / "lint-imports"), "--no-cache"],
 ]
 PYTEST = [PYTHON, "-m", "pytest", "--durations=10"]
-# The tests that see most come first, should the time not be enough for all.
+# The shortest tests come first: should the time not be enough for all, the most of them ran.
 # A unit test keeps one core busy at most; the tiers after it start processes of their own, which share the cores.
 TIERS: dict[str, list[list[str]]] = {
     "unit": [[*PYTEST, "-n", "2", "--dist", "loadfile", "tests/unit"]],
-    **{tier: [[*PYTEST, f"tests/{tier}"]] for tier in ("flow", "contract", "fault")},
+    **{tier: [[*PYTEST, f"tests/{tier}"]] for tier in ("contract", "fault", "flow")},
     "lint": LINT,
     "long": [[*PYTEST, "-m", "long", "tests"]],
 }

@@ -1,9 +1,9 @@
 """Which retriever to ask, in which order, and when a second one. Knows addresses, their health and latency; knows no query.
 
 A fleet is written as one address: `,` between replicas of one part, `;` between the parts of an index cut by rows.
-Invariants: (1) a part is answered by one replica or not at all; (2) a replica that keeps failing gets no search until a probe
-succeeds, and then one trial search at a time until one succeeds; (3) where no replica is usable, one search at a time is sent
-all the same, and the searches that wait for it share its outcome; (4) only time on the wire counts as a replica's latency.
+Invariants: (1) a part is answered by one replica or not at all; (2) a replica that keeps failing, or being overtaken, gets no
+search until a probe succeeds, and then one trial search at a time until one succeeds; (3) where no replica is usable, one search
+at a time is sent all the same, and those that wait for it share its outcome; (4) only time on the wire counts as a replica's latency.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from itertools import takewhile
 from typing import Any, Generic, Literal, TypeVar
 
 from research_rl.episode.trajectory import SearchFault
@@ -158,17 +159,24 @@ class Part(Generic[T]):
         self._hedge_budget = min(self._hedge_budget + _HEDGE_BUDGET, _HEDGE_BURST)
         requests: set[asyncio.Task[T]] = set()
         asked: set[Replica] = set()
+        replica_of: dict[asyncio.Task[T], Replica] = {}  # in the order in which they were asked
         failure: ReplicaError | None = None
         try:
             while True:
                 if replica := self._next(asked):
                     asked.add(replica)
-                    requests.add(self._start(replica, send))
+                    task = self._start(replica, send)
+                    requests.add(task)
+                    replica_of[task] = replica
                 elif not requests:
                     raise failure or ReplicaError("a part of the index has no replica", SearchFault.UNREACHABLE)
                 done, requests = await self._first(requests, asked)
                 for task in done:
                     if not isinstance(error := task.exception(), ReplicaError):
+                        # One that stands still answers nothing and fails nothing: it would be asked again and again, and cost a
+                        # second request each time, until there are none left and a search waits for it as long as it may.
+                        for late in requests & {*takewhile(lambda other, won=task: other is not won, replica_of)}:
+                            replica_of[late].failed(trial=False)
                         return task.result()
                     failure = error
         finally:

@@ -102,7 +102,7 @@ def test_many_searches_at_once_all_come_back(server: Server) -> None:
     async def many(client: RetrieverClient) -> Any:
         return await asyncio.gather(*(client.search([f"q{n}"], 1) for n in range(64)))
 
-    assert ask(server.url, many) == [[[Passage("1", "x", 0.5)]]] * 64
+    assert ask(server.url, many, timeout_s=300.0) == [[[Passage("1", "x", 0.5)]]] * 64
 
 
 def test_it_tries_again_after_503_and_500(server: Server) -> None:

@@ -213,7 +213,7 @@ def test_a_wrong_token_is_named_as_such(endpoint: Endpoint, workspace: Workspace
     with pytest.raises(ServiceError, match="401: the bearer token is missing or wrong"), command.running(config, workspace):
         pass
     monkeypatch.setenv(command.TOKEN, "geheim-ü")
-    with pytest.raises(ConfigError, match=f"{command.TOKEN} holds .* outside ASCII"), command.running(config, workspace):
+    with pytest.raises(ConfigError, match=rf"{command.TOKEN} has the character U\+00FC .*ASCII"), command.running(config, workspace):
         pass
 
 

@@ -101,7 +101,7 @@ def test_reap_leaves_alone_what_a_living_process_owns(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CHECKOUT) as process:
         assert process.stdout and process.stdout.readline() == b"up\n"
         assert reap(tmp_path) == [] and running(tmp_path) == {"svc"}
-    assert running(tmp_path) == set(), "it ends with its owner"
+    assert until(lambda: running(tmp_path) == set()), "it ends with its owner"
 
 
 def test_a_detached_process_has_no_owner_and_is_ended_by_reap(tmp_path: Path) -> None:

@@ -205,6 +205,30 @@ def test_a_slow_answer_is_overtaken_by_a_second_replica() -> None:
     asyncio.run(go())
 
 
+def test_a_replica_that_stands_still_is_left_alone_after_three_searches() -> None:
+    still = False
+
+    async def send(url: str) -> str:
+        if url == "frozen" and still:
+            await asyncio.Event().wait()
+        return url
+
+    async def down(url: str) -> bool:
+        return False
+
+    async def go() -> tuple[set[str], int]:
+        nonlocal still
+        part: Part[str] = Part(["frozen", "quick"], down)
+        for _ in range(60):
+            await part.ask(send)
+        still, before = True, part.hedges
+        async with asyncio.timeout(120):
+            answers = {await part.ask(send) for _ in range(100)}
+        return answers, part.hedges - before
+
+    assert asyncio.run(go()) == ({"quick"}, 3), "each search after the third would cost a second request, of which there are ten"
+
+
 def test_a_fleet_that_is_slow_as_a_whole_gets_few_second_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "_HEDGE_BEFORE_S", 0.001)
     requests = 0

@@ -113,9 +113,10 @@ class Attempt:
         if step == (self.resume.step if self.resume else 0):
             self.state.validated(step)  # the validation before the first step
             return
-        self.state.finish(step, {**numbers(row["data"]), **watch.not_finite(row["data"]), "search/paused_s": self._paused()})
+        # Before anything is written: a pause that goes on meanwhile belongs to the next step.
+        paused, self.last = self._paused(), time.monotonic()
+        self.state.finish(step, {**numbers(row["data"]), **watch.not_finite(row["data"]), "search/paused_s": paused})
         self.steps += 1
-        self.last = time.monotonic()
 
     def _paused(self) -> float:
         """Return how long searching paused since the last step."""
@@ -138,12 +139,6 @@ class Attempt:
     def _announce(self) -> None:
         """Seal a checkpoint and tell the hooks, once verl's tracker (written after its files) names it and its step is recorded."""
         folder = self.state.run.paths.checkpoints
-        if self.sealing is None:
-            step = _tracked(folder / "latest_checkpointed_iteration.txt")
-            path = folder / f"global_step_{step}"
-            if self.announced < step <= self.state.log.last and checkpoints.fault(path) is None:
-                # Every byte is read, for minutes where the model is large; steps are heard of meanwhile.
-                self.sealing = Checkpoint(step, path), self.sealer.submit(checkpoints.seal, path)
         if self.sealing and self.sealing[1].done():
             (found, sealed), self.sealing = self.sealing, None
             sealed.result()
@@ -153,6 +148,14 @@ class Attempt:
             self.state.hooks.on_checkpoint(found.step, found.path)
             # Last: where sealing took long, enough newer checkpoints may stand for this one to go.
             checkpoints.prune(folder, self.state.run.config.trainer.keep_checkpoints)
+        # In the same turn as the end of an earlier seal: a trainer that has ended in the meantime counts as finished
+        # once no seal is under way, and its newest checkpoint would be told to nobody.
+        if self.sealing is None:
+            step = _tracked(folder / "latest_checkpointed_iteration.txt")
+            path = folder / f"global_step_{step}"
+            if self.announced < step <= self.state.log.last and checkpoints.fault(path) is None:
+                # Every byte is read, for minutes where the model is large; steps are heard of meanwhile.
+                self.sealing = Checkpoint(step, path), self.sealer.submit(checkpoints.seal, path)
 
     def _sealing_the_last(self) -> bool:
         """Whether all steps are done and only the seal of the last checkpoint is waited for: then the trainer owes nothing more."""
