@@ -55,6 +55,7 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
         training = Run(_with_own_prompt(config, work), paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
         outcome = supervise(training, hooks, context.progress)
     publish(context, training, outcome, dropped)
+    # Only when it is published: until then a rerun with force goes on with this run instead of beginning another.
     (work / _FORCED).unlink(missing_ok=True)
 
 
@@ -89,6 +90,7 @@ def _with_own_prompt(config: Config, work: Path) -> Config:
 
 def work_key(config: Config, parents: dict[str, Manifest]) -> str:
     """Return the name of a run: a hash of all that shapes it but its length, so that a longer run continues a shorter one."""
+    # Zero stands for any number of steps.
     unlimited = config.model_copy(update={"train": config.train.model_copy(update={"steps": 0})})
     shape = {"config": config_hash(unlimited, STAGES["train"].sections), "parents": {name: parents[name].hash for name in sorted(parents)}}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]

@@ -30,5 +30,6 @@ class Outbox(Generic[T]):
 
     async def _send_waiting(self) -> None:
         async with self._one_at_a_time:
+            # Taken when the line is free and not before: who came meanwhile is sent along.
             items, self._waiting, self._next = self._waiting, [], None
             await self._send(items)

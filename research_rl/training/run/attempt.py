@@ -60,6 +60,7 @@ class Attempt:
         hooks = self.state.hooks
         hooks.on_attempt(self.number, self.announced)
         process = self._start(paths)
+        # Told to the hooks where `_watch` raises; else its answer takes this place.
         why: str | None = "was stopped by an error of its caller"
         try:
             why = self._watch(process)
@@ -75,6 +76,7 @@ class Attempt:
         paths.agent.write_text(overrides.agent_yaml(run.config, paths, run.retriever_url))
         env = overrides.environment(run.config, paths, secrets.token_hex(32))
         env["VERL_FILE_LOGGER_PATH"] = str(self._raw_metrics)
+        # An ended trainer has nothing left to save: what counts is on disk as a whole checkpoint.
         env["RESEARCH_GRACE_S"] = "3"
         if run.retriever_token:
             env[TOKEN] = run.retriever_token
@@ -93,7 +95,9 @@ class Attempt:
         metrics, log = Tail(self._raw_metrics), Tail(self._log)
         self.last = time.monotonic()
         while True:
+            # Asked before the files are read: what was written up to the end is then read for certain.
             ended = process.poll()
+            # The log before the metrics: padding must be known when the step that has it is recorded.
             for line in log.lines():
                 self.state.padded(line)
             self._hear_of_pauses()
@@ -119,6 +123,7 @@ class Attempt:
 
     def _paused(self) -> float:
         """Return how long searching paused since the last step."""
+        # The workers note Unix time, since the monotonic clock of another machine means nothing here.
         return self.pauses.seconds(time.time() - (time.monotonic() - self.last))
 
     def _hear_of_pauses(self) -> None:

@@ -71,6 +71,7 @@ class Tail:
         with self._path.open("rb") as stream:
             stream.seek(self._offset)
             block = stream.read()
+        # Without a line end this is nothing: -1 + 1.
         whole = block[: block.rfind(b"\n") + 1]
         self._offset += len(whole)
         return whole.decode(errors="replace").splitlines()

@@ -71,6 +71,7 @@ def _of_best(name: str, floor: float) -> Measure:
 
     def measure(rows: Rows, window: int) -> float | None:
         known = _known(rows, name)
+        # Windows without a step of the last one, which must not be compared with itself.
         means = [statistics.fmean(known[end - window : end]) for end in range(window, len(known) - window + 1)]
         best = max(means, default=0.0)
         return statistics.fmean(known[-window:]) / best if best >= floor else None
@@ -83,6 +84,7 @@ def _of_start(name: str) -> Measure:
 
     def measure(rows: Rows, window: int) -> float | None:
         known = _known(rows, name)
+        # Two windows at least, so that the first and the last have no step in common.
         first = statistics.fmean(known[:window]) if len(known) >= 2 * window else 0.0
         return statistics.fmean(known[-window:]) / first if first > 0 else None
 
@@ -168,7 +170,7 @@ RULES: dict[str, Rule] = {
         _over_start(_ENTROPY),
         "above",
         "entropy over its start, in nats per token,",
-        f"the policy is coming apart: {_LR}, or lower train.entropy_coef",
+        f"the policy samples ever more at random: {_LR}, or lower train.entropy_coef",
     ),
     "kl_reference": Rule(
         _level("actor/kl_loss"),
