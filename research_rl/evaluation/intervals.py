@@ -26,7 +26,9 @@ _FEW = 10
 _BCA_MOST = 500
 """Values above which the percentile bootstrap is used: BCa leaves out each value once, which takes time with the square of them,
 and the two agree there."""
+# Numbers of eight bytes: the 32 MB of `_scipy`.
 _CELLS = 4_000_000
+# Differences below it come from rounding.
 _NOISE = 1e-12
 
 Values = NDArray[np.float64]
@@ -116,8 +118,10 @@ def _of_differences(delta: Values, resamples: int, seed: int, bounded: bool) -> 
     if moved.size == 0:
         if not bounded:
             return 0.0, 0.0
+        # That no pair moved does not prove that none ever does: up to this share may only have gone unseen.
         unseen = _binomial(0.0, delta.size)[1]
         return -unseen, unseen
+    # All pairs moved by as much: a bootstrap would find no width, as if nothing else could happen.
     if moved.size < _FEW or (bounded and np.ptp(delta) < _NOISE):
         return _of_few_differences(moved, delta.size)
     return _bootstrap(delta, resamples, seed)

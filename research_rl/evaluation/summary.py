@@ -61,6 +61,7 @@ def _metrics(results: Sequence[Result], resamples: int, seed: int) -> dict[str, 
     metrics: dict[str, Any] = {"n": len(results)}
     for name, metric in METRICS.items():
         values = _defined(metric(result) for result in results)
+        # Left out where it is defined for no question: 0 would be read as a result.
         if values:
             metrics[name] = interval(values, resamples, seed, bounded=name in SCORES).to_json()
     metrics["stop"] = {reason.value: _share(results, reason, resamples, seed) for reason in StopReason}
