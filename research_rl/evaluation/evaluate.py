@@ -90,7 +90,7 @@ async def _trajectory(
         return Trajectory((), stop=StopReason.ENGINE_FAILURE, error=str(error))
     limits = Limits(**config.episode.model_dump())
     if config.evaluation.published_limits:
-        # There the limit is on prompt and response together.
+        # In the published evaluation the limit is on prompt and response together.
         limits = replace(limits, max_response_tokens=limits.max_response_tokens - len(prompt))
     return await run_episode(prompt, engine, searcher, tokenizer, limits)
 
