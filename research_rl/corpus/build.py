@@ -1,4 +1,4 @@
-"""Stage corpus: turn the checked corpus file into the passage store, in shards that survive a kill.
+"""Stage corpus: turn the checked corpus file into the passage store, shard by shard.
 
 Invariants: (1) a killed run redoes at most the shard it was in; (2) memory is that of one shard, and eight bytes a passage.
 """

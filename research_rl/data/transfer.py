@@ -1,5 +1,5 @@
-"""Fetch files from sources into a folder so that any interruption costs nothing. Knows retries and room on disk; `pieces` holds
-what is on disk, `workers` the threads that fetch it, a source the way to its bytes.
+"""Fetch files from sources into a folder; after an interruption only what is missing is fetched. Knows retries and room on disk;
+leaves what is on disk to `pieces`, the threads that fetch to `workers`, and the way to the bytes to a source.
 
 Invariant: every wait and every number of tries is bounded.
 """

@@ -111,7 +111,7 @@ class RequestLog:
         self._lines.append(json.dumps(line))
 
     def close(self) -> None:
-        """Write what waits, unless the reader stands still."""
+        """Write what waits, for at most a second where the reader does not read."""
         self._closed.set()
         self._thread.join(timeout=1.0)
 

@@ -1,4 +1,4 @@
-"""The stage `train`: GRPO by stock verl against a live retriever. Ties configuration, data, supervision and publication.
+"""The stage `train`: GRPO by stock verl against a running retriever. Joins configuration, data, supervision and publication.
 
 The work lies in a folder named after everything that shapes the run but not its length, so that raising `train.steps` or
 restarting after a crash continues it, and lowering it publishes the checkpoint of that step. Invariant: nothing trained is removed

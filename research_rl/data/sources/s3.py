@@ -1,4 +1,4 @@
-"""Files of an S3 bucket, by ranged reads of the version that was located. Knows boto3; credentials are its own business.
+"""Files of an S3 bucket, by ranged reads of the version that was located. Knows boto3 and leaves credentials to it.
 
 Credentials come from the environment, the profile or the machine's role; without any, requests are anonymous.
 """

@@ -28,6 +28,8 @@ _TAIL_LINES = 30
 
 @dataclass(frozen=True)
 class Failure:
+    """Why a start of the trainer has to be followed by another, whether it made a step, and the end of its log."""
+
     attempt: int
     why: str
     progressed: bool
@@ -160,7 +162,7 @@ class Attempt:
             checkpoints.prune(folder, self.state.run.config.trainer.keep_checkpoints)
 
     def _sealing_the_last(self) -> bool:
-        """Whether all steps are done and only the seal of the last checkpoint is waited for: then the trainer owes nothing more."""
+        """Whether all steps are done and only the last checkpoint's seal is waited for, so that no further step is to come."""
         return self.sealing is not None and self.sealing[0].step >= self.state.run.config.train.steps
 
     def _done(self) -> bool:

@@ -131,7 +131,9 @@ class RayJobs:
         try:
             reply = self.client.request(method, f"/api/jobs/{path}", json=body)
         except httpx.HTTPError as error:
-            raise ServiceError(f"the Ray dashboard cluster.address={self.address} does not answer ({error}); is the cluster up?") from error
+            raise ServiceError(
+                f"the Ray dashboard cluster.address={self.address} does not answer ({error}); start the cluster, or correct cluster.address"
+            ) from error
         if reply.status_code in (401, 403):
             raise ServiceError(
                 f"the Ray dashboard {self.address} refuses the token ({reply.status_code}); set RAY_AUTH_TOKEN to the cluster's"

@@ -126,10 +126,10 @@ def _count_not_finite(rows: Rows, window: int) -> float | None:
     return float(sum(name.startswith(NOT_FINITE) for name in rows[-1]))
 
 
-_LR = "lower train.lr, or hold the policy with train.kl_coef"
-_PAY = "or pay for parts of the way (reward.terms)"
-_REWARD = "look at episode/reward/* and at the trajectories: the reward may pay for something else than answers"
-_COST = "make length cost (a reward term of kind length with a negative weight)"
+_LR = "lower train.lr, or keep the policy near the reference model by train.kl_coef"
+_PAY = "or reward intermediate results (reward.terms)"
+_REWARD = "look at episode/reward/* and at the trajectories: the reward may be earned by something else than answers"
+_COST = "penalise length (a reward term of kind length with a negative weight)"
 _ENTROPY = "actor/entropy|actor/entropy_loss"  # the second where old log-probabilities come from the rollout
 _TOKENS = "episode/model_tokens"
 _STOP = "episode/stop/"
@@ -206,7 +206,7 @@ RULES: dict[str, Rule] = {
         _of_best("episode/searches", 0.2),
         "below",
         "searches per episode as a share of their best",
-        "look at episode/empty_searches and episode/failed_searches, or pay for what is found (a reward term of kind retrieval)",
+        "look at episode/empty_searches and episode/failed_searches, or reward what is found (a reward term of kind retrieval)",
     ),
     "answered": Rule(
         _of_best(f"{_STOP}answered", 0.1),
