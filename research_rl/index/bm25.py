@@ -152,6 +152,7 @@ def _numbers(stems: _Stems, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32]
     """Return the stems of all texts in a row, and how many each text has."""
     number = stems.__getitem__
     numbered = [np.fromiter(map(number, _terms(text)), np.int32) for text in texts]
+    # Stop words have the number -1.
     stems_of = [numbers[numbers >= 0] for numbers in numbered]
     return np.concatenate(stems_of), np.fromiter(map(len, stems_of), np.int32, len(stems_of))
 
@@ -180,6 +181,7 @@ def _pairs(tokens: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Rows
 
 
 def _grown(values: Rows, size: int) -> Rows:
+    # At least doubled, so that growing takes constant time a word in all.
     return values if size <= len(values) else np.concatenate([values, np.zeros(max(size, 2 * len(values)) - len(values), np.int64)])
 
 

@@ -47,6 +47,7 @@ def _times(index: VectorSearcher, queries: Vectors, size: int, top_k: int) -> di
     taken: list[float] = []
     deadline = time.monotonic() + _SECONDS
     while not taken or (len(taken) < _TIMES and time.monotonic() < deadline):
+        # Wrapped around where the sample has fewer queries than the rounds ask for.
         batch = np.take(queries, np.arange(len(taken) * size, (len(taken) + 1) * size), axis=0, mode="wrap")
         started = time.perf_counter()
         index.search(batch, top_k)
