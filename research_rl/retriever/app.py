@@ -91,11 +91,13 @@ class Service:
             raise self._away("draining", "the service ends")
         if self._batcher is None:
             raise self._away("starting", "the index is being opened")
+        # Equal texts of a request are searched once.
         distinct = dict.fromkeys(query for query in queries if query)
         results = {query: passages for query in distinct if (passages := self._cache.get(query, top_k)) is not None}
         seen.cached = sum(query in results for query in queries)
         missing = [query for query in distinct if query not in results]
         results |= await self._searched(self._batcher, seen, missing, top_k, timeout_s)
+        # A text without anything to search for was not searched and has no entry.
         return [results.get(query, []) for query in queries]
 
     def _query(self, text: str) -> str:

@@ -160,6 +160,7 @@ class RetrieverClient:
 
     async def _tried(self, key: Key, pool: httpx.AsyncClient) -> Passages | SearchFailure:
         """Ask until an answer comes or the next try would begin past `timeout_s`."""
+        # `reraise`: the last ReplicaError, whose fault is counted, instead of tenacity's RetryError.
         retrying = AsyncRetrying(
             stop=stop_before_delay(self.timeout_s), wait=_pause, retry=retry_if_exception_type(ReplicaError), reraise=True
         )
@@ -175,6 +176,7 @@ class RetrieverClient:
         self._counts["tries"] += 1
         fault: SearchFault | None = None
         try:
+            # Not below a millisecond: a timeout of 0 ends the try before anything is sent.
             async with asyncio.timeout(max(deadline - time.monotonic(), 0.001)):
                 answer = await self._all_parts(key, pool, deadline)
             fault = answer.fault if isinstance(answer, SearchFailure) else None

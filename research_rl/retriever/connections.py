@@ -26,6 +26,7 @@ _LATE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close
 def file_limit() -> int:
     """Raise this process's limit of open files as far as it may; return how many connections it leaves room for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The usual soft limit is 1,024 files; a process may raise it to the hard one by itself.
     if hard != resource.RLIM_INFINITY and soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard

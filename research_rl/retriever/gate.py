@@ -73,6 +73,7 @@ class PauseGate:
         now = time.monotonic()
         # What the model did wrong, such as an empty query, shows that the service answers.
         self._window.append((now, fault if fault is not None and fault.is_service else None))
+        # Ends at the entry of this moment at the latest.
         while self._window[0][0] < now - self._patience.window_s:
             self._window.popleft()
         if fault is not None and self._too_many():

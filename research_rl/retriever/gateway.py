@@ -72,6 +72,7 @@ class Gateway:
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
+        # All other paths share one label, or a client could make any number of metrics.
         seen = scope["seen"] = Seen(scope["path"] if scope["path"] in ROUTES else "other", late=self.closing)
 
         async def watched(message: Message) -> None:

@@ -20,6 +20,7 @@ _SPELLINGS = (("query", "queries"), _COUNTS, ("return_score", "return_scores"))
 
 
 class _Request(BaseModel):
+    # A number must not pass for a query; where a text may stand for a number, `_count` says so.
     model_config = ConfigDict(strict=True)
     default_top_n: ClassVar[int] = 10
     top_n: int | None = Field(default=None, ge=1, description="Passages for each query; `topk` and `top_k` are other names.")
