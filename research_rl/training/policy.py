@@ -42,9 +42,11 @@ def run(context: Context) -> None:
     config = context.config.policy
     source, facts = _SOURCES[config.source](context)
     if config.warm_up and config.source != "tiny":
+        # Before the warm-up, which takes long, for a folder that cannot be used.
         inspect(source)
         source, warmed = _warmed(context, source)
         facts |= warmed
+    # In this order: a source that was warmed up says so itself.
     facts = {"source": config.source, "warmed_up": False, **_checked(source, context.config.prompt), **facts}
     with context.publish() as staging:
         _copy_files(source, staging.path)

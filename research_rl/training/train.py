@@ -129,6 +129,7 @@ def publish(context: Context, training: Run, outcome: AttemptOutcome, dropped: i
     log, last = MetricsLog(training.metrics), outcome.checkpoint.step
     with context.publish() as staging:
         link(outcome.checkpoint.path, staging.path / "checkpoint")
+        # A longer run, of which this is a part, has the episodes of later steps as well.
         link(training.rollouts, staging.path / "rollouts", lambda path: int(path.name.partition(".")[0]) <= last)
         (staging.path / "metrics.jsonl").write_text(log.until(last), encoding="utf-8")
         (staging.path / "overrides.json").write_text(json.dumps(_portable_overrides(context.config), indent=1) + "\n")

@@ -43,6 +43,7 @@ def lexicon(config: PolicyConfig, prompt: PromptConfig) -> list[str]:
     """Return every word that prompts, passages and traces can hold."""
     # The prompt's own words, and those that `_search` and `_answer` put between names and relations.
     frame = prompts.render(" ", prompt) + " I need the of Now The is Compare and"
+    # Marks and tags are tokens already.
     plain = "".join(mark if mark.isalnum() else " " for mark in frame)
     return list(dict.fromkeys([*encyclopedia.lexicon(config.warmup_world.name_words), *plain.split()]))
 

@@ -53,6 +53,7 @@ class MetricsLog:
 
     def _write(self) -> None:
         temporary = self.path.with_suffix(".tmp")
+        # The whole file: a step that was done again has its earlier line in the middle.
         temporary.write_text(self.until(self.last), encoding="utf-8")
         temporary.replace(self.path)
 

@@ -171,6 +171,7 @@ def _policy(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ACTOR}.optim.lr_warmup_steps": train.lr_warmup_steps,
         f"{_ACTOR}.ppo_mini_batch_size": train.mini_batch or train.prompts_per_step,
         f"{_ACTOR}.entropy_coeff": train.entropy_coef,
+        # For the watch: without an entropy term in the loss verl would leave it out.
         f"{_ACTOR}.calculate_entropy": True,
         f"{_ACTOR}.use_kl_loss": train.kl_coef > 0,
         f"{_ACTOR}.kl_loss_coef": train.kl_coef,
@@ -189,6 +190,7 @@ def _objective(config: Config) -> dict[str, Any]:
     train = config.train
     return {
         "algorithm.adv_estimator": "grpo" if train.advantage == "dr_grpo" else train.advantage,
+        # The KL term stands in the loss, as in GRPO.
         "algorithm.use_kl_in_reward": False,
         "algorithm.norm_adv_by_std_in_grpo": train.advantage != "dr_grpo",
         f"{_ACTOR}.policy_loss.loss_mode": train.loss,
@@ -275,6 +277,7 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
         "trainer.v1.trainer_mode": "sync",
         "trainer.v1.sampler.custom_sampler.path": "pkg://research_rl.training.policy_env.sampler",
         "trainer.v1.sampler.custom_sampler.name": "EagerReplayBuffer",
+        # The supervisor reads the file, whose name it gives by VERL_FILE_LOGGER_PATH.
         "trainer.logger": ["console", "file"],
         "trainer.project_name": "research-rl",
         "trainer.experiment_name": config.profile,
@@ -286,6 +289,7 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
         "trainer.max_actor_ckpt_to_keep": None,
         "trainer.resume_mode": "resume_path" if paths.resume else "disable",
         "trainer.resume_from_path": str(paths.resume) if paths.resume else None,
+        # -1 is verl's word for never.
         "trainer.test_freq": trainer.validate_every or -1,
         "trainer.val_before_train": trainer.validate_every is not None,
         # Never the limit: an epoch has a step at least, and the number of steps ends the training.

@@ -22,6 +22,7 @@ __all__ = ["Pauses", "append"]
 
 def append(folder: Path, note: Note) -> None:
     """Add a note to this worker's file."""
+    # With the host's name, since workers of two nodes may have the same process id.
     json_lines.append(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl", note.to_json())
 
 

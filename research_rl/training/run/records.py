@@ -59,6 +59,7 @@ class Records:
         When it is of the last step wanted, nothing is forgotten: a longer run of which it is a part stays as it is. Raises
         TrainingError when such a run has no checkpoint of that step, because training to it would discard what it has.
         """
+        # First: the checkpoint that was kept aside may be the newest whole one.
         watch.restore(self.run.paths.checkpoints, self.run.paths.work)
         newest = self._with_metrics(
             checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps, verify=True, passed_over=self._passed_over)

@@ -162,6 +162,7 @@ class Uploader:
     def _copy(self, client: Any, checkpoint: Checkpoint) -> None:
         there = self._store.sealed(client)
         if checkpoint.step not in there:
+            # The episodes before the seal, which promises that a run restored from here has no gap.
             rollouts = self._work_folder / _ROLLOUTS
             for name in sorted(set(_names(rollouts)) - set(self._store.names(client, _ROLLOUTS))):
                 self._put(client, rollouts / name, self._store.key(_ROLLOUTS, name))

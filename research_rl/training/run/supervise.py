@@ -52,6 +52,7 @@ def _train(state: Records) -> Checkpoint:
     run = state.run
     failures: list[Failure] = []
     while (checkpoint := state.rewind()) is None or checkpoint.step < run.config.train.steps:
+        # After two starts in a row without a step a third would most likely end alike.
         if len(failures) >= run.config.trainer.max_attempts or [f.progressed for f in failures[-2:]] == [False, False]:
             raise TrainingError(_explain(run, failures))
         failure = Attempt(state, checkpoint).run()
@@ -78,6 +79,7 @@ def _uploading(run: Run, progress: Progress) -> Generator[Uploader | None]:
         yield uploader
         finished = True
     finally:
+        # After an error nothing is waited for: the next run sends what lies in the folder of copies.
         if not uploader.close(run.config.trainer.upload_wait_s if finished else 0.0):
             progress("checkpoints are left to be copied to S3; the next run of this stage goes on with them", 1.0)
 
