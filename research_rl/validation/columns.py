@@ -75,6 +75,7 @@ def words(texts: Any) -> Words:
     # With a space behind each row, so that no word goes on into the next one.
     lowered = pc.binary_join_element_wise(_plain(texts), _EMPTY, _SPACE)
     offsets, raw = _buffer(lowered)
+    # A space in front as well, so that the first word begins behind one like all others.
     spaced = b" " + raw.translate(_SPACED)
     gaps = np.frombuffer(spaced, np.uint8) == 32
     begins = np.flatnonzero(gaps[:-1] & ~gaps[1:])
