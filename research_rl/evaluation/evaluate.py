@@ -129,6 +129,7 @@ def _evaluate_served(context: Context, model: Path, missing: list[HeldOutQuestio
         served = services.enter_context(model_running(config, context.workspace, model, name=f"{context.stage.name}-model"))
         results = asyncio.run(_connected(config, missing, served, retriever, tokenizer, note))
         again = [question for question, result in zip(missing, results, strict=True) if result.lost]
+        # One more try, after all others: a service that failed may have come back meanwhile.
         lost = [r for r in asyncio.run(_connected(config, again, served, retriever, tokenizer, note)) if r.lost] if again else []
         # Once more, after the questions: a service that was restarted meanwhile may serve another index.
         require_same_index(retriever, context.workspace)

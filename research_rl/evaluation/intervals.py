@@ -138,6 +138,7 @@ def _of_few_differences(moved: Values, pairs: int) -> Interval:
 def _binomial(successes: float, trials: int) -> Interval:
     """Return Clopper and Pearson's interval; `successes` may be the sum of scores between 0 and 1."""
     betaincinv: Any = import_module("scipy.special").betaincinv  # by name: the type checker would read the whole of SciPy
+    # By rounding, a sum of scores may exceed their number.
     tail, failures = (1 - _LEVEL) / 2, max(0.0, trials - successes)
     low = float(betaincinv(successes, failures + 1, tail)) if successes > 0 else 0.0
     high = float(betaincinv(successes + 1, failures, 1 - tail)) if failures > 0 else 1.0

@@ -182,6 +182,7 @@ class UnfinishedResults:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # Of two lines about one question the later one counts.
         self.results = {result.row: result for result in (Result.from_json(record) for _, record in json_lines.read(path))}
 
     def add(self, result: Result) -> None:

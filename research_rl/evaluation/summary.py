@@ -48,6 +48,7 @@ def summarise(results: Sequence[Result], resamples: int, seed: int) -> dict[str,
     return {
         **_metrics(results, resamples, seed),
         "by_data_source": _grouped(results, lambda r: r.data_source, resamples, seed),
+        # As text, since JSON has no other keys.
         "by_hops": _grouped(results, lambda r: str(r.hops), resamples, seed),
     }
 
