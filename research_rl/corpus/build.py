@@ -1,4 +1,4 @@
-"""Stage corpus: turn the checked corpus file into the passage store, in shards that survive a kill.
+"""Stage corpus: turn the checked corpus file into the passage store, shard by shard.
 
 Invariants: (1) a killed run redoes at most the shard it was in; (2) memory is that of one shard, and eight bytes a passage.
 """
@@ -33,6 +33,7 @@ def run(context: Context) -> None:
     shards = list(_shards(context, context.parent("download") / CORPUS, work, rows))
     with context.publish() as staging:
         for name, _ in shards:
+            # Linked, not moved: a kill before the end of publication leaves the shards in the work folder for the next run.
             place(work.folder / name / name, staging.path / name)
         store.write_table(np.concatenate([np.load(work.folder / name / _HASHES) for name, _ in shards]), staging.path)
         staging.counts |= {"passages": sum(count for _, count in shards), "shards": len(shards)}
@@ -47,6 +48,7 @@ def _shards(context: Context, corpus: Path, work: Work, rows: int) -> Iterator[t
         while end < os.fstat(stream.fileno()).st_size:
             name = store.shard_name(done // rows)
             record = work.unit(name, partial(shard, stream, end, done, rows, name))
+            # The record says where the next shard begins, so that a finished one is passed over without reading its lines again.
             done, end = done + record["rows"], record["end"]
             context.progress(f"{done:,} of {total:,} passages", done / max(total, 1))
             yield name, record["rows"]
@@ -77,10 +79,12 @@ def _parse(lines: list[bytes], first: int, name: str) -> Any:
     from pyarrow import json as arrow
 
     block = b"".join(lines)
+    # One block for all lines: Arrow refuses a line that lies across the border of two.
     options = arrow.ReadOptions(use_threads=False, block_size=len(block) + 1)
     schema = pa.schema({"id": pa.string(), "contents": pa.string()})
     try:
         table = arrow.read_json(pa.BufferReader(block), options, arrow.ParseOptions(explicit_schema=schema))
+        # Arrow passes over blank lines and takes a missing field for null.
         if len(table) == len(lines) and not table.column("id").null_count and not table.column("contents").null_count:
             return table
         problem = "a field or a line is missing"

@@ -26,6 +26,7 @@ __all__ = ["PassageStore", "shard_name", "write_shard", "write_table"]
 Hashes = npt.NDArray[np.uint64]
 
 _OFFSETS, _ROWS = "id-offsets.npy", "id-rows.npy"
+# Offsets of 64 bits: the texts of a shard may exceed the 2 GiB that an array of `string` can hold.
 _SCHEMA = pa.schema({"id": pa.large_string(), "contents": pa.large_string()})
 
 
@@ -69,15 +70,15 @@ class PassageStore:
 
     def texts(self, start: int, stop: int) -> list[str]:
         """Return the contents of rows `start` to `stop` - 1."""
-        found: list[str] = []
+        contents: list[str] = []
         while start < min(stop, self._rows):
             shard, place = divmod(start, self._shard_rows)
             count = min(stop - start, self._shard_rows - place)
             # A map of its own, closed at once: a pass over the corpus must not keep all of it in resident memory.
             column = self._map(self.folder / shard_name(shard)).column(1).slice(place, count)
-            found += column.to_pylist()
+            contents += column.to_pylist()
             start += len(column)
-        return found
+        return contents
 
     def batches(self, size: int) -> Iterator[tuple[int, list[str]]]:
         """Yield the first row and the contents of consecutive batches of up to `size` passages."""
@@ -92,15 +93,17 @@ class PassageStore:
         return Passage(batch.column(0)[place].as_py(), batch.column(1)[place].as_py())
 
     def _shard(self, number: int) -> Any:
-        found = self._shards.get(number)
-        if found is None:
+        shard = self._shards.get(number)
+        if shard is None:
             with self._lock:
-                found = self._shards.get(number) or self._map(self.folder / shard_name(number))
-                self._shards[number] = found
-        return found
+                # Asked again under the lock: another thread may have mapped it meanwhile.
+                shard = self._shards.get(number) or self._map(self.folder / shard_name(number))
+                self._shards[number] = shard
+        return shard
 
     def _map(self, path: Path) -> Any:
         try:
+            # Only the file is closed at the end of the block; the batch keeps the mapped pages for as long as it lives.
             with pa.memory_map(str(path)) as source:
                 return pa.ipc.open_file(source).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
@@ -129,4 +132,5 @@ def write_table(hashes: Hashes, folder: Path) -> None:
 
 
 def _hash(identifier: str) -> int:
+    # Not `hash`, which differs from process to process: the table is searched by others than the one that wrote it.
     return int.from_bytes(blake2b(identifier.encode(), digest_size=8).digest(), "little")

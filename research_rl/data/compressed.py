@@ -27,8 +27,11 @@ LONGEST_LINE = 1 << 24
 _BUFFER = 1 << 20
 # A Zstandard block of 128 KiB takes at least 4 bytes, so what this many packed bytes hold cannot exceed 32 MiB.
 _PACKED = 1 << 10
+# The window up to which the `zstd` command decompresses unless told otherwise; `xz -9` needs half of it.
 _LARGEST_WINDOW = 1 << 27
+# Bits 0 and 6 of an entry's flags: encrypted, and strongly encrypted.
 _ZIP_ENCRYPTED = 0x41
+# zipfile limits what one read decompresses to for these alone: 4 KiB of its bzip2 or LZMA may become gigabytes at once.
 _ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
@@ -48,6 +51,7 @@ def open_plain(path: Path) -> Generator[tuple[str, BinaryIO]]:
         raise DataError(f"{path} is a folder; name a file") from None
     except (EOFError, zipfile.BadZipFile, lzma.LZMAError, zlib.error) as error:
         raise _damaged(path, error) from None
+    # What zipfile raises for a feature of the format that it lacks.
     except NotImplementedError as error:
         raise DataError(f"{path} cannot be unpacked ({error}); pack it again with `zip`, or as .gz, .zst, .bz2 or .xz") from None
     except OSError as error:
@@ -59,6 +63,7 @@ def open_plain(path: Path) -> Generator[tuple[str, BinaryIO]]:
 def lines(path: Path, stream: BinaryIO) -> Iterator[bytes]:
     """Yield the lines of a stream with their ends. Raises DataError for a line above LONGEST_LINE bytes, which is not read to its end."""
     number = 0
+    # One byte more than is allowed, so that a line of exactly the limit is told from one that goes on.
     while line := stream.readline(LONGEST_LINE + 1):
         number += 1
         if len(line) > LONGEST_LINE:
@@ -103,6 +108,7 @@ def _framed(path: Path) -> Generator[BinaryIO]:
 
     openers: dict[str, Callable[[], Any]] = {
         ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj(),
+        # liblzma counts its own tables beside the window, hence the addition.
         ".xz": lambda: lzma.LZMADecompressor(memlimit=_LARGEST_WINDOW + _BUFFER),
     }
     try:
@@ -127,6 +133,7 @@ class _Frames(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
+        # A portion may decompress to nothing yet, and an empty read would mean the end of the file.
         while not self._plain and self._more():
             pass
         count = min(len(buffer), len(self._plain))
@@ -134,6 +141,7 @@ class _Frames(io.RawIOBase):
         return count
 
     def _more(self) -> bool:
+        # What stands behind the end of a frame is the beginning of the next one.
         packed, self._rest = self._rest or self._packed.read(_PACKED), b""
         block = packed.lstrip(b"\0") if self._frame and self._frame.eof else packed  # .xz files may be padded with zeros
         if self._frame is None or (self._frame.eof and block):
@@ -146,8 +154,10 @@ class _Frames(io.RawIOBase):
 
 
 def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    members = [item for item in archive.infolist() if not item.is_dir() and not item.filename.startswith("__MACOSX")]
-    members = [item for item in members if item.filename.endswith((".jsonl", ".tsv"))] or members
+    # Archives made on macOS hold metadata of every file below this name.
+    members = [entry for entry in archive.infolist() if not entry.is_dir() and not entry.filename.startswith("__MACOSX")]
+    # A readme or a licence beside the one file of data does no harm.
+    members = [entry for entry in members if entry.filename.endswith((".jsonl", ".tsv"))] or members
     if len(members) != 1:
         raise DataError(f"{path} holds {len(members)} files of data; exactly one is needed")
     member = members[0]

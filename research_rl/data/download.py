@@ -69,6 +69,7 @@ def fresh(config: Config, workspace: Workspace, published: Manifest) -> bool:
         return True
     root = workspace.root / Path(config.data.folder).expanduser()
     recorded = {name: str(facts["sha256"]) for name, facts in published.facts.get("source", {}).get("files", {}).items()}
+    # A name with a scheme is a whole address of another source, for which `newer` asks.
     paths = {name: root / name for name in recorded if "://" not in name and (root / name).is_file()}
     verified = Verified(workspace.verified)
     return all(verified.sha256(path) == recorded[name] for name, path in paths.items())
@@ -85,7 +86,7 @@ def newer(config: Config, workspace: Workspace, published: Manifest, progress: P
     recorded: dict[str, Any] = published.facts.get("source", {}).get("files", {})
     sources = Sources(data, config.transfer, workspace.root)
     located = transfer.locate(_names(data), sources, data.sha256, config.transfer, progress)
-    return [reason for item in located if (reason := _difference(item.remote, recorded.get(item.name, {})))]
+    return [reason for file in located if (reason := _difference(file.remote, recorded.get(file.name, {})))]
 
 
 def _difference(remote: Remote, known: Mapping[str, str]) -> str:
@@ -134,8 +135,10 @@ def _bring(context: Context, data: DataConfig, sources: Sources, work: Path, sta
     limits, names = context.config.transfer, _names(data)
     for attempt in range(1, limits.attempts + 1):
         located = transfer.locate(names, sources, data.sha256, limits, context.progress)
-        if attempt == 1 and any(item.remote.path is None for item in located):
+        # Files of a local folder are read in place: only fetching writes to the work folder and needs its lock.
+        if attempt == 1 and any(file.remote.path is None for file in located):
             stack.enter_context(transfer.locked(work))
+        # Resolved: `data/` may be a link to another disk, whose target is yet to be made.
         transfer.check_room(located, work, context.workspace.folder("download").resolve(), _output(located, data))
         try:
             return transfer.fetch(located, work, limits, context.progress)
@@ -148,7 +151,7 @@ def _bring(context: Context, data: DataConfig, sources: Sources, work: Path, sta
 def _output(located: list[Located], data: DataConfig) -> int:
     """Estimate the bytes of `data/`; fetched files that are only linked into it count nothing."""
     linked = {names[0] for target, names in data.files.items() if len(names) == 1 and not _unpacked(names[0], target)}
-    sizes = {item.name: item.remote.size or 0 for item in located if item.remote.path is not None or item.name not in linked}
+    sizes = {file.name: file.remote.size or 0 for file in located if file.remote.path is not None or file.name not in linked}
     return sum(size * (_EXPANSION if PurePosixPath(name).suffix in SUFFIXES else 1) for name, size in sizes.items())
 
 
@@ -156,6 +159,7 @@ def _place(parts: list[Fetched], target: Path, work: Path) -> None:
     """Put a further file under its name: linked when it was fetched as it is, else decompressed, joined or copied."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unpack = [part.encoded or (len(parts) == 1 and _unpacked(part.path.name, target.name)) for part in parts]
+    # Only what was fetched into the work folder is linked: an edit of a user's own file would alter `data/` as well.
     if len(parts) == 1 and not unpack[0] and parts[0].path.is_relative_to(work):
         place(parts[0].path, target)
         return

@@ -269,23 +269,26 @@ def generate(config: EncyclopediaConfig, seed: int, folder: Path) -> None:
     Raises ConfigError when the name space is too small for the entities and DataError when the entities cannot carry
     the questions.
     """
+    # Seeded by a text: other generators that start from the same number must not draw the same sequence.
     rng = random.Random(f"encyclopedia {seed}")
     world = build_world(config, rng, Side.ENCYCLOPEDIA)
     wanted = {"train": config.train_questions, "dev": config.dev_questions, "test": config.test_questions}
     drawn = {split: questions(world, split, number, config, rng) for split, number in wanted.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "corpus.jsonl", ({"id": str(row), "contents": text} for row, text in enumerate(world.passages)))
-    for split, found in drawn.items():
-        _write(folder / f"{split}.jsonl", (_row(f"{split}_{row}", question) for row, question in enumerate(found)))
+    for split, split_questions in drawn.items():
+        _write(folder / f"{split}.jsonl", (_row(f"{split}_{row}", question) for row, question in enumerate(split_questions)))
 
 
 def build_world(config: EncyclopediaConfig, rng: random.Random, half: Side) -> World:
     """Deal entities into splits, give each its facts and write the passages. Raises ConfigError."""
     pools = {kind: _shuffled(names.names(kind, half, config.name_words), rng) for kind in Kind}
+    # Eight entities are two of each kind, so that every relation finds an object other than its subject.
     splits = {split: _entities(max(8, round(share * config.entities)), pools, config, rng) for split, share in SPLITS.items()}
     world = World(splits, {})
     for members in splits.values():
         world.facts.update({(fact.subject.name, fact.relation.name): fact for fact in _facts(members, rng)})
+    # After all entities: look-alikes take their names from what is left in the pools.
     _write_passages(world, _look_alikes(splits, pools, config, rng), config, rng)
     return world
 
@@ -294,25 +297,27 @@ def questions(world: World, split: str, number: int, config: EncyclopediaConfig,
     """Draw `number` distinct questions over the entities of `split`. Raises DataError when there are too few."""
     makers = {"bridge": _bridge, "attribute": _attribute, "comparison": _comparison}
     shares = (1 - config.attribute - config.comparison, config.attribute, config.comparison)
-    found: dict[tuple[Any, ...], WorldQuestion] = {}
+    distinct: dict[tuple[Any, ...], WorldQuestion] = {}
     for _ in range(_PATIENCE * number):
-        if len(found) == number:
+        if len(distinct) == number:
             break
         maker: Callable[..., WorldQuestion | None] = makers[rng.choices(tuple(makers), shares)[0]]
         if question := maker(world, split, config, rng):
+            # Sorted, so that comparing A with B and B with A count as one question.
             key = (question.type, *sorted((hop.fact.subject.name, hop.fact.relation.name) for hop in question.hops))
-            found.setdefault(key, question)
-    if len(found) < number:
+            distinct.setdefault(key, question)
+    if len(distinct) < number:
         raise DataError(
-            f"{split}_questions={number} exceeds the {len(found)} distinct questions that {len(world.splits[split])} entities gave; "
+            f"{split}_questions={number} exceeds the {len(distinct)} distinct questions that {len(world.splits[split])} entities gave; "
             "raise entities"
         )
-    return list(found.values())
+    return list(distinct.values())
 
 
 def lexicon(name_words: int) -> list[str]:
     """Return every word, number and mark that passages and questions can hold, names included, without repeats."""
     texts = [text for relation in RELATIONS for text in (relation.name, *relation.keywords, *relation.sentences, *relation.phrases)]
+    # `alias` takes a name's second word; the slot in its place is blanked out with the others below.
     texts += [*_WHO, *_WHAT, _OLDER, _SAME, _ALSO, "yes no", *(names.alias(kind, "a {0}") for kind in Kind)]
     plain = " ".join(texts)
     for slot in ("{s}", "{o}", "{x}", "{np}", "{a}", "{b}", "{relation}", "{0}"):
@@ -355,14 +360,14 @@ def _look_alikes(
     splits: Mapping[str, list[Entity]], pools: Mapping[Kind, list[str]], config: EncyclopediaConfig, rng: random.Random
 ) -> list[Fact]:
     """Give each entity `distractors` namesakes that share a word with it and have one fact of their own."""
-    found: list[Fact] = []
+    look_alikes: list[Fact] = []
     for members in splits.values():
         by_kind = {kind: [entity for entity in members if entity.kind is kind] for kind in Kind}
         for entity in members:
             for name in _namesakes(entity, pools[entity.kind], config.distractors):
                 relation = rng.choice(_OF_KIND[entity.kind])
-                found.append(Fact(Entity(name, entity.kind), relation, _value(entity, relation, by_kind, rng)))
-    return found
+                look_alikes.append(Fact(Entity(name, entity.kind), relation, _value(entity, relation, by_kind, rng)))
+    return look_alikes
 
 
 def _namesakes(entity: Entity, pool: list[str], number: int) -> list[str]:
@@ -474,6 +479,7 @@ def _same(first: Entity, second: Entity, world: World, rng: random.Random) -> Wo
 
 
 def _with_equal(fact: Fact, world: World, rng: random.Random) -> Entity | None:
+    # Facts of all splits are looked through, yet only those of the same split can match: no fact links two splits.
     equal = [other.subject for other in world.facts.values() if other.relation is fact.relation and other.value == fact.value]
     others = [entity for entity in equal if entity != fact.subject]
     return rng.choice(others) if others else None

@@ -105,6 +105,7 @@ class _Where:
 
     def decoded(self, line: bytes) -> str:
         try:
+            # A byte order mark can stand at the beginning of the file only; anywhere else it is text.
             return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             bad = line[error.start : error.start + 4].hex(" ")
@@ -116,6 +117,7 @@ class _Where:
         try:
             return next(csv.reader((text,), delimiter="\t", strict=True), [])
         except csv.Error as error:
+            # The csv module tells its errors apart by their words alone.
             if "new-line character" in str(error):
                 problem, remedy = "a carriage return stands inside the row", "remove it or put its field in quotes"
             elif "unexpected end" in str(error):
@@ -134,6 +136,7 @@ class _Where:
 
     def identifier(self, row: dict[str, Any]) -> str:
         value = self.field(row, "id")
+        # To Python `true` is an integer, too; it is no id.
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         return self._filled(value, "id")
@@ -142,9 +145,11 @@ class _Where:
         return self._filled(self.field(row, key), key)
 
     def contents(self, row: dict[str, Any]) -> str:
+        # A row with neither is told that it lacks `contents`, FlashRAG's own name.
         if "contents" in row or "text" not in row:
             return self.text(row, "contents")
         title, text = self.field(row, "title"), self.text(row, "text")
+        # A title that is neither empty nor text is refused by `text`.
         return text if title is None or not str(title).strip() else f'"{self.text(row, "title")}"\n{text}'
 
     def answers(self, row: dict[str, Any]) -> tuple[str, ...]:
@@ -153,7 +158,7 @@ class _Where:
             raise self.error(f"golden_answers={_show(value)} is a {type(value).__name__}", "write a list of strings")
         if not value:
             raise self.error("golden_answers=[] holds no answer", "add at least one answer or remove the line")
-        return tuple(self._filled(item, "golden_answers") for item in cast(list[Any], value))
+        return tuple(self._filled(answer, "golden_answers") for answer in cast(list[Any], value))
 
     def metadata(self, row: dict[str, Any]) -> dict[str, Any]:
         value = row.get("metadata")
@@ -170,6 +175,7 @@ class _Where:
             raise self.error(f"{key}={_show(value)} is a {type(value).__name__}", "write a string")
         if not value.strip():
             raise self.error(f"{key}={_show(value)} is blank", "fill it in or remove the line")
+        # JSON may hold half a surrogate pair (`\ud800`), for which UTF-8 has no bytes. ASCII, the usual case, needs no trial.
         if not value.isascii():
             self._encodable(value, key)
         return value
@@ -202,6 +208,7 @@ def _columns(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Where, 
             for number, row in enumerate(batch.to_pylist(), first):
                 yield _Where(path, number, form), _question_row(row)
             first = number + 1
+    # pyarrow raises OSError for damaged pages and headers, not for the disk alone.
     except (pa.ArrowException, pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is no whole parquet file ({' '.join(str(error).split())}); fetch or write it again") from None
     if not number:
@@ -219,6 +226,7 @@ def _question_row(row: dict[str, Any]) -> dict[str, Any]:
         filled["golden_answers"] = [target] if isinstance(target, str) else target
     if question := extra.get("question") or _asked(row.get("prompt")):
         filled["question"] = question
+    # A parquet struct gives every row all fields of all rows: what a row itself lacks is None.
     metadata = {name: value for name, value in (row.get("metadata") or {}).items() if value is not None} if _is_object(row) else {}
     if _SUPPORT not in metadata and extra.get(_SUPPORT):
         metadata[_SUPPORT] = extra[_SUPPORT]
@@ -256,6 +264,7 @@ def _table(path: Path, stream: BinaryIO) -> Iterator[tuple[_Where, dict[str, Any
 
     A field cannot go on in the next line: an opening quote that is never closed would take up all rows to the next quote.
     """
+    # The csv module's own limit of 128 KiB is below what a line may have.
     csv.field_size_limit(LONGEST_LINE)
     columns: list[str] | None = None
     rows = 0
@@ -279,6 +288,7 @@ def _parse(where: _Where, line: bytes) -> dict[str, Any]:
     text = where.decoded(line)
     try:
         row = json.loads(text)
+    # Brackets nested a thousand deep end in a RecursionError.
     except (ValueError, RecursionError) as error:
         raise where.error(f"{_show(text.rstrip())} is not JSON ({error})", "write one JSON object a line") from None
     if not isinstance(row, dict):
@@ -294,6 +304,7 @@ class _Ids:
         self._repeated: frozenset[int] | None = None
 
     def add(self, identifier: str) -> None:
+        # Differs from process to process and is never written down; `_name_repeated` compares the ids themselves.
         self._hashes.append(hash(identifier))
 
     def repeated(self) -> frozenset[int]:

@@ -15,6 +15,7 @@ __all__ = ["Kind", "Side", "alias", "all_words", "names", "side", "words"]
 
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "tr", "st")
 _VOWELS = ("a", "e", "i", "o", "u")
+# The empty coda stands twice: a third of the syllables end in their vowel.
 _CODAS = ("", "", "l", "n", "r", "s")
 
 
@@ -41,6 +42,7 @@ _ALIASES = {Kind.PERSON: "Old {}", Kind.WORK: "The {} Book", Kind.PLACE: "{} Cit
 
 def side(name: str) -> Side:
     """Return the half of the name space that `name` belongs to."""
+    # By a digest: `hash` gives another half in every process.
     return tuple(Side)[hashlib.sha256(name.encode()).digest()[0] & 1]
 
 
@@ -48,6 +50,7 @@ def side(name: str) -> Side:
 def words(kind: Kind, position: int, number: int) -> tuple[str, ...]:
     """Return the first `number` invented words for position 0 or 1 of names of `kind`; a longer list extends a shorter one."""
     offset = 2 * _KINDS.index(kind) + position
+    # Dealt in turn and not cut in blocks, so that a longer sequence only lengthens each list.
     return _invented(number * _LISTS)[offset::_LISTS]
 
 
@@ -71,11 +74,11 @@ def alias(kind: Kind, name: str) -> str:
 @cache
 def _invented(number: int) -> tuple[str, ...]:
     """Return `number` distinct two-syllable words; the sequence is fixed, so a longer one begins with a shorter one."""
-    found: dict[str, None] = {}
+    invented: dict[str, None] = {}
     for index in count():
-        if len(found) == number:
-            return tuple(found)
-        found.setdefault(_word(hashlib.sha256(str(index).encode()).digest()))
+        if len(invented) == number:
+            return tuple(invented)
+        invented.setdefault(_word(hashlib.sha256(str(index).encode()).digest()))
     raise AssertionError("unreachable")
 
 

@@ -62,12 +62,14 @@ class PartialFile:
         self._joined = self._parts / f"{self._digest}.joined"
         self.sha256 = ""
         self.fetches = 0
+        # Where nothing tells versions apart, pieces of two versions could be joined unseen: such a file is fetched in one go.
         self.ranges = self.remote.ranges and bool(self.remote.version or self.remote.checksum or item.sha256)
         self._piece_bytes = piece_bytes
         self.left = 0
 
     def missing(self) -> int:
         """Return the bytes still to fetch, 0 when the size is unknown."""
+        # What is held of another version counts as nothing: `begin` removes it.
         if self.path.exists() or self.remote.size is None or not self._same_version():
             return 0 if self.path.exists() and self._same_version() else self.remote.size or 0
         held = sum(path.stat().st_size for path in self._parts.glob(f"{self._digest}.*") if path.suffix != ".json")
@@ -77,12 +79,15 @@ class PartialFile:
         """Return the pieces to fetch; what another version left behind is removed."""
         self._parts.mkdir(parents=True, exist_ok=True)
         if not self._same_version():
+            # The old bytes go first: a kill in between must not leave them under the record of the new version.
             self.drop()
             self._write({"version": self.remote.version, "size": self.remote.size, "piece_bytes": self._piece_bytes})
+        # The pieces on disk were cut by the recorded size, whatever transfer.piece_mb is at the time of a rerun.
         size, step = self.remote.size, int(self._read()["piece_bytes"])
         if size is None or not self.ranges:
             bounds = [(0, size)]
         else:
+            # One piece for an empty file, too, so that there is something to join.
             bounds = [(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
         joined = self._joined.stat().st_size if self._joined.exists() else 0
         self.pieces = [Piece(self, n, start, stop, self._part(n)) for n, (start, stop) in enumerate(bounds)]
@@ -107,8 +112,11 @@ class PartialFile:
         if problem:
             self.drop()
             return problem
+        # The hash before the name: killed in between, the joined file is hashed once more. The other way round a whole file would stand
+        # unrecorded and be fetched again.
         self._write({**self._read(), "sha256": self.sha256})
         self._joined.replace(self.path)
+        # A new name is safe on disk only with the folder that holds it.
         fsync(self.path.parent)
         return ""
 
@@ -126,11 +134,13 @@ class PartialFile:
     def _join(self) -> None:
         """Append the pieces to one file; a piece is removed only when it is safe in there, so a kill loses none."""
         if not self._joined.exists():
+            # Renamed, not copied: a file of one piece costs no second writing.
             self.pieces[0].path.replace(self._joined)
         held = self._joined.stat().st_size
         with self._joined.open("r+b") as sink:
             for piece in self.pieces:
                 if piece.path.exists():
+                    # A kill while this piece was copied has left a part of it behind.
                     if held != piece.start:
                         sink.truncate(piece.start)
                     sink.seek(piece.start)
@@ -145,6 +155,7 @@ class PartialFile:
         digests = {"sha256": hashlib.sha256()}
         size = path.stat().st_size
         if self.remote.checksum and self.remote.checksum[0] == "git-blob":
+            # git's hash of a file has its length in front; FIPS builds of OpenSSL refuse SHA-1 unless told that no security rests on it.
             digests["git-blob"] = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         with path.open("rb") as stream:
             while block := stream.read(_CHUNK):
@@ -211,11 +222,13 @@ class Piece:
         """Whether all bytes are here, or already among the first `joined` of the joined file."""
         if self.stop is None:
             return joined > 0
+        # The piece of an empty file ends at 0, which any joined file would seem to hold.
         return joined >= self.stop > 0 or (self.path.exists() and self.held() == self.stop - self.start)
 
 
 def _file_name(remote: Remote) -> str:
     """Return the end of the file's name, with the suffixes that say how to read it, short enough for a file system (255 bytes)."""
+    # The end is kept, for its suffixes; a character cut in two at the front is dropped.
     name = Path(remote.name.partition("?")[0]).name.encode()[-200:].decode(errors="ignore")
     return name + remote.encoding
 

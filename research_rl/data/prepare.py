@@ -25,6 +25,7 @@ def run(context: Context) -> None:
     with context.publish() as staging:
         for done, split in enumerate(SPLITS):
             questions = list(flashrag.read_questions(source / f"{split}.jsonl"))
+            # Shuffled before it is cut: a file holds the questions of one set behind those of another.
             chosen = shuffled(questions, f"{context.config.data_seed}/{split}")[: getattr(limits, f"{split}_rows")]
             _write([to_row(question, split, index) for index, question in enumerate(chosen)], staging.path / f"{split}.parquet")
             staging.counts |= {split: len(chosen), f"{split}_available": len(questions)}

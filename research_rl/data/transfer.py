@@ -1,5 +1,5 @@
-"""Fetch files from sources into a folder so that any interruption costs nothing. Knows retries and room on disk; `pieces` holds
-what is on disk, `workers` the threads that fetch it, a source the way to its bytes.
+"""Fetch files from sources into a folder; after an interruption only what is missing is fetched. Knows retries and room on disk;
+leaves what is on disk to `pieces`, the threads that fetch to `workers`, and the way to the bytes to a source.
 
 Invariant: every wait and every number of tries is bounded.
 """
@@ -37,7 +37,8 @@ def locate(names: Sequence[str], sources: Sources, sha256: Mapping[str, str], li
 
 def check_room(files: Sequence[Located], folder: Path, target: Path, output: int) -> None:
     """Raise DataError unless the disks hold what is still to fetch into `folder` and `output` bytes in `target`."""
-    missing = sum(PartialFile(item, folder, 1).missing() for item in _distinct(files) if item.remote.path is None)
+    # The size of pieces, 1 here, plays no part in how many bytes are missing.
+    missing = sum(PartialFile(file, folder, 1).missing() for file in _distinct(files) if file.remote.path is None)
     for place, need in _per_disk({folder: missing, target: output}).items():
         free = shutil.disk_usage(place).free
         if need > free:
@@ -53,6 +54,7 @@ def locked(folder: Path) -> Generator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as stream:
         try:
+            # The kernel releases this lock however the process ends; a file that marks the lock would be left behind by a kill.
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"another process downloads into {folder}; wait for it or end it") from None
@@ -65,23 +67,24 @@ def fetch(files: Sequence[Located], folder: Path, limits: TransferConfig, tell: 
     A file that goes by several names is fetched once. Raises DataError naming file and reason when tries are used up; what was
     fetched stays for the next call. Any other error of a thread is raised as it is.
     """
-    smallest_first = sorted(_distinct(files), key=lambda item: item.remote.size or 0)
-    jobs = {item.digest: PartialFile(item, folder, limits.piece_mb * 1_000_000) for item in smallest_first}
+    # A wrong checksum of a small file is told before hours go into a large one.
+    smallest_first = sorted(_distinct(files), key=lambda file: file.remote.size or 0)
+    jobs = {file.digest: PartialFile(file, folder, limits.piece_mb * 1_000_000) for file in smallest_first}
     Transfer(list(jobs.values()), limits, tell).run()
-    return {item.name: _fetched(jobs[item.digest]) for item in files}
+    return {file.name: _fetched(jobs[file.digest]) for file in files}
 
 
 def _distinct(files: Sequence[Located]) -> list[Located]:
     """Return each file of a source once, with the sha256 that any of its names expects. Raises ConfigError when two are expected."""
     by_digest: dict[str, Located] = {}
-    for item in files:
-        first = by_digest.setdefault(item.digest, item)
-        if first.sha256 and item.sha256 and first.sha256 != item.sha256:
+    for file in files:
+        first = by_digest.setdefault(file.digest, file)
+        if first.sha256 and file.sha256 and first.sha256 != file.sha256:
             raise ConfigError(
-                f"data.sha256 expects {first.sha256} of {first.name} and {item.sha256} of {item.name}, which are one file; correct one"
+                f"data.sha256 expects {first.sha256} of {first.name} and {file.sha256} of {file.name}, which are one file; correct one"
             )
-        if item.sha256:
-            by_digest[item.digest] = replace(first, sha256=item.sha256)
+        if file.sha256:
+            by_digest[file.digest] = replace(first, sha256=file.sha256)
     return list(by_digest.values())
 
 
@@ -114,6 +117,7 @@ def _per_disk(needs: Mapping[Path, int]) -> dict[Path, int]:
     """Add up needs of folders on one disk, under the first of them."""
     places: dict[int, tuple[Path, int]] = {}
     for folder, need in needs.items():
+        # A folder that is to be made will lie on the disk of the nearest one that stands.
         while not folder.exists():
             folder = folder.parent
         device = folder.stat().st_dev

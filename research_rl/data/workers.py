@@ -50,6 +50,7 @@ class Transfer:
         self._files, self._limits, self._tell = files, limits, tell
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        # Threads replace the pair as a whole, so it is read without the lock.
         self._notice = ("", 0.0)
         self._done = 0
         remote = [file for file in files if file.remote.path is None]
@@ -116,6 +117,7 @@ class Transfer:
     def _fill(self, piece: Piece) -> None:
         policy = retrying(self._limits.attempts).copy(
             stop=stop_after_attempt(self._limits.attempts) | stop_when_event_set(self._stop),
+            # An error of another thread ends the wait for the next try at once.
             sleep=sleep_using_event(self._stop),
             after=_forgiving(piece),
             before_sleep=lambda state: self._say_retry(piece, state),
@@ -141,8 +143,10 @@ class Transfer:
             piece.path.unlink(missing_ok=True)
         held = piece.held()
         if piece.stop is not None and piece.start + held == piece.stop:
+            # The piece of an empty file has nothing to fetch, but joining looks for it.
             piece.path.touch()
             return
+        # Unbuffered, so that what counts as received is in the file when the process is killed.
         with piece.path.open("ab", buffering=0) as sink, piece.file.item.source.read(remote, piece.start + held, piece.stop) as body:
             for block in body:
                 if self._stop.is_set():
@@ -150,6 +154,7 @@ class Transfer:
                 held += len(block)
                 if piece.stop is not None and piece.start + held > piece.stop:
                     raise TransientError(f"{remote.address} sent more than the {piece.stop - piece.start:,} bytes asked for")
+                # A raw write on a disk that runs full may take a part of the block and raise nothing.
                 if sink.write(block) != len(block):
                     raise OSError(errno.ENOSPC, "the last write was cut short", str(piece.path))
                 with self._lock:
@@ -182,6 +187,7 @@ class Transfer:
         notice, said = self._notice
         if notice and time.monotonic() - said < _NOTICE_S:
             text += f"; {notice}"
+        # Locating the files takes the first 2 % of the stage's progress; the second half is for writing `data/`.
         self._tell(text, 0.02 + 0.48 * (total - missing) / max(total, 1))
 
 
@@ -193,6 +199,7 @@ def _forgiving(piece: Piece) -> Callable[[RetryCallState], None]:
         nonlocal before
         held = piece.held()
         if piece.file.ranges and held > before:
+            # tenacity calls this hook before it looks at the number to decide whether to stop.
             state.attempt_number = 1
         before = held
 

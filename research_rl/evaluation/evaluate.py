@@ -58,12 +58,14 @@ async def evaluate(
     Each is graded as training would grade it: by the configured reward, its judge included.
     `on_result` is called for each as it ends. A question whose episode is lost gets a result that says so.
     """
+    # Reversed, so that `pop` takes the first.
     waiting = list(reversed(questions))
     done: dict[int, Result] = {}
     async with Grader(config.reward, config.judge, tokenizer.eos_token) as grader:
 
         async def worker() -> None:
             while waiting:
+                # Nothing is awaited between the look at the list and this, so no other worker takes the last question.
                 question, started = waiting.pop(), time.perf_counter()
                 trajectory = await _trajectory(config, question, engine, searcher, tokenizer)
                 seconds = time.perf_counter() - started
@@ -88,6 +90,7 @@ async def _trajectory(
         return Trajectory((), stop=StopReason.ENGINE_FAILURE, error=str(error))
     limits = Limits(**config.episode.model_dump())
     if config.evaluation.published_limits:
+        # In the published evaluation the limit is on prompt and response together.
         limits = replace(limits, max_response_tokens=limits.max_response_tokens - len(prompt))
     return await run_episode(prompt, engine, searcher, tokenizer, limits)
 
@@ -102,6 +105,7 @@ def _run(context: Context, model: Path) -> None:
         _evaluate_served(context, model, missing, journal, len(questions))
     results = [journal.results[question.row] for question in questions if question.row in journal.results]
     _publish(context, results)
+    # Last: before its publication the journal is all there is of the evaluation.
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -115,6 +119,7 @@ def _evaluate_served(context: Context, model: Path, missing: list[HeldOutQuestio
     context.progress(f"starting the servers for {len(missing):,} of {total:,} questions", 0.0)
 
     def note(result: Result) -> None:
+        # A lost question is played once more; what is lost then is kept only when it is little enough.
         if not result.lost:
             journal.add(result)
             context.progress(f"{len(journal.results):,} of {total:,} questions", len(journal.results) / total)
@@ -124,7 +129,9 @@ def _evaluate_served(context: Context, model: Path, missing: list[HeldOutQuestio
         served = services.enter_context(model_running(config, context.workspace, model, name=f"{context.stage.name}-model"))
         results = asyncio.run(_connected(config, missing, served, retriever, tokenizer, note))
         again = [question for question, result in zip(missing, results, strict=True) if result.lost]
+        # One more try, after all others: a service that failed may have come back meanwhile.
         lost = [r for r in asyncio.run(_connected(config, again, served, retriever, tokenizer, note)) if r.lost] if again else []
+        # Once more, after the questions: a service that was restarted meanwhile may serve another index.
         require_same_index(retriever, context.workspace)
     _accept(lost, total, config.evaluation.max_failures)
     for result in lost:

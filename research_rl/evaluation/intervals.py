@@ -26,7 +26,9 @@ _FEW = 10
 _BCA_MOST = 500
 """Values above which the percentile bootstrap is used: BCa leaves out each value once, which takes time with the square of them,
 and the two agree there."""
+# Numbers of eight bytes: the 32 MB of `_scipy`.
 _CELLS = 4_000_000
+# Differences below it come from rounding.
 _NOISE = 1e-12
 
 Values = NDArray[np.float64]
@@ -116,8 +118,10 @@ def _of_differences(delta: Values, resamples: int, seed: int, bounded: bool) -> 
     if moved.size == 0:
         if not bounded:
             return 0.0, 0.0
+        # That no pair moved does not prove that none ever does: up to this share may only have gone unseen.
         unseen = _binomial(0.0, delta.size)[1]
         return -unseen, unseen
+    # All pairs moved by as much: a bootstrap would find no width, as if nothing else could happen.
     if moved.size < _FEW or (bounded and np.ptp(delta) < _NOISE):
         return _of_few_differences(moved, delta.size)
     return _bootstrap(delta, resamples, seed)
@@ -134,6 +138,7 @@ def _of_few_differences(moved: Values, pairs: int) -> Interval:
 def _binomial(successes: float, trials: int) -> Interval:
     """Return Clopper and Pearson's interval; `successes` may be the sum of scores between 0 and 1."""
     betaincinv: Any = import_module("scipy.special").betaincinv  # by name: the type checker would read the whole of SciPy
+    # By rounding, a sum of scores may exceed their number.
     tail, failures = (1 - _LEVEL) / 2, max(0.0, trials - successes)
     low = float(betaincinv(successes, failures + 1, tail)) if successes > 0 else 0.0
     high = float(betaincinv(successes + 1, failures, 1 - tail)) if failures > 0 else 1.0

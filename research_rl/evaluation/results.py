@@ -88,6 +88,7 @@ class Result:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Result:
         """Read a record back. Raises DataError when a field is missing or unknown."""
+        # Checked here, since a dataclass tells of a missing field by a TypeError that names no remedy.
         if set(record) != {field.name for field in fields(cls)}:
             raise DataError(f"a result has the fields {sorted(record)}; evaluate again with this version")
         values: dict[str, Any] = record | {"golden_answers": tuple(record["golden_answers"])}
@@ -181,6 +182,7 @@ class UnfinishedResults:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # Of two lines about one question the later one counts.
         self.results = {result.row: result for result in (Result.from_json(record) for _, record in json_lines.read(path))}
 
     def add(self, result: Result) -> None:

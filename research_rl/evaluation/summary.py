@@ -48,6 +48,7 @@ def summarise(results: Sequence[Result], resamples: int, seed: int) -> dict[str,
     return {
         **_metrics(results, resamples, seed),
         "by_data_source": _grouped(results, lambda r: r.data_source, resamples, seed),
+        # As text, since JSON has no other keys.
         "by_hops": _grouped(results, lambda r: str(r.hops), resamples, seed),
     }
 
@@ -61,6 +62,7 @@ def _metrics(results: Sequence[Result], resamples: int, seed: int) -> dict[str, 
     metrics: dict[str, Any] = {"n": len(results)}
     for name, metric in METRICS.items():
         values = _defined(metric(result) for result in results)
+        # Left out where it is defined for no question: 0 would be read as a result.
         if values:
             metrics[name] = interval(values, resamples, seed, bounded=name in SCORES).to_json()
     metrics["stop"] = {reason.value: _share(results, reason, resamples, seed) for reason in StopReason}

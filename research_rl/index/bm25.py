@@ -62,6 +62,7 @@ class _Stems(dict[str, int]):
         self._stem = _stemmer()
 
     def __missing__(self, word: str) -> int:
+        # Called for new words only; the others are looked up without a call of Python code.
         number = self[word] = self.numbers.setdefault(self._stem(word), len(self.numbers))
         return number
 
@@ -88,12 +89,12 @@ def write(texts: CorpusTexts, config: IndexConfig, folder: Path) -> None:
 
 def build(work: Work, config: IndexConfig, store: CorpusTexts, ranges: Sequence[Range], progress: Progress) -> dict[str, Any]:
     """Build the word index as units of `work`; return the facts `Bm25.open` needs."""
-    counted = work.unit("bm25-words", partial(_count, store, progress))
+    facts = work.unit("bm25-words", partial(_count, store, progress))
     for number, (start, stop) in enumerate(ranges):
         work.unit(unit(number), partial(_score, work.folder / "bm25-words", config, number, start, stop))
         progress(f"{stop:,} of {len(store):,} passages scored", 0.7 + 0.3 * stop / max(len(store), 1))
     work.unit("bm25-vocabulary", partial(_vocabulary, work.folder / "bm25-words"))
-    return counted
+    return facts
 
 
 def sampled(store: CorpusTexts) -> Terms:
@@ -115,7 +116,9 @@ def counted(texts: Iterable[str]) -> Terms:
     if total < _LEAST_TERMS:
         return ENGLISH
     words = len(stems.numbers)
+    # Heaps' exponent is the slope, in logarithms, between the vocabularies at half and at all of the terms.
     half, fewer = next(item for item in seen if item[0] >= total / 2)
+    # Where a single passage leads from below half to all of the terms there is no second point.
     growth = float(np.clip(np.log(words / fewer) / np.log(total / half), *_GROWTH)) if half < total else ENGLISH.growth
     return Terms(total / len(seen), distinct / total, words / total**growth, growth)
 
@@ -134,6 +137,7 @@ def _count(store: CorpusTexts, progress: Progress, folder: Path) -> dict[str, An
             tokens, counts = _numbers(stems, texts)
             tokens.tofile(stream)
             lengths[start : start + len(texts)] = counts
+            # A passage counts once for each of its stems, however often it has it.
             pairs = np.unique(_pairs(tokens, counts))
             frequencies = _grown(frequencies, len(stems.numbers))
             frequencies += np.bincount(pairs & 0xFFFFFFFF, minlength=len(frequencies))
@@ -148,6 +152,7 @@ def _numbers(stems: _Stems, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32]
     """Return the stems of all texts in a row, and how many each text has."""
     number = stems.__getitem__
     numbered = [np.fromiter(map(number, _terms(text)), np.int32) for text in texts]
+    # Stop words have the number -1.
     stems_of = [numbers[numbers >= 0] for numbers in numbered]
     return np.concatenate(stems_of), np.fromiter(map(len, stems_of), np.int32, len(stems_of))
 
@@ -176,6 +181,7 @@ def _pairs(tokens: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Rows
 
 
 def _grown(values: Rows, size: int) -> Rows:
+    # At least doubled, so that growing takes constant time a word in all.
     return values if size <= len(values) else np.concatenate([values, np.zeros(max(size, 2 * len(values)) - len(values), np.int64)])
 
 
@@ -185,9 +191,11 @@ def _score(words: Path, config: IndexConfig, number: int, start: int, stop: int,
     counts = lengths[start:stop]
     first = int(lengths[:start].sum(dtype=np.int64))
     tokens = np.fromfile(words / _TOKENS, np.int32, int(counts.sum(dtype=np.int64)), offset=4 * first)
+    # Ordered by stem, then by row: the columns of the sparse matrix that bm25s searches.
     pairs, times = np.unique(_by_stem(tokens, counts), return_counts=True)
     stem, row = pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32)
     idf = np.log(1 + (len(lengths) - frequencies + 0.5) / (frequencies + 0.5))
+    # Passages of stop words alone have a mean length of 0.
     longer = 1 - config.b + config.b * counts / max(lengths.mean(), 1e-9)
     tf = times.astype(np.float32)
     scores = (idf.astype(np.float32)[stem] * (tf / (config.k1 * longer[row] + tf))).astype(np.float32)
@@ -202,6 +210,7 @@ def _by_stem(tokens: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Ro
 
 
 def _vocabulary(words: Path, folder: Path) -> dict[str, Any]:
+    # A copy in a unit of its own, since the unit `bm25-words`, with every token of the corpus, is left out of the artifact.
     (folder / _VOCABULARY).write_bytes((words / _VOCABULARY).read_bytes())
     return {}
 
@@ -235,8 +244,8 @@ class Bm25:
         """
         k = min(top_k, self.rows)
         tokens = [self._tokens(query) for query in queries]
-        found = [[_best(part, start, numbers, k) for numbers in tokens] for part, start in self._parts]
-        stacked = [(np.stack([s for s, _ in part]), np.stack([r for _, r in part])) for part in found]
+        hits = [[_best(part, start, numbers, k) for numbers in tokens] for part, start in self._parts]
+        stacked = [(np.stack([s for s, _ in part]), np.stack([r for _, r in part])) for part in hits]
         return merged([scores for scores, _ in stacked], [rows for _, rows in stacked], k)
 
     def _tokens(self, query: str) -> list[int]:
@@ -246,13 +255,14 @@ class Bm25:
 
 
 def _load(folder: Path, number: int, start: int, stop: int) -> bm25s.BM25:
-    made = bm25s.BM25()
+    index = bm25s.BM25()
     data, indices, starts = (_file(number, part) for part in _PARTS)
-    made.load_scores(folder, data, indices, starts, num_docs=stop - start, mmap=True)
-    made.nonoccurrence_array = None
+    index.load_scores(folder, data, indices, starts, num_docs=stop - start, mmap=True)
+    # Every search reads it, but only bm25s's own building and loading set it; this variant of BM25 has none.
+    index.nonoccurrence_array = None
     # A slice of a memmap costs several times one of the plain array over the same pages.
-    made.scores |= {part: np.asarray(made.scores[part]) for part in _PARTS}
-    return made
+    index.scores |= {part: np.asarray(index.scores[part]) for part in _PARTS}
+    return index
 
 
 def _best(index: bm25s.BM25, start: int, numbers: list[int], k: int) -> tuple[Vectors, Rows]:
@@ -261,8 +271,9 @@ def _best(index: bm25s.BM25, start: int, numbers: list[int], k: int) -> tuple[Ve
     if not numbers:
         return best, rows
     scores = index.get_scores_from_ids(numbers)
+    # Above 0 in any case: a passage with none of the words is no hit.
     line = max(np.partition(scores, -k)[-k] if k < len(scores) else 0.0, np.finfo(np.float32).tiny)
-    found = np.flatnonzero(scores >= line)
-    order = found[np.lexsort((found, -scores[found]))][:k]
+    matching = np.flatnonzero(scores >= line)
+    order = matching[np.lexsort((matching, -scores[matching]))][:k]
     best[: len(order)], rows[: len(order)] = scores[order], order + start
     return best, rows

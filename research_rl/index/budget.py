@@ -28,6 +28,7 @@ _SENTENCE = 600 * _MIB
 """torch and sentence-transformers with a model of the base size."""
 _ACTIVATIONS = 80
 """Numbers a token holds for each of its vector's while a batch goes through a transformer."""
+# A stem, its number and the words that lead to it, in two Python dictionaries.
 _WORD_BYTES = 300
 _WORD_DISK = 16
 """A term and its number in the vocabulary's file; each file of scores has eight bytes a term besides."""
@@ -62,6 +63,7 @@ def shard_rows(config: IndexConfig, dim: int, rows: int, terms: Terms = ENGLISH)
     """
     limit = config.memory_gib * 1024**3
     fixed, each = _fixed(config, dim, rows, terms), _per_row(config, dim, terms)
+    # A prebuilt index is copied as a file and costs no memory a row.
     most = int((limit - fixed) / each) if each else config.shard_rows
     if most < _LEAST_ROWS:
         raise ConfigError(
@@ -128,6 +130,7 @@ def _per_row(config: IndexConfig, dim: int, terms: Terms) -> float:
         sides.append(row_bytes(config, dim) * (_GROWN if any(name in config.factory for name in ("IVF", "HNSW")) else 1))
     if config.kind != "dense":
         sides.append(terms.kept * _TOKEN_BYTES)
+    # Vectors and words are built one after the other.
     return max(sides, default=0.0)
 
 

@@ -39,6 +39,7 @@ def run(context: Context) -> None:
     vectors = VectorFiles(vector_shards(context.parent("embed"), context.parents["embed"]), context.parents["embed"].counts["dim"])
     _check(config, store, vectors)
     terms = _terms(config, store)
+    # A prebuilt index stays one file, whatever the budget says.
     rows = max(len(store), 1) if config.prebuilt else budget.shard_rows(config, vectors.dim, len(store), terms)
     ranges = ranges_of(len(store), rows)
     work = Work(context)
@@ -53,6 +54,7 @@ def run(context: Context) -> None:
     if config.kind == "hybrid":
         facts |= {"depth": config.depth, "rank_offset": config.rank_offset}
     with context.publish() as staging:
+        # Before the proof: it opens the files where the artifact will have them.
         _link(work, staging.path)
         staging.counts |= {"passages": len(store), "shards": len(ranges), "shard_rows": rows, "dim": vectors.dim}
         staging.facts |= facts
@@ -103,9 +105,9 @@ def _link(work: Work, target: Path) -> None:
 
 def _prove(context: Context, staging: Staging, vectors: VectorFiles) -> None:
     """Find a canary, and measure an index that is not exact; one file open at a time. Raises ConfigError when none is found."""
-    embed, found = context.parent("embed"), context.parents["embed"]
-    searcher = open_files(staging.path, staging.facts, staging.counts, embed, found, keep=False)
-    staging.facts["canary"] = _canary(searcher, found.facts["canaries"], context.config.index)
+    embed_folder, embed = context.parent("embed"), context.parents["embed"]
+    searcher = open_files(staging.path, staging.facts, staging.counts, embed_folder, embed, keep=False)
+    staging.facts["canary"] = _canary(searcher, embed.facts["canaries"], context.config.index)
     if staging.facts.get("exact", True) or not len(vectors):
         return
     _measure(context.config.index, staging, vectors)

@@ -48,6 +48,7 @@ def template(config: IndexConfig, dim: int) -> Any:
     """Return the empty index of `index.factory`. Raises ConfigError for a factory or search string that faiss refuses."""
     try:
         index = faiss.index_factory(dim, config.factory, faiss.METRIC_INNER_PRODUCT)
+        # Set on the template, since faiss writes search parameters such as nprobe and efSearch into the file.
         if config.search:
             faiss.ParameterSpace().set_index_parameters(index, config.search)
         return index
@@ -63,7 +64,9 @@ def row_bytes(config: IndexConfig, dim: int) -> float:
     graph: Any = getattr(index, "hnsw", None)
     if graph is not None:
         links = graph.cum_nb_neighbors(1) + 1  # one vector in M has M links more, on an upper level
+        # Four bytes a link; twelve for the vector's level and for where its links begin.
         return index.storage.sa_code_size() + 4.0 * links + 12
+    # Inverted lists hold an id of eight bytes beside each code.
     return index.sa_code_size() + 8.0 * (faiss.try_extract_index_ivf(index) is not None)
 
 
@@ -107,14 +110,14 @@ def write(config: IndexConfig, empty: Any, vectors: VectorFiles, number: int, st
     if empty is None:
         from research_rl.index.exact import scan_name, write_scan
 
-        norm, error = write_scan((some for _, some in vectors.batches(start, stop, _ADD)), folder / scan_name(number))
+        norm, error = write_scan((batch for _, batch in vectors.batches(start, stop, _ADD)), folder / scan_name(number))
         return {"norm": norm, "error": error}
     index = faiss.clone_index(empty)
     _reserve(index, stop - start)
     index = _placed(config, index)
     faiss.omp_set_num_threads(threads_for((stop - start) * vectors.dim * 4))
-    for _, some in vectors.batches(start, stop, _ADD):
-        index.add(some)
+    for _, batch in vectors.batches(start, stop, _ADD):
+        index.add(batch)
     faiss.write_index(_returned(config, index), str(folder / file_name(number)))
     return {}
 
@@ -124,6 +127,7 @@ def _reserve(index: Any, rows: int) -> None:
     storage = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
     if isinstance(storage, faiss.IndexFlatCodes):
         storage.codes.resize(rows * storage.code_size)
+        # A C++ vector keeps its room when it becomes shorter.
         storage.codes.resize(0)
 
 
@@ -172,5 +176,6 @@ def _open_scan(folder: Path, bounds: dict[str, float], vectors: VectorFiles, num
 
     from research_rl.index.exact import ExactScan, scan_name
 
+    # For all of torch in this process, the encoder of the queries included.
     torch.set_num_threads(threads or os.cpu_count() or 1)
     return ExactScan(folder / scan_name(number), vectors.mapped(*span), bounds["norm"], bounds["error"])

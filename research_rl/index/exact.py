@@ -59,6 +59,7 @@ def write_scan(shards: Iterable[Vectors], path: Path) -> tuple[float, float]:
                 raise DataError(f"a vector is longer than {_LONGEST:g} or holds NaN; encode the passages again, normalised")
             norm = max(norm, float(lengths.max()))
             error = max(error, float((exact - rounded.float()).norm(dim=1).max()))
+            # NumPy has no bfloat16; the bits are the same.
             stream.write(rounded.view(torch.int16).numpy().tobytes())
     return norm, error
 
@@ -90,9 +91,11 @@ class ExactScan:
         exact_Qd = torch.from_numpy(np.ascontiguousarray(queries, np.float32))
         rounded_Qd = exact_Qd.to(torch.bfloat16)
         slack_Q = 2 * self._bound(exact_Qd, rounded_Qd)
+        # A multiple of the group, so that no group but the last of all is cut.
         step = max(_GROUP, _SCORE_BYTES // (2 * max(1, len(queries))) // _GROUP * _GROUP)
         for start in range(0, self.rows, step):
             part_QN = rounded_Qd @ self._scan[start : start + step].T
+            # Twice the error between two approximate scores; once where an exact score, the k-th best so far, is compared with one.
             line_Q = torch.maximum(_kth_best(part_QN, k) - slack_Q, torch.from_numpy(scores[:, -1]) - slack_Q / 2)
             for query, candidates in enumerate(_above(part_QN, line_Q)):
                 self._merge(queries[query], candidates + start, scores[query], rows[query])
@@ -109,10 +112,10 @@ class ExactScan:
         for start in range(0, len(candidates), _RESCORED):
             some = candidates[start : start + _RESCORED]
             # Row by row, unlike a matrix product: equal rows get equal scores wherever they stand.
-            found = np.concatenate([scores, np.einsum("nd,d->n", self._vectors(some), query)])
-            names = np.concatenate([rows, some])
-            best = np.lexsort((names, -found))[: len(scores)]
-            scores[:], rows[:] = found[best], names[best]
+            all_scores = np.concatenate([scores, np.einsum("nd,d->n", self._vectors(some), query)])
+            all_rows = np.concatenate([rows, some])
+            best = np.lexsort((all_rows, -all_scores))[: len(scores)]
+            scores[:], rows[:] = all_scores[best], all_rows[best]
 
     def _vectors(self, rows: Rows) -> Vectors:
         if len(self._shards) == 1:
@@ -127,6 +130,7 @@ class ExactScan:
 
 def _kth_best(scores_QN: torch.Tensor, k: int) -> torch.Tensor:
     """Return a lower bound of each row's k-th best score: the k-th best of its groups' maxima, or of its scores."""
+    # The k best maxima are scores of k different rows, so the k-th of them cannot lie above the k-th best row.
     maxima_QG = _maxima(scores_QN)
     source = maxima_QG if maxima_QG.shape[1] >= k else scores_QN
     if source.shape[1] < k:
@@ -144,6 +148,7 @@ def _maxima(scores_QN: torch.Tensor) -> torch.Tensor:
 
 def _above(scores_QN: torch.Tensor, line_Q: torch.Tensor) -> list[Rows]:
     """Return for each query the columns that score at least its line."""
+    # Groups first: whole groups below the line, which are nearly all, cost one comparison.
     owners, groups = torch.nonzero(_maxima(scores_QN).float() >= line_Q[:, None], as_tuple=True)
     ends = np.searchsorted(owners.numpy(), np.arange(len(scores_QN) + 1))
     offsets = np.arange(_GROUP)

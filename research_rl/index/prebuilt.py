@@ -20,7 +20,7 @@ __all__ = ["adopt"]
 def adopt(work: Work, path: Path, rows: int, dim: int) -> dict[str, Any]:
     """Copy the file, so that no later edit of it alters the artifact, as the whole index; return facts. Raises ConfigError.
 
-    Whether its rows are those of this corpus shows the canary, found by the encoder's own query vectors.
+    Whether its rows are those of this corpus is left to the canary, which the stage then seeks by the encoder's own query vectors.
     """
     if not path.is_file():
         raise ConfigError(f"index.prebuilt={path} is no file{_instead(path)}; give the path of an existing faiss index")
@@ -32,6 +32,7 @@ def adopt(work: Work, path: Path, rows: int, dim: int) -> dict[str, Any]:
         return {}
 
     work.unit(unit(0), take)
+    # A flat index of distances is exact only for vectors of unit length, so its recall is measured.
     return {"factory": index.kind, "exact": index.kind == "IndexFlatIP"}
 
 
@@ -59,10 +60,11 @@ def _fits(index: VectorIndex, path: Path, rows: int, dim: int) -> None:
     if index.dim != dim:
         raise ConfigError(f"index.prebuilt={path} holds vectors of {index.dim}, the encoder makes {dim}; set the encoder it was built with")
     seen = np.zeros(rows, bool)
-    for some in index.identifiers():
-        if ((some < 0) | (some >= rows)).any() or seen[some].any() or len(np.unique(some)) < len(some):
+    for ids in index.identifiers():
+        # Used before, or twice in this very part.
+        if ((ids < 0) | (ids >= rows)).any() or seen[ids].any() or len(np.unique(ids)) < len(ids):
             raise ConfigError(
-                f"index.prebuilt={path} numbers its vectors by ids of its own, such as {int(some[0]):,}; "
+                f"index.prebuilt={path} numbers its vectors by ids of its own, such as {int(ids[0]):,}; "
                 f"add them in the order of the corpus, without ids, so that they are 0 to {rows - 1:,}"
             )
-        seen[some] = True
+        seen[ids] = True

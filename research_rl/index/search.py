@@ -70,6 +70,7 @@ class VectorIndex:
         self._index = index
         self._distances: bool = self.metric == faiss.METRIC_L2
         self._threads = threads or threads_for(self.rows * self.dim * 4)
+        # One number for the whole process: the index that is opened last sets it.
         faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM * self.dim
 
     @classmethod
@@ -112,6 +113,7 @@ class VectorIndex:
             lists = ivf.invlists
             for number in range(lists.nlist):
                 if size := lists.list_size(number):
+                    # A copy, as the view ends with the list that it points into.
                     yield faiss.rev_swig_ptr(lists.get_ids(number), size).copy()
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
@@ -137,8 +139,8 @@ class Joined:
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows); rows count from the corpus's first."""
-        found = [self._one(opener, start, queries, top_k) for opener, start in zip(self._openers, self._starts, strict=True)]
-        return merged([scores for scores, _ in found], [rows for _, rows in found], min(top_k, self.rows))
+        hits = [self._one(opener, start, queries, top_k) for opener, start in zip(self._openers, self._starts, strict=True)]
+        return merged([scores for scores, _ in hits], [rows for _, rows in hits], min(top_k, self.rows))
 
     def _one(self, opener: Opener, start: int, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         scores, rows = opener().search(queries, top_k)
@@ -150,9 +152,10 @@ def merged(scores: Sequence[Vectors], rows: Sequence[Rows], top_k: int) -> tuple
     if len(scores) == 1:
         return scores[0][:, :top_k], rows[0][:, :top_k]
     all_scores, all_rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
+    # Row -1 is a place that was not filled: it goes last, whatever number stands there for a score.
     order = np.argsort(-np.where(all_rows < 0, -np.inf, all_scores), axis=1, kind="stable")[:, :top_k]
     return np.take_along_axis(all_scores, order, axis=1), np.take_along_axis(all_rows, order, axis=1)
 
 
-def _constant(made: VectorSearcher) -> Opener:
-    return lambda: made
+def _constant(searcher: VectorSearcher) -> Opener:
+    return lambda: searcher

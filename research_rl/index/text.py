@@ -72,6 +72,7 @@ class Hybrid:
         """
         k = min(top_k, self.rows)
         scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        # At least as deep as what is asked for; else the last places would stay empty.
         rankings = [_ranked(*side.search(queries, max(self._depth, k))) for side in self._sides]
         for query, lists in enumerate(zip(*rankings, strict=True)):
             fused = self._fused(lists)[:k]
@@ -80,12 +81,13 @@ class Hybrid:
         return scores, rows
 
     def _fused(self, rankings: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
-        found: dict[int, float] = {}
+        fused: dict[int, float] = {}
         for ranking in rankings:
             for rank, row in enumerate(ranking, self._offset + 1):
-                found[row] = found.get(row, 0.0) + 1 / rank
-        found.pop(-1, None)
-        return sorted(found.items(), key=lambda item: (-item[1], item[0]))
+                fused[row] = fused.get(row, 0.0) + 1 / rank
+        # -1, which stands for no passage, was ranked like one.
+        fused.pop(-1, None)
+        return sorted(fused.items(), key=lambda hit: (-hit[1], hit[0]))
 
 
 def _ranked(scores: Vectors, rows: Rows) -> list[list[int]]:
@@ -154,4 +156,5 @@ def _numbers(files: int, part: Part) -> list[int]:
         raise ConfigError(f"part {number} of {of} does not exist; parts are 0 to {of - 1}")
     if of > files:
         raise ConfigError(f"the index has {files} files and cannot be cut into {of} parts; lower index.shard_rows and build it again")
+    # Rounded down at both ends, parts differ by one file at most and leave none out.
     return list(range(files * number // of, files * (number + 1) // of))

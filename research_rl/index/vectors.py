@@ -32,6 +32,7 @@ class VectorFiles:
             if low < high:
                 mapped = _map(path)
                 for row in range(low, high, size):
+                    # A copy, so that the map, and with it the pages it keeps in memory, goes with its file.
                     yield row, np.array(mapped[row - first : min(row + size, high) - first], np.float32)
 
     def take(self, rows: Rows) -> Vectors:

@@ -91,11 +91,13 @@ class Service:
             raise self._away("draining", "the service ends")
         if self._batcher is None:
             raise self._away("starting", "the index is being opened")
+        # Equal texts of a request are searched once.
         distinct = dict.fromkeys(query for query in queries if query)
         results = {query: passages for query in distinct if (passages := self._cache.get(query, top_k)) is not None}
         seen.cached = sum(query in results for query in queries)
         missing = [query for query in distinct if query not in results]
         results |= await self._searched(self._batcher, seen, missing, top_k, timeout_s)
+        # A text without anything to search for was not searched and has no entry.
         return [results.get(query, []) for query in queries]
 
     def _query(self, text: str) -> str:
@@ -105,6 +107,7 @@ class Service:
         if len(query) > limit:
             self.metrics.shortened()
             query = query[:limit].rstrip()
+        # JSON can hold half a surrogate pair, which neither a tokenizer nor UTF-8 has a place for.
         if not query.isprintable():
             query = "".join(character for character in query if unicodedata.category(character) != "Cs")
         return query if query.isascii() or _searchable(query) else ""
@@ -118,6 +121,7 @@ class Service:
         results: dict[str, list[Passage]] = {}
         for start in range(0, len(queries), size):
             piece = queries[start : start + size]
+            # Set for each piece: how long a piece may wait does not depend on how many pieces came before it.
             deadline = min(until, time.monotonic() + self.config.max_deadline_s)
             try:
                 answers, seen.batch = await batcher.search(piece, top_k, deadline, admitted=start > 0)
@@ -138,6 +142,7 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncGenerator[None]:
         """Open the index while the server already answers /health and /readyz."""
+        # A daemon: opening cannot be interrupted, and must not hold up an end that is asked for meanwhile.
         threading.Thread(target=self._start, name="opening", daemon=True).start()
         yield
         await asyncio.to_thread(self.close)
@@ -155,6 +160,7 @@ class Service:
             return
         self._cache = ResultCache(self.config.cache_entries)
         self._batcher = MicroBatcher(retriever.search, self.config.max_batch, self.config.max_queue, self.metrics.batch)
+        # Last, because it is what makes `state` say that searches are answered.
         self.retriever = retriever
 
     def check_files(self) -> None:
@@ -163,6 +169,7 @@ class Service:
             if self.retriever is not None:
                 self.retriever.check_files()
         except ManifestError as error:
+            # The first failure is the one to tell.
             self.failure = self.failure or error
 
     @property
@@ -194,6 +201,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
         """Whether the service runs, and whether its searcher is free; 503 until the index is open."""
+        # While it drains the service is healthy all the same: a restart would lose what it still answers.
         serves = service.retriever is not None and service.failure is None
         content: dict[str, Any] = {"status": "healthy" if serves else service.state}
         content["retrievers"] = {"total": 1, "available": int(service.idle)}
@@ -262,6 +270,7 @@ def _timeout(header: str | None, timeout_s: float | None) -> float | None:
         return timeout_s
     if not (header.isascii() and header.isdigit()):
         raise HTTPException(422, f"X-Deadline-Ms={header[:80]!r} is no whole number of milliseconds; send one, such as 2000")
+    # Twelve digits are thirty years.
     seconds = int(header[:12]) / 1000
     return seconds if timeout_s is None else min(seconds, timeout_s)
 
@@ -269,7 +278,9 @@ def _timeout(header: str | None, timeout_s: float | None) -> float | None:
 async def _invalid(_: Request, error: Exception) -> Response:
     """Name the field, the value and the reason in one line."""
     problems = error.errors() if isinstance(error, RequestValidationError) else []
-    lines = [f"{'.'.join(map(str, item['loc'][1:])) or 'body'}={str(item.get('input'))[:80]}: {item['msg']}" for item in problems]
+    lines = [
+        f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}={str(problem.get('input'))[:80]}: {problem['msg']}" for problem in problems
+    ]
     return refusal(422, "; ".join(lines) + "; /openapi.json describes the format")
 
 

@@ -55,6 +55,7 @@ class MicroBatcher:
     @property
     def idle(self) -> bool:
         """Whether no search runs or waits."""
+        # Without the lock: it tells /health how busy the service is, and may be out of date by then in any case.
         return not (self._working or self._jobs)
 
     @property
@@ -105,6 +106,7 @@ class MicroBatcher:
             self._changed.wait_for(lambda: bool(self._jobs) or self._closed)
             taken: list[_Job] = []
             size = 0
+            # The first job is taken whatever its size; one above `max_batch` would wait for ever.
             while self._jobs and (not taken or size + len(self._jobs[0].queries) <= self._max_batch):
                 taken.append(self._jobs.popleft())
                 size += len(taken[-1].queries)
@@ -116,6 +118,7 @@ class MicroBatcher:
         queries = list(dict.fromkeys(query for job in jobs for query in job.queries))
         started = time.perf_counter()
         try:
+            # As many as the most demanding caller asked for; the others take the beginning of the same list.
             results = dict(zip(queries, self._search(queries, max(job.top_k for job in jobs)), strict=True))
         except Exception as error:  # noqa: BLE001  (the boundary: a failed batch is told to its callers, the worker lives on)
             for job in jobs:
@@ -128,6 +131,7 @@ class MicroBatcher:
 
 def _settle(job: _Job, outcome: tuple[Found, int] | Exception) -> None:
     def deliver() -> None:
+        # The caller was cancelled while the search ran.
         if job.future.done():
             return
         if isinstance(outcome, Exception):

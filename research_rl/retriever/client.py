@@ -52,6 +52,7 @@ class RetrieverClient:
         self.url, self.timeout_s, self._connections = url.rstrip("/"), timeout_s, connections
         self._parts: list[Part[Passages | SearchFailure]] = [Part(urls, self._healthy) for urls in parts(url)]
         self._pools = _pools(url, token, connections)
+        # One entry a connection, by the pool it belongs to. Last in, first out, so that a quiet client keeps few connections in use.
         self._free: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
         for number in range(connections):
             self._free.put_nowait(self._pools[number // _POOL])
@@ -98,6 +99,7 @@ class RetrieverClient:
         else:
             task = self._in_flight[key] = asyncio.create_task(self._search(key))
             task.add_done_callback(lambda _: self._in_flight.pop(key, None))
+        # Others may wait for the same search: a caller that is cancelled leaves alone, and each gets lists of its own.
         answer = await asyncio.shield(task)
         return answer if isinstance(answer, SearchFailure) else [list(passages) for passages in answer]
 
@@ -124,6 +126,7 @@ class RetrieverClient:
 
     async def _get(self, url: str, path: str) -> dict[str, Any] | SearchFailure:
         try:
+            # Beside the counted connections, so that a question about health does not wait behind searches.
             response = await self._pools[0].get(f"{url}{path}", timeout=self.timeout_s)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             return SearchFailure(_reason(error), SearchFault.UNREACHABLE)
@@ -157,6 +160,7 @@ class RetrieverClient:
 
     async def _tried(self, key: Key, pool: httpx.AsyncClient) -> Passages | SearchFailure:
         """Ask until an answer comes or the next try would begin past `timeout_s`."""
+        # `reraise`: the last ReplicaError, whose fault is counted, instead of tenacity's RetryError.
         retrying = AsyncRetrying(
             stop=stop_before_delay(self.timeout_s), wait=_pause, retry=retry_if_exception_type(ReplicaError), reraise=True
         )
@@ -172,6 +176,7 @@ class RetrieverClient:
         self._counts["tries"] += 1
         fault: SearchFault | None = None
         try:
+            # Not below a millisecond: a timeout of 0 ends the try before anything is sent.
             async with asyncio.timeout(max(deadline - time.monotonic(), 0.001)):
                 answer = await self._all_parts(key, pool, deadline)
             fault = answer.fault if isinstance(answer, SearchFailure) else None
@@ -194,6 +199,7 @@ class RetrieverClient:
 
         if len(self._parts) == 1:
             return await self._parts[0].ask(send)
+        # Every part is awaited before the first failure is raised: no request goes on without an owner.
         answers = await asyncio.gather(*(part.ask(send) for part in self._parts), return_exceptions=True)
         of_parts: list[Passages] = []
         for answer in answers:
@@ -214,13 +220,16 @@ class RetrieverClient:
             if response.status_code not in (404, 405):
                 self._dialects[url] = dialect
                 return _read(dialect, response, len(key[0]))
+        # Another kind of service may stand at this address at the next try.
         self._dialects.pop(url, None)
         return SearchFailure(f"{url} has neither /batch_search nor /retrieve; name a retriever's address", SearchFault.DENIED)
 
     async def _sent(self, url: str, body: dict[str, Any], pool: httpx.AsyncClient, deadline: float) -> httpx.Response | SearchFailure:
         seconds = max(deadline - time.monotonic(), 0.001)
+        # A service that knows when its answer is of no use any more need not search for it.
         headers = {"X-Deadline-Ms": str(max(int(1000 * seconds), 1))}
         try:
+            # httpx's timeout holds for each reading and writing by itself, this one for the whole request.
             async with asyncio.timeout(seconds):
                 response = await pool.post(url, json=body, headers=headers, timeout=seconds)
         except (httpx.TimeoutException, TimeoutError) as error:
@@ -229,6 +238,7 @@ class RetrieverClient:
             raise ReplicaError(_reason(error), SearchFault.UNREACHABLE) from None
         except httpx.InvalidURL as error:
             return SearchFailure(_reason(error), SearchFault.DENIED)
+        # Half a surrogate pair in a query has no bytes in UTF-8: the fault of this query alone.
         except UnicodeEncodeError as error:
             return SearchFailure(_reason(error), SearchFault.REFUSED)
         if response.status_code >= 500 or response.status_code == 429:
@@ -251,6 +261,7 @@ def merged(of_parts: Sequence[Passages], top_k: int) -> Passages:
 def _pools(url: str, token: str | None, connections: int) -> list[httpx.AsyncClient]:
     """Return connection pools of up to `_POOL` connections each, for each address; proxies of the environment are not used."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
+    # `_free` limits the connections. In httpx's own queue the time of waiting would count as a replica's.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S)
     # One context for all pools: reading the system's certificates takes as long as a hundred searches.
     verify = httpx.create_ssl_context() if "https:" in url.lower() else False

@@ -47,6 +47,7 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
     """
     retriever, token = config.retriever, token_from(TOKEN)
     if given := retriever.url or fleet.address(retriever.urls):
+        # Each part by itself, so that the message can name the one that is silent.
         for part in fleet.parts(given):
             _require_answer(",".join(part), token)
         endpoint = Endpoint(given, token)
@@ -81,6 +82,7 @@ def require_same_index(endpoint: Endpoint, workspace: Workspace) -> None:
         return
     for url, info in asyncio.run(_info(endpoint)).items():
         if isinstance(info, SearchFailure):
+            # A replica that is down is the client's business, which asks the others.
             if info.fault is not SearchFault.UNREACHABLE:
                 _LOG.warning("%s does not say which index it serves (%s); it is not compared with %s", url, info.reason, workspace.root)
             continue
@@ -134,6 +136,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def _serve(config: RetrieverConfig, workspace: Workspace, token: str | None, part: tuple[int, int]) -> None:
     _require_access(config, token)
+    # Before faiss and torch are imported: OpenMP reads its variables when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work must not spin on a shared machine
     with _bound(config) as listener:
         from research_rl.retriever.server import run
@@ -190,6 +193,7 @@ def _config(arguments: argparse.Namespace) -> RetrieverConfig:
     else:
         config = load(params).retriever if params.is_file() else RetrieverConfig()
     given = {name: getattr(arguments, name) for name in ("host", "port") if getattr(arguments, name) is not None}
+    # Validated anew: `model_copy` would take any value.
     return RetrieverConfig.model_validate({**config.model_dump(), **given})
 
 

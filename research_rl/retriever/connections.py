@@ -26,6 +26,7 @@ _LATE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close
 def file_limit() -> int:
     """Raise this process's limit of open files as far as it may; return how many connections it leaves room for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The usual soft limit is 1,024 files; a process may raise it to the hard one by itself.
     if hard != resource.RLIM_INFINITY and soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
@@ -61,6 +62,7 @@ class _Bounded(H11Protocol):
         super().connection_made(transport)
         self._wait_for_headers()
         if len(self.connections) > self.bounds.limit:
+            # There is one: this connection itself was entered just above.
             oldest = next(iter(self.bounds.unfinished))
             self.bounds.refused("connections")
             oldest._end(_FULL)
@@ -68,6 +70,7 @@ class _Bounded(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         # uvicorn's types deny that there is None between two requests.
+        # A request whose headers came has a cycle; its body and its search have time limits elsewhere.
         if self.cycle is not None and not self.cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
             self._no_longer_waits()
         elif self not in self.bounds.unfinished:
@@ -90,6 +93,7 @@ class _Bounded(H11Protocol):
 
     def _end(self, answer: bytes) -> None:
         self._no_longer_waits()
+        # At once, since `connection_lost` comes later and the next connection is counted before it.
         self.connections.discard(self)
         self.transport.write(answer)
         self.transport.close()

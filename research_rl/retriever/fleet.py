@@ -120,6 +120,7 @@ class Replica:
 
     def _open(self) -> None:
         self.state = "open"
+        # At random, so that clients that lost a replica together do not probe it together.
         self.until = time.monotonic() + random.uniform(self._rest / 2, self._rest)
         self._rest = min(2 * self._rest, _LONGEST_REST_S)
 
@@ -145,8 +146,10 @@ class Part(Generic[T]):
             resting = min(self.replicas, key=lambda replica: replica.until)
             if resting.trial is None:
                 return await self._start(resting, send)
+            # Shared by all that wait: one that is cancelled must not cancel the future of the others.
             failure = await asyncio.shield(resting.trial)
             if failure is not None:
+                # One exception raised in several tasks would gather the tracebacks of all of them.
                 raise failure.copy()
         return await self._race(send)
 
@@ -182,6 +185,7 @@ class Part(Generic[T]):
         finally:
             for task in requests:
                 task.cancel()
+            # Until the cancelled requests have ended: they use the connection that the caller gives back next.
             await asyncio.gather(*requests, return_exceptions=True)
 
     async def _first(self, requests: set[asyncio.Task[T]], asked: set[Replica]) -> tuple[set[asyncio.Task[T]], set[asyncio.Task[T]]]:
@@ -199,6 +203,7 @@ class Part(Generic[T]):
     def _next(self, asked: set[Replica]) -> Replica | None:
         """Return the least loaded usable replica that was not asked yet."""
         usable = [replica for replica in self.replicas if replica.usable and replica not in asked]
+        # Chance decides between equals; by their order all clients would choose the same.
         return min(usable, key=lambda replica: (replica.in_flight, random.random()), default=None)
 
     def _hedge_delay(self) -> float:
@@ -221,6 +226,7 @@ class Part(Generic[T]):
         try:
             answer = await send(replica.url)
         except ReplicaError as error:
+            # A replica that says when to come back works; only its queue is full.
             if error.pause_s:
                 replica.busy(error.pause_s)
             else:

@@ -71,11 +71,14 @@ class PauseGate:
         if self.closed:
             return
         now = time.monotonic()
+        # What the model did wrong, such as an empty query, shows that the service answers.
         self._window.append((now, fault if fault is not None and fault.is_service else None))
+        # Ends at the entry of this moment at the latest.
         while self._window[0][0] < now - self._patience.window_s:
             self._window.popleft()
         if fault is not None and self._too_many():
             self._open.clear()
+            # Kept, since the event loop itself holds tasks by weak references only.
             self._watcher = asyncio.create_task(self._watch())
 
     def _faults(self) -> dict[str, int]:
@@ -97,6 +100,7 @@ class PauseGate:
         except TimeoutError:
             self._tell("gave_up")
         finally:
+            # The failures from before would close the gate again at the first one after.
             self._window.clear()
             self._open.set()
 

@@ -67,16 +67,19 @@ class Gateway:
         self._most = config.max_body_mib << 20
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Messages of the lifespan, in which the application opens the index.
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
+        # All other paths share one label, or a client could make any number of metrics.
         seen = scope["seen"] = Seen(scope["path"] if scope["path"] in ROUTES else "other", late=self.closing)
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                # A draining server ends soon: a client must not send its next request on this connection.
                 if self.closing:
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
@@ -86,6 +89,7 @@ class Gateway:
             await self._answer(scope, receive, watched, lambda: status != 0)
         finally:
             self.active -= 1
+            # nginx's number for a client that left before its answer began.
             self._tell(seen, status or 499, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, begun: Any) -> None:
@@ -101,6 +105,7 @@ class Gateway:
         except Exception:
             _LOG.exception("an unforeseen error at %s", scope["path"])
             self._metrics.refused("error")
+            # The status is on the wire already; uvicorn cuts the connection, by which the client sees that the answer is not whole.
             if begun():
                 raise
             await refusal(503, "the request could not be answered; the service's log says why")(scope, receive, send)
@@ -114,6 +119,7 @@ class Gateway:
         if denied := self._access.refused(scope):
             self._metrics.refused(denied.reason)
             return refusal(denied.status, denied.detail, {"WWW-Authenticate": self._access.challenge} if denied.status == 401 else None)
+        # Cut before `int`: Python refuses thousands of digits with an error of its own, and 20 exceed every limit.
         length = dict(scope["headers"]).get(b"content-length", b"")
         return self._too_large(int(length[:20])) if length.isdigit() and int(length[:20]) > self._most else None
 

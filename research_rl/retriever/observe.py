@@ -46,19 +46,19 @@ class Metrics:
 
     def __init__(self, waiting: Callable[[], float], active: Callable[[], float], ready: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
-        made: dict[str, Any] = {"registry": self.registry, "namespace": "retriever"}
-        self._requests = Counter("requests", "Requests answered.", ["route", "status"], **made)
-        self._seconds = Histogram("request_seconds", "Seconds from request to answer.", ["route"], buckets=_SECONDS, **made)
-        self._queries = Counter("queries", "Queries answered, those from the cache included.", **made)
-        self._hits = Counter("cache_hits", "Queries answered from the cache.", **made)
-        self._refusals = Counter("refusals", "Requests refused, by reason.", ["reason"], **made)
-        self._shortened = Counter("shortened_queries", "Queries cut to retriever.max_query_chars.", **made)
-        self._late = Counter("deadline_misses", "Requests whose deadline passed before they were searched.", **made)
-        self._batches = Histogram("batch_queries", "Distinct queries searched together.", buckets=_SIZES, **made)
-        self._searches = Histogram("search_seconds", "Seconds of one joint search.", buckets=_SECONDS, **made)
-        Gauge("queue_queries", "Queries that wait.", **made).set_function(waiting)
-        Gauge("active_requests", "Requests being answered.", **made).set_function(active)
-        Gauge("ready", "1 once the canary was found and until the service drains.", **made).set_function(ready)
+        options: dict[str, Any] = {"registry": self.registry, "namespace": "retriever"}
+        self._requests = Counter("requests", "Requests answered.", ["route", "status"], **options)
+        self._seconds = Histogram("request_seconds", "Seconds from request to answer.", ["route"], buckets=_SECONDS, **options)
+        self._queries = Counter("queries", "Queries answered, those from the cache included.", **options)
+        self._hits = Counter("cache_hits", "Queries answered from the cache.", **options)
+        self._refusals = Counter("refusals", "Requests refused, by reason.", ["reason"], **options)
+        self._shortened = Counter("shortened_queries", "Queries cut to retriever.max_query_chars.", **options)
+        self._late = Counter("deadline_misses", "Requests whose deadline passed before they were searched.", **options)
+        self._batches = Histogram("batch_queries", "Distinct queries searched together.", buckets=_SIZES, **options)
+        self._searches = Histogram("search_seconds", "Seconds of one joint search.", buckets=_SECONDS, **options)
+        Gauge("queue_queries", "Queries that wait.", **options).set_function(waiting)
+        Gauge("active_requests", "Requests being answered.", **options).set_function(active)
+        Gauge("ready", "1 once the canary was found and until the service drains.", **options).set_function(ready)
         self._by_route = {route: self._seconds.labels(route) for route in (*ROUTES, "other")}
 
     def request(self, seen: Seen, status: int, seconds: float) -> None:
@@ -106,16 +106,18 @@ class RequestLog:
         line |= {"queries": seen.queries, "k": seen.top_k, "batch": seen.batch, "cached": seen.cached}
         if seen.texts:
             line["texts"] = list(seen.texts[:_LONGEST_LOGGED])
+        # A full deque drops its oldest line by itself when one is appended.
         self._dropped += len(self._lines) == _MOST_LINES
         self._lines.append(json.dumps(line))
 
     def close(self) -> None:
-        """Write what waits, unless the reader stands still."""
+        """Write what waits, for at most a second where the reader does not read."""
         self._closed.set()
         self._thread.join(timeout=1.0)
 
     def _write(self) -> None:
         while not self._closed.wait(_FLUSH_S) or self._lines:
+            # By single pops, which are atomic: the event loop appends meanwhile.
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
             if self._dropped:
                 lines.append(json.dumps({"time": round(time.time(), 3), "dropped_lines": self._dropped}))

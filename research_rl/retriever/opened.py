@@ -1,6 +1,6 @@
 """Files that a running service has mapped into memory. Knows their sizes; knows no content.
 
-A mapped file that is cut short kills the process at its next read (SIGBUS), without a word; `check` finds it first where it can.
+A mapped file that is cut short ends the process at its next read (SIGBUS) without a message; `check` finds it before that where it can.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def parse(dialect: Dialect, response: httpx.Response, queries: int) -> Passages 
 
 def _original(tree: Any) -> Passages:
     """Read `[[[{id, contents}]], [[score]]]`."""
+    # Parts of unequal length end in a ValueError, which `parse` reports.
     documents, scores = tree
     return [
         [Passage(_text(document["id"]), _text(document["contents"]), float(score)) for document, score in zip(*pair, strict=True)]

@@ -47,6 +47,7 @@ class Retriever:
         """
         say("comparing hashes" if config.verify else "hashes are not compared (retriever.verify=false)")
         corpus = manifest.load(workspace.folder("corpus"), verify=config.verify)
+        # Not all of it: most of its bytes are vectors that only index.factory=Exact reads; see `_verify_embeddings`.
         embed = manifest.load(workspace.folder("embed"), verify=False)
         index = manifest.load(workspace.folder("index"), verify=config.verify)
         if config.verify:
@@ -57,9 +58,12 @@ class Retriever:
         searcher = open_index(workspace.folder("index"), index, workspace.folder("embed"), embed, config.threads, part=part)
         facts = {"rows": searcher.rows, **_described(index), "encoder": embed.facts["encoder"]}
         hashes = {"index": index.hash, "embed": embed.hash, "corpus": corpus.hash}
-        files = [workspace.folder(stage) / entry.path for stage, made in (("index", index), ("corpus", corpus)) for entry in made.files]
+        files = [
+            workspace.folder(stage) / entry.path for stage, artifact in (("index", index), ("corpus", corpus)) for entry in artifact.files
+        ]
         retriever = cls(searcher, PassageStore(workspace.folder("corpus"), corpus), {**facts, "manifests": hashes}, files)
         first, end = part_rows(index.counts, part)
+        # A part of an index can find the canary only when it holds its row.
         if first <= index.facts["canary"]["row"] < end:
             retriever._check_canary(index.facts["canary"])
             say("the canary was found")
@@ -85,6 +89,7 @@ class Retriever:
             self.search([f"{query[: 40 + place]} {place}" for place in range(size)], 5)
 
     def _passages(self, rows: list[int], scores: list[float]) -> list[Passage]:
+        # Row -1: the index found fewer than were asked for.
         hits = [(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
         passages = self._store.get(row for row, _ in hits)
         return [Passage(passage.id, passage.contents, score) for passage, (_, score) in zip(passages, hits, strict=True)]

@@ -52,9 +52,11 @@ def run(
         service.gateway,
         log_level="warning",
         access_log=False,
+        # When uvicorn is told to end, `_drained` has waited for the answers already.
         timeout_graceful_shutdown=1,
         lifespan="on",
         http=protocol,
+        # What a client writes into X-Forwarded-For must not decide which network it is in.
         proxy_headers=False,
     )
     _Server(options, service).run(sockets=[listener])
@@ -77,6 +79,7 @@ class _Server(uvicorn.Server):
         if self._service.draining:
             super().handle_exit(sig, frame)
             return
+        # uvicorn raises what stands here once more at its end, so that the process ends as by the signal.
         self._captured_signals.append(sig)
         self._service.draining = self._service.gateway.closing = True
         self._until = time.monotonic() + self._service.config.drain_s

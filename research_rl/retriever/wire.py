@@ -20,6 +20,7 @@ _SPELLINGS = (("query", "queries"), _COUNTS, ("return_score", "return_scores"))
 
 
 class _Request(BaseModel):
+    # A number must not pass for a query; where a text may stand for a number, `_count` says so.
     model_config = ConfigDict(strict=True)
     default_top_n: ClassVar[int] = 10
     top_n: int | None = Field(default=None, ge=1, description="Passages for each query; `topk` and `top_k` are other names.")
@@ -51,10 +52,12 @@ class _Request(BaseModel):
 
 def _count(name: str, value: Any) -> int:
     """Return a count of passages that may be written as `3`, `"3"` or `3.0`. Raises ValueError."""
+    # Below 20 digits, because Python answers thousands of them with an error of its own.
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 20:
         value = int(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    # To Python `true` is an integer, too.
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         # ascii(): half a surrogate pair in the message would break pydantic's error itself.
         raise ValueError(f"{name}={ascii(value)[:40]} is no whole number of passages from 1 on; send one, such as 3")

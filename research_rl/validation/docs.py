@@ -34,17 +34,18 @@ def write_summary(checks: Sequence[Mapping[str, Any]], docs: Path) -> None:
 
     Those pages get a style that needs no network and a policy that lets no script run.
     """
+    # The folder below `validations` has the name of the suite.
     pages = {page.parts[len(docs.parts) + 1]: page for page in sorted(docs.glob("validations/**/*.html"))}
     for page in docs.rglob("*.html"):
         page.write_text(page.read_text(encoding="utf-8").replace("<head>", _HEAD, 1), encoding="utf-8")
-    failed = [item for item in checks if not item["passed"]]
-    stopped = sum(item["severity"] == "critical" for item in failed)
+    failed = [check for check in checks if not check["passed"]]
+    stopped = sum(check["severity"] == "critical" for check in failed)
     text = html.render(
         "quality.html.j2",
         f"Data quality: {len(checks)} checks, {stopped} critical failed, {len(failed) - stopped} warnings",
         folder=_TEMPLATES,
         suites=[(suite, quote(page.relative_to(docs).as_posix())) for suite, page in pages.items()],
-        rows=[_row(item) for item in sorted(checks, key=rank)],
+        rows=[_row(check) for check in sorted(checks, key=rank)],
     )
     for name in (SUMMARY, _INDEX):
         (docs / name).write_text(text, encoding="utf-8")

@@ -38,6 +38,7 @@ def corpus_profile(corpus: CorpusStatistics) -> Profile:
         "rows": corpus.rows,
         "lengths": {"chars": _lengths(corpus.chars), "words": _lengths(corpus.words)},
         "shares": {},
+        # In order of the words: equal snapshots give equal files.
         "vocabulary": dict(sorted(vocabulary.most_common(VOCABULARY))),
     }
 
@@ -50,8 +51,8 @@ def question_profile(questions: Sequence[Question], rows: Sequence[Mapping[str, 
             name: _lengths(np.bincount([min(row[name], LONGEST) for row in rows], minlength=LONGEST + 1)) for name in ("chars", "words")
         },
         "shares": {
-            "openings": _counts(opening(item.question) for item in questions),
-            "answers": _counts(answer_kind(item.golden_answers[0]) for item in questions),
+            "openings": _counts(opening(question.question) for question in questions),
+            "answers": _counts(answer_kind(question.golden_answers[0]) for question in questions),
         },
         "vocabulary": {},
     }
@@ -74,23 +75,23 @@ def quantiles(histogram: Any) -> dict[str, int]:
 
 def compare(old: Mapping[str, Profile], new: Mapping[str, Profile]) -> list[dict[str, Any]]:
     """Return one row a set and measure, with its value in the column of its kind: rows, shape or vocabulary."""
-    found: list[dict[str, Any]] = []
+    moved: list[dict[str, Any]] = []
     for name in new:
         if name not in old:
             continue
         before, after = old[name], new[name]
-        found.append(_row(name, "rows", "rows", abs(after["rows"] / max(1, before["rows"]) - 1), before["rows"], after["rows"]))
+        moved.append(_row(name, "rows", "rows", abs(after["rows"] / max(1, before["rows"]) - 1), before["rows"], after["rows"]))
         for measure, lengths in after["lengths"].items():
             earlier = before["lengths"][measure]
             shift = stability(dict(enumerate(earlier["bins"])), dict(enumerate(lengths["bins"])))
-            found.append(_row(name, measure, "shape", shift, _spread(earlier), _spread(lengths)))
+            moved.append(_row(name, measure, "shape", shift, _spread(earlier), _spread(lengths)))
         for measure, counts in after["shares"].items():
             shift = stability(before["shares"][measure], counts)
-            found.append(_row(name, measure, "shape", shift, _top(before["shares"][measure]), _top(counts)))
+            moved.append(_row(name, measure, "shape", shift, _top(before["shares"][measure]), _top(counts)))
         if after["vocabulary"]:
             words = (before["vocabulary"], after["vocabulary"])
-            found.append(_row(name, "words used", "vocabulary", divergence(*words), *map(_top, words)))
-    return found
+            moved.append(_row(name, "words used", "vocabulary", divergence(*words), *map(_top, words)))
+    return moved
 
 
 def _row(name: str, measure: str, kind: str, value: float, before: object, after: object) -> dict[str, Any]:
@@ -113,7 +114,9 @@ def stability(old: Mapping[Any, int], new: Mapping[Any, int]) -> float:
     names = sorted({*old, *new})
     before, after = (np.array([counts.get(name, 0) for name in names], float) for counts in (old, new))
     names_used = int(((before + after) > 0).sum())
+    # The index of two samples of one population is this on average.
     chance = (names_used - 1) * (1 / max(1, before.sum()) + 1 / max(1, after.sum()))
+    # Half a count more in each place: one that is empty on one side would make the logarithm infinite.
     p, q = ((counts + 0.5) / (counts + 0.5).sum() for counts in (before, after))
     return max(0.0, float(((q - p) * np.log(q / p)).sum()) - chance)
 
@@ -126,6 +129,7 @@ def divergence(old: Mapping[str, int], new: Mapping[str, int]) -> float:
     middle = (p + q) / 2
 
     def part(shares: Any) -> float:
+        # A word that does not occur adds nothing; its logarithm would be infinite.
         some = shares > 0
         return float((shares[some] * np.log2(shares[some] / middle[some])).sum())
 

@@ -28,6 +28,7 @@ COLUMNS = (
     "line", "id", "text", "chars", "words", "answers", "longest_answer", "echo", "replacement", "control", "mojibake",
     "unnormalised", "unreachable", "repeated", "leaked", "near", "shared", "answered", "unknown_support", "note",
 )  # fmt: skip
+# With the `s` of a genitive, and with `name`, which opens a question as `which` does.
 _FUNCTION_WORDS = frozenset(
     [
         "a",
@@ -101,10 +102,11 @@ class Texts:
 
     def add(self, split: str, questions: Sequence[Question]) -> None:
         """Take in a set; lines count from 1."""
-        for line, item in enumerate(questions, 1):
+        for line, question in enumerate(questions, 1):
             where = f"{split} line {line}"
-            self._sets.append((content_words(item.question), where))
-            self._exact.setdefault(" ".join(words(item.question)), where)
+            self._sets.append((content_words(question.question), where))
+            self._exact.setdefault(" ".join(words(question.question)), where)
+        # Anew: which words of a set are its rarest depends on all sets.
         self._index()
 
     def _index(self) -> None:
@@ -117,6 +119,7 @@ class Texts:
     def _prefix(self, content: frozenset[str]) -> list[str]:
         """Return the rarest words of a set: two sets that share enough words share one of these (prefix filter)."""
         ordered = sorted(content, key=lambda word: (self._frequency[word], word))
+        # Less a little, so that rounding loses no pair whose overlap is the threshold itself.
         return ordered[: len(content) - ceil(self.threshold * len(content) - 1e-9) + 1]
 
     def exact(self, question: str) -> str:
@@ -126,6 +129,7 @@ class Texts:
     def near(self, question: str) -> str:
         """Return where a question stands whose content words overlap (Jaccard) by at least the threshold, or nothing."""
         content = content_words(question)
+        # Questions that share their only content word need not be alike.
         if len(content) < 2:
             return ""
         seen: set[int] = set()

@@ -159,6 +159,7 @@ def drop_bins(lengths: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _moved(row: Mapping[str, Any]) -> dict[str, Any]:
+    # NaN, the one number that differs from itself, stands for no value and is not JSON.
     return {name: value for name, value in row.items() if value == value}
 
 

@@ -129,6 +129,7 @@ def schema_frame(split: str, problem: str) -> Frame:
 
 def none(between: Any, column: str, share: float, severity: str) -> Any:
     """Expect a column of counts to be zero in all rows but a share."""
+    # Rounded for the reader of the docs: 1 - 0.9 is 0.09999999999999998.
     return between(column=column, max_value=0, mostly=round(1 - share, 9), severity=severity)
 
 
@@ -188,8 +189,8 @@ def corpus_frames(corpus: CorpusStatistics, limits: ValidationConfig) -> list[Fr
 
 def offending(corpus: CorpusStatistics) -> list[dict[str, Any]]:
     """Return the first rows of each defect, with a 1 in that defect's column."""
-    none = dict.fromkeys(_SHARES, 0)
-    return [{**row, **none, name: 1} for name in _SHARES for row in corpus.examples.get(name, ())]
+    clean = dict.fromkeys(_SHARES, 0)
+    return [{**row, **clean, name: 1} for name in _SHARES for row in corpus.examples.get(name, ())]
 
 
 def drift_frame(rows: Sequence[Mapping[str, Any]], limits: DriftConfig, stops: bool) -> Frame:
@@ -209,6 +210,7 @@ def drift_frame(rows: Sequence[Mapping[str, Any]], limits: DriftConfig, stops: b
 
 def check(frames: Sequence[Frame], docs: Path) -> list[Check]:
     """Validate every frame and write the HTML data docs below `docs`, docs.SUMMARY first."""
+    # Great Expectations would else report its use to its makers.
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import pandas as pd
 
@@ -221,7 +223,7 @@ def check(frames: Sequence[Frame], docs: Path) -> list[Check]:
     context.variables.progress_bars = progress_bars(globally=False)
     context.add_data_docs_site("docs", _site(docs))
     source = context.data_sources.add_pandas("workspace")
-    found: list[Check] = []
+    checks: list[Check] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for frame in frames:
@@ -233,10 +235,10 @@ def check(frames: Sequence[Frame], docs: Path) -> list[Check]:
             )
             result = checkpoint.run(batch_parameters={"dataframe": pd.DataFrame(list(frame.rows), columns=frame.columns)})
             for outcome in next(iter(result.run_results.values())).results:
-                found.append(_check(frame, outcome.to_json_dict()))
+                checks.append(_check(frame, outcome.to_json_dict()))
         context.build_data_docs(site_names=["docs"])
-    write_summary([item.to_json() for item in found], docs)
-    return found
+    write_summary([check.to_json() for check in checks], docs)
+    return checks
 
 
 def _site(docs: Path) -> Any:

@@ -96,6 +96,7 @@ class Sources:
         scheme, separator, rest = name.partition("://")
         if separator:
             return self._addressed(name, scheme, rest)
+        # A user's own files may lie anywhere; below a remote root such a name would address something else.
         if self._data.source != "folder" and (name.startswith("/") or ".." in PurePosixPath(name).parts):
             raise ConfigError(f"{name!r} leaves the root of data.source={self._data.source}; name a file below the root or a whole address")
         return self._default(), name
@@ -148,6 +149,7 @@ class Sources:
         return BucketSource(bucket, prefix, self._data.s3_endpoint, self._transfer)
 
     def _open(self, key: str, make: Callable[[], Source]) -> Source:
+        # One source an address: each keeps its connections, and a hub's its commit.
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
@@ -159,6 +161,7 @@ def encoding_suffix(content_encoding: str, name: str, address: str) -> str:
     Many servers send a file that is called .gz as it is and name its own compression there; it is not compressed twice.
     """
     codings = [part.strip().lower() for part in content_encoding.split(",")]
+    # Some S3 servers hand out aws-chunked, the framing of the upload, as if it were the object's coding.
     codings = [coding for coding in codings if coding not in ("", "identity", "aws-chunked")]
     suffix = _SUFFIX_OF.get(codings[0], "") if len(codings) == 1 else ""
     if codings and not suffix:

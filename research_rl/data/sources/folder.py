@@ -46,6 +46,7 @@ class FolderSource:
 
     def names(self) -> list[str]:
         """Return the files below the folder, at most 10,000."""
+        # The names serve only to suggest a close one, and the folder may be a whole home directory.
         files = (path for path in self._root.rglob("*") if path.is_file())
         return sorted(path.relative_to(self._root).as_posix() for path, _ in zip(files, range(_LISTED), strict=False))
 

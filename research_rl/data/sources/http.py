@@ -23,8 +23,10 @@ from research_rl.process.proxies import httpx_options
 
 __all__ = ["HttpSource", "Web"]
 
+# Request Timeout, Too Early, Too Many Requests.
 _PASSING = frozenset({408, 425, 429})
 _LONGEST_WAIT_S = 60.0
+# A range counts bytes of the file as it is stored; compressed for the way it would count others.
 _PLAIN = {"Accept-Encoding": "identity"}
 
 
@@ -51,6 +53,7 @@ class HttpSource:
 
     def locate(self, name: str) -> Remote:
         """Ask for the first byte: size, version and whether ranges work come from the reply."""
+        # Not HEAD, which does not show whether ranges work and which addresses signed for GET refuse.
         with self._web.get(self._url(name), {"Range": "bytes=0-0"}, name) as reply:
             return described(reply, name, public(self._url(name)))
 
@@ -62,6 +65,7 @@ class HttpSource:
 
     def _url(self, name: str) -> str:
         path, _, query = name.partition("?")
+        # `%` is left alone: a configured name may be escaped already.
         whole = f"{self._parts.path.rstrip('/')}/{quote(path, safe='/%')}"
         return urlunsplit((self._parts.scheme, self._parts.netloc, whole, query or self._parts.query, ""))
 
@@ -85,6 +89,7 @@ class Web:
         where = public(url)
         try:
             with self._client.stream("GET", url, headers={**_PLAIN, **self._headers(), **headers}) as reply:
+                # 416 is the answer to a request for the first byte of an empty file.
                 if reply.status_code != 416 and not reply.is_success:
                     _refuse(reply, where, name)
                 yield reply
@@ -99,9 +104,11 @@ class Web:
     def range(self, url: str, remote: Remote, start: int, stop: int | None, condition: Mapping[str, str]) -> Generator[Iterator[bytes]]:
         """Open the bytes `start` to `stop` - 1 of `remote`. Raises ChangedError when the reply is of another version."""
         whole = start == 0 and stop in (None, remote.size)
+        # A whole file is asked for without a range, so that servers that know none can send it.
         conditions = {} if whole else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}", **condition}
         with self.get(url, conditions, remote.name) as reply:
             _fitting(reply, remote, start, whole)
+            # Raw: a Content-Encoding is undone when the file is read, so that sizes, ranges and hashes are those of the stored bytes.
             yield reply.iter_raw(1 << 16)
 
 
@@ -115,6 +122,7 @@ def described(reply: httpx.Response, name: str, address: str) -> Remote:
     """Return what the reply to a request for the first byte says about the file."""
     total = _total(reply)
     ranges = reply.status_code in (206, 416) and total is not None
+    # Beside a Transfer-Encoding a Content-Length means nothing (RFC 9112, section 6.3).
     if not ranges and "Content-Length" in reply.headers and "Transfer-Encoding" not in reply.headers:
         total = int(reply.headers["Content-Length"])
     version = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
@@ -155,6 +163,7 @@ def _fitting(reply: httpx.Response, remote: Remote, start: int, whole: bool) -> 
     changed = bool(remote.version and version and version != remote.version and remote.ranges)
     if not whole:
         total = _total(reply)
+        # A server without versions betrays a change by the length at least.
         changed |= reply.status_code != 206 or total != remote.size
         begins = reply.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if not changed and not begins:
@@ -169,6 +178,7 @@ def _refuse(reply: httpx.Response, where: str, name: str) -> NoReturn:
     status = f"{reply.status_code} {reply.reason_phrase}"
     if reply.status_code >= 500 or reply.status_code in _PASSING:
         after = reply.headers.get("Retry-After", "")
+        # Retry-After may be a date as well; the usual pause has to do then.
         raise TransientError(f"cannot fetch {where}: {status}", min(float(after), _LONGEST_WAIT_S) if after.isdigit() else 0.0)
     remedy = "give access to it" if reply.status_code in (401, 403) else "correct data.url or the file's name in data.*"
     raise DataError(f"cannot fetch {where}, file {name}: {status}; {remedy}")

@@ -21,6 +21,7 @@ from research_rl.process.hub import connect
 
 __all__ = ["HubSource"]
 
+# The hub's ETag is the sha256 of a large file and git's SHA-1 of a small one.
 _ALGORITHMS = {64: "sha256", 40: "git-blob"}
 
 
@@ -71,6 +72,7 @@ class HubSource:
     def _info(self) -> Any:
         from huggingface_hub import HfApi
 
+        # Asked once, so that all files are of the commit that the revision stood for at that moment.
         api = HfApi(endpoint=self._endpoint)
         return self._call("", lambda: api.dataset_info(self._repository, revision=self._revision, timeout=self._timeout))
 

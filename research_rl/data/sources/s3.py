@@ -1,4 +1,4 @@
-"""Files of an S3 bucket, by ranged reads of the version that was located. Knows boto3; credentials are its own business.
+"""Files of an S3 bucket, by ranged reads of the version that was located. Knows boto3 and leaves credentials to it.
 
 Credentials come from the environment, the profile or the machine's role; without any, requests are anonymous.
 """
@@ -18,7 +18,9 @@ from research_rl.process.proxies import botocore_options
 __all__ = ["BucketSource"]
 
 _CHUNK = 1 << 18
+# Names are listed only to suggest a close one; a bucket may hold millions.
 _LISTED = 10_000
+# The answer to HEAD has no body, so that its error has the number for a code.
 _MISSING = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound"})
 _PASSING = frozenset({"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "429", "408"})
 
@@ -52,6 +54,7 @@ class BucketSource:
     def locate(self, name: str) -> Remote:
         """Return size, ETag and, where the store keeps one, the sha256 of an object."""
         with self._sorted_errors(name):
+            # Without ChecksumMode S3 leaves a stored checksum out.
             head = self._client.head_object(Bucket=self._bucket, Key=self._key(name), ChecksumMode="ENABLED")
         address = self._address(name)
         encoding = encoding_suffix(head.get("ContentEncoding", ""), name, address)
@@ -83,6 +86,7 @@ class BucketSource:
         if session.get_credentials() is None:
             options["signature_version"] = UNSIGNED
         config = Config(retries={"total_max_attempts": 1}, **options, **botocore_options(self._transfer.proxy))
+        # boto3 makes no client without a region; servers other than AWS take any.
         region = session.region_name or "us-east-1"
         try:
             return session.client("s3", endpoint_url=self._endpoint, region_name=region, config=config)
@@ -116,6 +120,7 @@ class BucketSource:
     def _refuse(self, error: Any, name: str, where: str) -> None:
         code, message = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", "")
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        # Precondition Failed: the object has another ETag than the one in IfMatch.
         if status == 412:
             raise ChangedError(f"{where} changed while it was fetched") from error
         if status >= 500 or code in _PASSING:
@@ -139,6 +144,7 @@ def _checksum(head: dict[str, Any]) -> tuple[str, str] | None:
     import base64
 
     value = head.get("ChecksumSHA256")
+    # A composite checksum is one of the parts' checksums and ends in their number: it says nothing of the bytes in a row.
     if not value or head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT" or "-" in value:
         return None
     return "sha256", base64.b64decode(value).hex()

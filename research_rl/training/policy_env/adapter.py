@@ -68,11 +68,13 @@ class VerlEngine:
     async def generate(self, prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: int) -> Completion:
         """Continue `prompt_ids`; ids and log-probabilities come back as the engine sampled them."""
         sampling = {**self._sampling, "stop": list(stop), "max_tokens": max_tokens}
-        out = await self._client.generate(request_id=self._request_id, prompt_ids=list(prompt_ids), sampling_params=sampling)
-        self.versions += [v for v in (out.extra_fields.get("min_global_steps"), out.extra_fields.get("max_global_steps")) if v is not None]
-        ids = tuple(out.token_ids)
+        output = await self._client.generate(request_id=self._request_id, prompt_ids=list(prompt_ids), sampling_params=sampling)
+        self.versions += [
+            v for v in (output.extra_fields.get("min_global_steps"), output.extra_fields.get("max_global_steps")) if v is not None
+        ]
+        ids = tuple(output.token_ids)
         text = self._tokenizer.decode(ids)
-        return Completion(ids, tuple(out.log_probs or (0.0,) * len(ids)), self._finished_by(ids, text, stop), text)
+        return Completion(ids, tuple(output.log_probs or (0.0,) * len(ids)), self._finished_by(ids, text, stop), text)
 
     def _finished_by(self, ids: Sequence[int], text: str, stop: Sequence[str]) -> Literal["stop", "eos", "length"]:
         """verl reports "completed" for a stop string and for the length limit alike, so what was written decides."""
@@ -94,10 +96,12 @@ class SearchAgentLoop(AgentLoopBase):
         shared = self._shared
         engine = VerlEngine(self.server_manager, shared.tokenizer, shared.eos, {**sampling_params, **shared.stopping})
         prompt_ids = encode_prompt(shared.tokenizer, question(row), shared.prompt)
+        # Grading is outside: a judge may take seconds, in which another episode can use the engine.
         async with shared.turns:
             trajectory = await run_episode(prompt_ids, engine, shared.client, shared.tokenizer, shared.limits, shared.gate)
         graded = await shared.grader.grade(trajectory, case(row))
         self._keep(row, trajectory, graded)
+        # Without a turn no weights wrote it; it counts as of those in use, which the step before made.
         return _output(trajectory, graded, engine.versions or [int(row["global_steps"]) - 1], shared.tokenizer.eos_id)
 
     def _keep(self, row: Mapping[str, Any], trajectory: Trajectory, graded: Grade) -> None:
@@ -140,6 +144,7 @@ def golds(row: Mapping[str, Any]) -> list[str]:
 def case(row: Mapping[str, Any]) -> GradingTarget:
     """Return what a row's episodes are graded against."""
     supporting = row["extra_info"].get("supporting_passage_ids")
+    # A list column may come as an array, which has no truth value, hence the comparison with None.
     return GradingTarget(
         question(row), tuple(golds(row)), tuple(str(passage) for passage in (supporting if supporting is not None else ()))
     )

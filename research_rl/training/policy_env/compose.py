@@ -24,8 +24,8 @@ def main() -> None:
     cases: dict[str, list[str]] = json.load(sys.stdin)
     # verl prints while it validates; standard output is for the answer alone.
     with contextlib.redirect_stdout(sys.stderr), initialize_config_module("verl.trainer.config", version_base=None):
-        found = {name: _checked(compose("ppo_trainer", overrides=overrides)) for name, overrides in cases.items()}
-    print(json.dumps(found))
+        resolved = {name: _checked(compose("ppo_trainer", overrides=overrides)) for name, overrides in cases.items()}
+    print(json.dumps(resolved))
 
 
 def _checked(config: Any) -> Any:

@@ -19,6 +19,7 @@ from research_rl.errors import ModelError
 __all__ = ["convert", "main"]
 
 _END = "<|im_end|>"
+# An apostrophe, two spaces, digits, an accent, a line break and tags: what a wrong splitting or decoder alters.
 _PROBE = "What's the capital of France?  2024 café\n<search> Paris </search>"
 
 
@@ -29,8 +30,10 @@ def convert(file: Path, target: Path) -> None:
     tokenizer = _tokenizer(file)
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).bfloat16()
     model.config.dtype = "bfloat16"
+    # It would hold a path of this machine.
     model.config._name_or_path = ""
     end = tokenizer.convert_tokens_to_ids(_END)
+    # Engines take the end token from either file.
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = settings.pad_token_id = end
     model.save_pretrained(temporary)

@@ -26,9 +26,9 @@ def main(arguments: list[str]) -> int:
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = tokenizer(_PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
     with torch.inference_mode():
-        out = model.generate(prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    finite = all(bool(torch.isfinite(scores).all()) for scores in out.logits)
-    print(json.dumps({"tokens": int(out.sequences.shape[1] - prompt.shape[1]), "finite": finite}))
+        generated = model.generate(prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    finite = all(bool(torch.isfinite(scores).all()) for scores in generated.logits)
+    print(json.dumps({"tokens": int(generated.sequences.shape[1] - prompt.shape[1]), "finite": finite}))
     return 0 if finite else 1
 
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Outbox(Generic[T]):
-    """While one sending is under way the next items gather, so that nobody waits for a clock and few sendings are made."""
+    """Items that arrive while one batch is being sent form the next batch, so that no item waits for a timer and few batches are sent."""
 
     def __init__(self, send: Callable[[list[T]], Awaitable[None]]) -> None:
         self._send = send
@@ -30,5 +30,6 @@ class Outbox(Generic[T]):
 
     async def _send_waiting(self) -> None:
         async with self._one_at_a_time:
+            # Taken when the line is free and not before: who came meanwhile is sent along.
             items, self._waiting, self._next = self._waiting, [], None
             await self._send(items)

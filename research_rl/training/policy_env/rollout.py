@@ -24,8 +24,10 @@ from research_rl.training.policy_env.outbox import Outbox
 
 __all__ = ["SearchAgentManager"]
 
+# The class below Ray's actor: Ray lets no class inherit from an actor.
 _Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 _Row = tuple[str, dict[str, Any], dict[str, Any]]
+# Columns of the data set that the trainer would carry from process to process without a use for them.
 _READ_BY_THE_LOOP_ALONE = ("raw_prompt", "extra_info", "tools_kwargs", "interaction_kwargs", "index")
 
 
@@ -59,6 +61,7 @@ class _SearchAgentWorker(_Worker):  # type: ignore[misc]
             self._loops[agent_name] = self._make(agent_name)
         output = await self._loops[agent_name].run(sampling_params, **row)
         partition = "val" if trajectory["validate"] else "train"
+        # verl's form of a key: question, rollout, and the number of the loop's output, of which there is one.
         await self._outboxes[partition].put((f"{row['uid']}_{row['session_id']}_0", _fields(output, row), _tag(output, row)))
 
     def _make(self, name: str) -> AgentLoopBase:
@@ -95,6 +98,7 @@ def _fields(output: AgentLoopOutput, row: dict[str, Any]) -> dict[str, Any]:
     return fields | {
         "loss_mask": fields["response_mask"],
         "input_ids": ids,
+        # Text alone and no padding: positions count up from 0.
         "position_ids": torch.arange(len(ids)),
         "multi_modal_inputs": {},
     }

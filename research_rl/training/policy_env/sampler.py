@@ -25,6 +25,7 @@ class EagerReplayBuffer(ReplayBuffer):
         told = dict(sampler_kwargs)
         self._batches = int(told.pop("max_batches", 0))
         self._left, self._submit = 0, refill_fn
+        # Refills are single questions, which verl's trainer tells its own buffer alone.
         if told:
             told["gen_batch_size"] = 1
         super().__init__(*args, sampler_kwargs=sampler_kwargs, refill_fn=self._refill, poll_interval=POLL_S, **told, **kwargs)
@@ -42,6 +43,7 @@ class EagerReplayBuffer(ReplayBuffer):
             self._submit(count)
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
+        # Both of verl's waiting loops come through here whenever a batch is not yet there.
         playing = self.pending_keys[partition_id] or self.running_keys[partition_id]
         if self.filter_groups_metric is not None and partition_id != "val" and not self._left and not playing:
             kept = len(self.finished_keys[partition_id] | self.failure_keys[partition_id])

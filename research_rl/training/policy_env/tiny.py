@@ -37,6 +37,7 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=_POSITIONS,
     )
+    # Added tokens are split off before the rule for punctuation sees their brackets.
     for tag in (*protocol.TAGS, protocol.BOXED_OPEN):
         tokenizer.add_tokens(AddedToken(tag, normalized=False, special=False))
     tokenizer.chat_template = _CHAT
@@ -71,9 +72,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, se
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     """Return the id of one token."""
-    found = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(found, int)
-    return found
+    identifier = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(identifier, int)
+    return identifier
 
 
 def _word_level(words: Iterable[str]) -> Any:
@@ -95,5 +96,6 @@ def _word_level(words: Iterable[str]) -> Any:
             pre_tokenizers.Punctuation("isolated"),
         ]
     )
+    # For its clean-up, which takes away the space before a punctuation mark; no token begins with the prefix.
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     return tokenizer

@@ -41,7 +41,9 @@ class Trace:
 
 def lexicon(config: PolicyConfig, prompt: PromptConfig) -> list[str]:
     """Return every word that prompts, passages and traces can hold."""
+    # The prompt's own words, and those that `_search` and `_answer` put between names and relations.
     frame = prompts.render(" ", prompt) + " I need the of Now The is Compare and"
+    # Marks and tags are tokens already.
     plain = "".join(mark if mark.isalnum() else " " for mark in frame)
     return list(dict.fromkeys([*encyclopedia.lexicon(config.warmup_world.name_words), *plain.split()]))
 
@@ -50,6 +52,7 @@ def lesson(config: PolicyConfig, prompt: PromptConfig, seed: int) -> Iterator[Tr
     """Yield the whole warm-up in order: copying drills, traces that search enough, then traces that often stop too early."""
     batch, steps = config.warmup_batch, config.warmup_steps
     early = round(config.warmup_early_share * steps)
+    # Copying first: a search is of no use to a policy that cannot copy a name from what it reads.
     yield from itertools.islice(_drills(config, seed), config.warmup_drills * batch)
     drawn = _worlds(config, seed)
     for number in range(steps * batch):
@@ -64,9 +67,10 @@ def _worlds(config: PolicyConfig, seed: int) -> Iterator[tuple[WorldQuestion, li
     while True:
         world = encyclopedia.build_world(config.warmup_world, rng, Side.WARMUP)
         drawn = _questions(world, config, rng)
-        found = iter(_retrieve(world, [_query(hop) for question in drawn for hop in question.hops]))
+        hits = iter(_retrieve(world, [_query(hop) for question in drawn for hop in question.hops]))
         for question in drawn:
-            results = [next(found) for _ in question.hops]
+            results = [next(hits) for _ in question.hops]
+            # A trace must not state what its searches did not find.
             if all(hop.passage_id in ids for hop, ids in zip(question.hops, results, strict=True)):
                 yield question, [_block(world, ids) for ids in results], rng
 
@@ -131,6 +135,7 @@ def _answer(question: WorldQuestion, stop: int, rng: random.Random) -> str:
 def _guess(question: WorldQuestion, rng: random.Random) -> str:
     if question.answers[0] in ("yes", "no"):
         return rng.choice(("yes", "no"))
+    # One of the two that are compared: too few searches leave nothing better to say.
     return rng.choice([hop.fact.subject.name for hop in question.hops])
 
 

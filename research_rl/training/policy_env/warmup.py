@@ -35,6 +35,7 @@ from research_rl.training.policy_env.traces import Trace
 
 __all__ = ["Collator", "Lesson", "Spec", "encode", "main", "train"]
 
+# The label that transformers leaves out of the loss.
 _IGNORED = -100
 _REPORT_EVERY = 10
 Row = dict[str, list[int]]
@@ -110,6 +111,7 @@ def train(spec: Spec) -> dict[str, Any]:
         callbacks=[_Reporter()],
     )
     trainer.train()
+    # A model from outside goes back to bfloat16, the format that such models are published in; a tiny one keeps float32.
     if spec.base:
         model.bfloat16()
     model.save_pretrained(spec.folder)
@@ -125,6 +127,7 @@ def train(spec: Spec) -> dict[str, Any]:
 
 
 def _tiny(spec: Spec) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    # The order in which sums are rounded depends on the number of threads.
     torch.set_num_threads(1)
     tokenizer = tiny.build_tokenizer(traces.lexicon(spec.policy, spec.prompt))
     model = tiny.build_model(tokenizer, spec.policy.hidden, spec.policy.layers, spec.seed)
@@ -142,6 +145,7 @@ def _arguments(spec: Spec) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(spec.folder),
         per_device_train_batch_size=spec.policy.warmup_batch,
+        # In steps, since a data set that is drawn on the way has no length.
         max_steps=steps,
         learning_rate=spec.policy.warmup_lr,
         lr_scheduler_type="cosine_with_min_lr",
@@ -158,7 +162,9 @@ def _arguments(spec: Spec) -> TrainingArguments:
         disable_tqdm=True,
         seed=spec.seed,
         dataloader_num_workers=1,
+        # The rows hold just what the collator reads; the Trainer would look for columns of a table.
         remove_unused_columns=False,
+        # accelerate's default for such a data set: one process draws the batches and hands them out, for which all must be of one width.
         accelerator_config={"dispatch_batches": False},
     )
 

@@ -28,6 +28,8 @@ _TAIL_LINES = 30
 
 @dataclass(frozen=True)
 class Failure:
+    """Why a start of the trainer has to be followed by another, whether it made a step, and the end of its log."""
+
     attempt: int
     why: str
     progressed: bool
@@ -60,6 +62,7 @@ class Attempt:
         hooks = self.state.hooks
         hooks.on_attempt(self.number, self.announced)
         process = self._start(paths)
+        # Told to the hooks where `_watch` raises; else its answer takes this place.
         why: str | None = "was stopped by an error of its caller"
         try:
             why = self._watch(process)
@@ -75,6 +78,7 @@ class Attempt:
         paths.agent.write_text(overrides.agent_yaml(run.config, paths, run.retriever_url))
         env = overrides.environment(run.config, paths, secrets.token_hex(32))
         env["VERL_FILE_LOGGER_PATH"] = str(self._raw_metrics)
+        # An ended trainer has nothing left to save: what counts is on disk as a whole checkpoint.
         env["RESEARCH_GRACE_S"] = "3"
         if run.retriever_token:
             env[TOKEN] = run.retriever_token
@@ -93,7 +97,9 @@ class Attempt:
         metrics, log = Tail(self._raw_metrics), Tail(self._log)
         self.last = time.monotonic()
         while True:
+            # Asked before the files are read: what was written up to the end is then read for certain.
             ended = process.poll()
+            # The log before the metrics: padding must be known when the step that has it is recorded.
             for line in log.lines():
                 self.state.padded(line)
             self._hear_of_pauses()
@@ -120,6 +126,7 @@ class Attempt:
 
     def _paused(self) -> float:
         """Return how long searching paused since the last step."""
+        # The workers note Unix time, since the monotonic clock of another machine means nothing here.
         return self.pauses.seconds(time.time() - (time.monotonic() - self.last))
 
     def _hear_of_pauses(self) -> None:
@@ -158,7 +165,7 @@ class Attempt:
                 self.sealing = Checkpoint(step, path), self.sealer.submit(checkpoints.seal, path)
 
     def _sealing_the_last(self) -> bool:
-        """Whether all steps are done and only the seal of the last checkpoint is waited for: then the trainer owes nothing more."""
+        """Whether all steps are done and only the last checkpoint's seal is waited for, so that no further step is to come."""
         return self.sealing is not None and self.sealing[0].step >= self.state.run.config.train.steps
 
     def _done(self) -> bool:

@@ -131,6 +131,7 @@ def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` whole checkpoints, and older folders that are not whole."""
     kept = complete(folder)[-keep:]
     for checkpoint in _all(folder):
+        # A newer folder that is not whole is the one that verl is writing.
         if checkpoint not in kept and checkpoint.step < (kept[-1].step if kept else 0):
             shutil.rmtree(checkpoint.path)
 
@@ -154,8 +155,8 @@ def discard_after(folder: Path, step: int) -> None:
 
 
 def _all(folder: Path) -> list[Checkpoint]:
-    found = [(match, path) for path in folder.glob("global_step_*") if (match := _STEP.fullmatch(path.name))]
-    return sorted(Checkpoint(int(match[1]), path) for match, path in found)
+    matches = [(match, path) for path in folder.glob("global_step_*") if (match := _STEP.fullmatch(path.name))]
+    return sorted(Checkpoint(int(match[1]), path) for match, path in matches)
 
 
 def _world_size(path: Path) -> int | None:

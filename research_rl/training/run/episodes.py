@@ -84,6 +84,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     metrics["episode/failed_searches"] = _mean([float(sum(search["error"] is not None for search in row["searches"])) for row in rows])
     faults = Counter(str(search.get("fault")) for row in rows for search in row["searches"])
     metrics.update({f"episode/search_failed/{fault.value}": float(faults[fault.value]) for fault in SearchFault})
+    # Each row has what its worker counted since its row before, so the sum is the step's.
     client = sum((Counter(row.get("client", {})) for row in rows), Counter[str]())
     metrics.update({f"search/{name}": float(count) for name, count in client.items()})
     for reason in StopReason:

@@ -33,6 +33,7 @@ _BEAT_S = 1.0
 _ASK_S = 1.0
 _STOP_S = 60.0
 _SUBMIT_S = 120.0
+# 143 is what a shell says of a process that SIGTERM ended.
 _ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 143}
 
 
@@ -105,6 +106,7 @@ class RayJobs:
                 self._send("POST", "", body)
                 return
             except ServiceError as error:
+                # The dashboard answers before the agent that starts jobs has registered.
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(_ASK_S)
@@ -129,7 +131,9 @@ class RayJobs:
         try:
             reply = self.client.request(method, f"/api/jobs/{path}", json=body)
         except httpx.HTTPError as error:
-            raise ServiceError(f"the Ray dashboard cluster.address={self.address} does not answer ({error}); is the cluster up?") from error
+            raise ServiceError(
+                f"the Ray dashboard cluster.address={self.address} does not answer ({error}); start the cluster, or correct cluster.address"
+            ) from error
         if reply.status_code in (401, 403):
             raise ServiceError(
                 f"the Ray dashboard {self.address} refuses the token ({reply.status_code}); set RAY_AUTH_TOKEN to the cluster's"
@@ -152,6 +156,7 @@ class RayJobLauncher:
     def start(self, command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Started:
         """Submit the command; `cwd` and `log` must be on storage the cluster shares. Raises ServiceError."""
         job = RayJob(self.jobs, f"research-{uuid.uuid4().hex[:12]}", log, self._record, log.with_suffix(".lease"), self.lease_s)
+        # By the trainer's interpreter, which the nodes have; isolated, since the wrapper needs the standard library alone.
         words = [command[0], "-I", "-S", str(_LEASED), str(job.lease), f"{self.lease_s:g}", str(log), str(cwd), *command]
         job.begin(shlex.join(words), env)
         return job
@@ -186,6 +191,7 @@ class RayJob:
     def begin(self, entrypoint: str, env: Mapping[str, str]) -> None:
         """Write the record, start the lease, submit. Raises ServiceError."""
         self.record.parent.mkdir(parents=True, exist_ok=True)
+        # Before the job: a kill in between leaves a record without a job, which `reap` can ask about, and never a job without a record.
         self.record.write_text(json.dumps({"job": self.name, "address": self.jobs.address}))
         self.lease.write_text("0")
         threading.Thread(target=self._beat, daemon=True).start()
@@ -230,7 +236,9 @@ class RayJob:
         if info["status"] not in _ENDED:
             return
         code = info.get("driver_exit_code")
+        # A job that never started has failed without a driver's exit code.
         self.code = code if info["status"] == "FAILED" and code else _ENDED[info["status"]]
+        # The wrapper itself did not start, so that the cluster alone knows why.
         if self.code and not self.tail(1):
             self._say(f"{info.get('message')}\n{self.jobs.logs(self.name)}")
 
@@ -242,6 +250,7 @@ class RayJob:
         for count in range(1, 2**62):
             if self.over.wait(_BEAT_S):
                 return
+            # A count, not a time: the clocks of two machines differ.
             self.lease.write_text(str(count))
 
     def _forget(self) -> None:

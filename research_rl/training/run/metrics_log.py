@@ -53,6 +53,7 @@ class MetricsLog:
 
     def _write(self) -> None:
         temporary = self.path.with_suffix(".tmp")
+        # The whole file: a step that was done again has its earlier line in the middle.
         temporary.write_text(self.until(self.last), encoding="utf-8")
         temporary.replace(self.path)
 
@@ -71,6 +72,7 @@ class Tail:
         with self._path.open("rb") as stream:
             stream.seek(self._offset)
             block = stream.read()
+        # Without a line end this is nothing: -1 + 1.
         whole = block[: block.rfind(b"\n") + 1]
         self._offset += len(whole)
         return whole.decode(errors="replace").splitlines()

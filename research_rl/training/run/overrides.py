@@ -74,6 +74,7 @@ def resolved(config: Config, paths: Paths) -> dict[str, Any]:
     merged = {**_data(config, paths), **_policy(config, paths), **_rollout(config, paths), **_trainer(config, paths), **hardware}
     for name, value in config.train.extra.items():
         bare = name.lstrip("+")
+        # To Hydra these are three overrides of one name, and it refuses two of them together.
         for spelled in (bare, f"+{bare}", f"++{bare}"):
             merged.pop(spelled, None)
         merged[name] = value
@@ -115,12 +116,15 @@ def environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
     common = {
         **python_path(),
         "PYTHONUNBUFFERED": "1",
+        # Ray would hold back lines that repeat; the supervisor reads how many trajectories were padded from the log.
         "RAY_DEDUP_LOGS": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        # verl starts vLLM's HTTP server on a port of its own choice; without a key anybody on the machine could ask it.
         "VLLM_API_KEY": token,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HYDRA_FULL_ERROR": "1",
+        # verl reads its parquet files through datasets, whose copies then go with the work folder.
         "HF_DATASETS_CACHE": str(paths.work / "datasets"),
     }
     private = _private_ray(token) if config.cluster.launcher == "local" else {}
@@ -133,6 +137,7 @@ def _private_ray(token: str) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray starts its workers at niceness 15, behind everything else on the machine.
         "RAY_worker_niceness": "0",
     }
 
@@ -166,10 +171,12 @@ def _policy(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ACTOR}.optim.lr_warmup_steps": train.lr_warmup_steps,
         f"{_ACTOR}.ppo_mini_batch_size": train.mini_batch or train.prompts_per_step,
         f"{_ACTOR}.entropy_coeff": train.entropy_coef,
+        # For the watch: without an entropy term in the loss verl would leave it out.
         f"{_ACTOR}.calculate_entropy": True,
         f"{_ACTOR}.use_kl_loss": train.kl_coef > 0,
         f"{_ACTOR}.kl_loss_coef": train.kl_coef,
         f"{_ACTOR}.kl_loss_type": "low_var_kl",
+        # `hf_model` is for the export alone: training goes on from the shards.
         f"{_ACTOR}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
         f"{_ACTOR}.checkpoint.load_contents": ["model", "optimizer", "extra"],
         f"{_REF}.strategy": "fsdp2",
@@ -183,6 +190,7 @@ def _objective(config: Config) -> dict[str, Any]:
     train = config.train
     return {
         "algorithm.adv_estimator": "grpo" if train.advantage == "dr_grpo" else train.advantage,
+        # The KL term stands in the loss, as in GRPO.
         "algorithm.use_kl_in_reward": False,
         "algorithm.norm_adv_by_std_in_grpo": train.advantage != "dr_grpo",
         f"{_ACTOR}.policy_loss.loss_mode": train.loss,
@@ -269,6 +277,7 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
         "trainer.v1.trainer_mode": "sync",
         "trainer.v1.sampler.custom_sampler.path": "pkg://research_rl.training.policy_env.sampler",
         "trainer.v1.sampler.custom_sampler.name": "EagerReplayBuffer",
+        # The supervisor reads the file, whose name it gives by VERL_FILE_LOGGER_PATH.
         "trainer.logger": ["console", "file"],
         "trainer.project_name": "research-rl",
         "trainer.experiment_name": config.profile,
@@ -280,8 +289,10 @@ def _trainer(config: Config, paths: Paths) -> dict[str, Any]:
         "trainer.max_actor_ckpt_to_keep": None,
         "trainer.resume_mode": "resume_path" if paths.resume else "disable",
         "trainer.resume_from_path": str(paths.resume) if paths.resume else None,
+        # -1 is verl's word for never.
         "trainer.test_freq": trainer.validate_every or -1,
         "trainer.val_before_train": trainer.validate_every is not None,
+        # Never the limit: an epoch has a step at least, and the number of steps ends the training.
         "trainer.total_epochs": train.steps + 1,
         "trainer.total_training_steps": train.steps,
         "hydra.run.dir": str(paths.work / "hydra"),
@@ -298,12 +309,14 @@ def _gpu(config: Config) -> dict[str, Any]:
         f"{_ACTOR}.use_dynamic_bsz": True,
         f"{_ACTOR}.ppo_max_token_len_per_gpu": tokens,
         f"{_ROLLOUT}.log_prob_use_dynamic_bsz": True,
+        # Without gradients no activations are kept, so that twice the tokens fit.
         f"{_ROLLOUT}.log_prob_max_token_len_per_gpu": 2 * tokens,
         f"{_REF}.log_prob_use_dynamic_bsz": True,
         f"{_REF}.log_prob_max_token_len_per_gpu": 2 * tokens,
         f"{_ACTOR}.fsdp_config.param_offload": trainer.offload == "idle",
         f"{_ACTOR}.fsdp_config.optimizer_offload": trainer.offload == "idle",
         f"{_ACTOR}.fsdp_config.offload_policy": trainer.offload == "always",
+        # Used for one pass a step; the rest of the time its memory is the engine's.
         f"{_REF}.fsdp_config.param_offload": True,
         f"{_ROLLOUT}.gpu_memory_utilization": trainer.gpu_memory_utilization,
         f"{_ROLLOUT}.max_num_seqs": 1024,
@@ -338,6 +351,7 @@ def _cpu(config: Config, paths: Paths) -> dict[str, Any]:
         f"{_ROLLOUT}.dtype": train.cpu_dtype,
         f"{_ROLLOUT}.enforce_eager": True,
         f"{_ROLLOUT}.free_cache_engine": False,
+        # Sleeping gives the memory of an accelerator back.
         f"+{_ROLLOUT}.enable_sleep_mode": False,
         f"{_ROLLOUT}.max_num_seqs": min(256, train.prompts_per_step * train.rollouts_per_prompt),
         f"{_ROLLOUT}.max_num_batched_tokens": max(4096, length),
@@ -390,6 +404,7 @@ def _cpu_environment(config: Config, paths: Paths, token: str) -> dict[str, str]
         "OMP_WAIT_POLICY": "PASSIVE",
         "TQ_NUM_THREADS": cores,
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray would start idle workers in advance, one for each CPU that it was told of.
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",
         "HF_HUB_OFFLINE": "1",

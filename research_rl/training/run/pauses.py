@@ -22,6 +22,7 @@ __all__ = ["Pauses", "append"]
 
 def append(folder: Path, note: Note) -> None:
     """Add a note to this worker's file."""
+    # With the host's name, since workers of two nodes may have the same process id.
     json_lines.append(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl", note.to_json())
 
 
@@ -35,13 +36,13 @@ class Pauses:
 
     def news(self) -> list[dict[str, Any]]:
         """Return the notes added since the last look, oldest first."""
-        found: list[dict[str, Any]] = []
+        notes: list[dict[str, Any]] = []
         for path in sorted(self._folder.glob("*.jsonl")):
             for line in self._tails.setdefault(path, Tail(path)).lines():
                 note = json.loads(line)
                 self._place(self._spans.setdefault(path, []), note)
-                found.append(note)
-        return sorted(found, key=lambda note: note["at"])
+                notes.append(note)
+        return sorted(notes, key=lambda note: note["at"])
 
     def seconds(self, since: float) -> float:
         """Return for how much of the time from `since` (Unix time) until now any worker paused."""
@@ -55,6 +56,7 @@ class Pauses:
 
     def _place(self, spans: list[list[float]], note: dict[str, Any]) -> None:
         if note["event"] == "paused":
+            # Its latest possible end, until the real one is noted.
             spans.append([note["at"], note["at"] + self._longest_s])
         elif spans:
             spans[-1][1] = note["at"]

@@ -26,6 +26,7 @@ MAX_LOST = 0.1
 """Largest share of a step's trajectories that may be missing before training on the rest is refused."""
 MAX_FAILED_SEARCHES = 0.5
 """Largest share of a step's searches that may bring no passage before the retriever counts as lost."""
+# verl has no metric for it, only this line of its log.
 _PADDED = re.compile(r"Upsampled batch from (\d+) to (\d+) with (\d+) synthetic padding samples")
 
 
@@ -47,9 +48,9 @@ class Records:
 
     def replay(self) -> None:
         """Tell the hooks of the steps an earlier process finished and this one keeps."""
-        found = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps)
+        newest = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps)
         for step in sorted(self.log.rows):
-            if found and step <= found.step:
+            if newest and step <= newest.step:
                 self._tell(step)
 
     def rewind(self) -> Checkpoint | None:
@@ -58,19 +59,20 @@ class Records:
         When it is of the last step wanted, nothing is forgotten: a longer run of which it is a part stays as it is. Raises
         TrainingError when such a run has no checkpoint of that step, because training to it would discard what it has.
         """
+        # First: the checkpoint that was kept aside may be the newest whole one.
         watch.restore(self.run.paths.checkpoints, self.run.paths.work)
-        found = self._with_metrics(
+        newest = self._with_metrics(
             checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps, verify=True, passed_over=self._passed_over)
         )
-        step = found.step if found else 0
-        if found:
-            checkpoints.seal(found.path)
+        step = newest.step if newest else 0
+        if newest:
+            checkpoints.seal(newest.path)
         if step < self.run.config.train.steps:
             self._forget_after(step)
         for missing in self.log.missing(step):
             # Where more than one step would be done again, the episodes are the only witness of a step that was saved but not logged.
             self.finish(missing, self._logged(missing))
-        return found
+        return newest
 
     def _forget_after(self, step: int) -> None:
         """Remove what is left of steps after `step`, which are about to be done again, and say which. Raises TrainingError."""
@@ -105,14 +107,17 @@ class Records:
         rows = episodes.gather(self.run.paths.episodes, step)
         _write_rollouts(self.run.rollouts / f"{step:06d}.jsonl.gz", rows)
         validated = self.validated(step)
+        # Only after they were written elsewhere.
         episodes.discard(self.run.paths.episodes, step)
         train = self.run.config.train
         losses = episodes.losses(rows, train.prompts_per_step, train.rollouts_per_prompt)
         filtered = episodes.filtered(metrics, episodes.played_groups(rows, train.prompts_per_step)) if train.filter_groups.enabled else {}
         self.log.put(step, {**metrics, **episodes.summarise(rows), **losses, **filtered, **validated})
         findings = watch.verdicts(self.run.config.watch, self.log.rows, step)
+        # A second time, since the rules read the step's metrics from the log.
         self.log.put(step, {**self.log.rows[step], **watch.levels(self.run.config.watch, findings)})
         self._tell(step)
+        # Both may raise, and the step is on record by then.
         self._require_whole(step, rows)
         self._heed(findings)
 
@@ -126,6 +131,7 @@ class Records:
 
     def _logged(self, step: int) -> dict[str, float]:
         """Return what verl wrote about a step that no supervisor took up before it was killed; nothing when verl wrote nothing."""
+        # Newest first: where two attempts did the step, the later one's weights went on.
         for path in sorted(self.run.logs.glob("attempt_*.metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
             for row in map(json.loads, Tail(path).lines()):
                 if int(row["step"]) == step:
@@ -138,8 +144,8 @@ class Records:
 
     def padded(self, line: str) -> None:
         """Count trajectories that verl replaced by padding, before the step is reported. Raises TrainingError past the limit."""
-        if found := _PADDED.search(line):
-            size, self.padding = int(found[2]), int(found[3])
+        if match := _PADDED.search(line):
+            size, self.padding = int(match[2]), int(match[3])
             self._lose(self.padding, size, "verl replaced them by padding; the agent loop raised, see the log")
 
     def say(self, text: str) -> None:
@@ -166,6 +172,7 @@ class Records:
     def _require_whole(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         train = self.run.config.train
         expected = episodes.played_groups(rows, train.prompts_per_step) * train.rollouts_per_prompt
+        # Padding was counted already, when verl's log told of it.
         missing, self.padding = expected - len(rows) - self.padding, 0
         if missing > 0:
             self._lose(missing, expected, f"step {step} left no record of them; the agent loop raised, see the log")
@@ -193,5 +200,6 @@ def _write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
+    # Without a time in its header, so that equal episodes give equal bytes.
     temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
     temporary.replace(path)

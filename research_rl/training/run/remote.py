@@ -27,6 +27,7 @@ __all__ = ["Store", "Uploader", "restore"]
 _METRICS = "metrics.jsonl"
 _ROLLOUTS = "rollouts"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+# S3 takes 10,000 parts at most: parts of this size carry files of up to 625 GiB.
 _PART_BYTES = 64 << 20
 
 Told = Callable[[str], None]
@@ -64,13 +65,13 @@ class Store:
 
     def sealed(self, client: Any) -> dict[int, dict[str, Any]]:
         """Return the files of every whole checkpoint there, by step, as its seal lists them."""
-        found: dict[int, dict[str, Any]] = {}
+        files: dict[int, dict[str, Any]] = {}
         for key in self._keys(client):
             folder, _, name = key.removeprefix(f"{self.prefix}/").partition("/")
             if name == SEAL and folder.startswith("global_step_"):
                 body = client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
-                found[int(folder.rpartition("_")[2])] = json.loads(body)["files"]
-        return found
+                files[int(folder.rpartition("_")[2])] = json.loads(body)["files"]
+        return files
 
     def holds(self) -> list[int]:
         """Return the steps of the whole checkpoints there. Raises ServiceError."""
@@ -108,6 +109,7 @@ class Uploader:
         self._offers: queue.Queue[Checkpoint | None] = queue.Queue()
         self._stopping = threading.Event()
         self.sent: list[int] = []
+        # What an earlier process could not send any more.
         for left in sorted(self._folder.glob("global_step_*")):
             self._offers.put(Checkpoint(int(left.name.rpartition("_")[2]), left))
         self._thread = threading.Thread(target=self._work, name="checkpoint-upload", daemon=True)
@@ -122,6 +124,7 @@ class Uploader:
             link(checkpoint.path, temporary)
             if (self._work_folder / _METRICS).is_file():
                 link(self._work_folder / _METRICS, temporary / _METRICS)
+            # Named when complete: a kill before leaves nothing that the next start would send.
             temporary.rename(copy)
         self._offers.put(Checkpoint(checkpoint.step, copy))
 
@@ -148,6 +151,7 @@ class Uploader:
                 self._copy(self._store.client(), checkpoint)
             except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
                 self._told(f"checkpoint of step {checkpoint.step} is not in S3 yet: {error}; again in {pause:g} s")
+                # Not `sleep`: the end of the run ends the pause.
                 self._stopping.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
                 continue
@@ -158,6 +162,7 @@ class Uploader:
     def _copy(self, client: Any, checkpoint: Checkpoint) -> None:
         there = self._store.sealed(client)
         if checkpoint.step not in there:
+            # The episodes before the seal, which promises that a run restored from here has no gap.
             rollouts = self._work_folder / _ROLLOUTS
             for name in sorted(set(_names(rollouts)) - set(self._store.names(client, _ROLLOUTS))):
                 self._put(client, rollouts / name, self._store.key(_ROLLOUTS, name))
@@ -174,6 +179,7 @@ class Uploader:
 
 
 def _names(folder: Path) -> list[str]:
+    # Files that end in .tmp are being written.
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
 
 
@@ -211,6 +217,7 @@ def _fetch(store: Store, client: Any, step: int, files: dict[str, Any], folder: 
     if why := fault(temporary, verify=True):
         shutil.rmtree(temporary)
         return why
+    # A folder of that name is not whole: else its step would be the newest here and would not be fetched.
     shutil.rmtree(folder / name, ignore_errors=True)
     temporary.rename(folder / name)
     return None

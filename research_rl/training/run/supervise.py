@@ -24,11 +24,13 @@ from research_rl.training.run.run import AttemptOutcome, Run, TrainHooks
 
 __all__ = ["supervise"]
 
+# Ray puts a process's name, in colour, before each line that a worker writes.
 _ERROR = re.compile(r"^(?:\x1b\[\d+m\(.*?\)\x1b\[0m )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 
 def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> AttemptOutcome:
     """Train until `train.steps` are done; resume after a failure. Raises TrainingError with the last log lines."""
+    # First: a trainer of an earlier process would write into the folders that are read next.
     run.launcher.reap()
     _make_folders(run)
     _restore(run, progress)
@@ -50,6 +52,7 @@ def _train(state: Records) -> Checkpoint:
     run = state.run
     failures: list[Failure] = []
     while (checkpoint := state.rewind()) is None or checkpoint.step < run.config.train.steps:
+        # After two starts in a row without a step a third would most likely end alike.
         if len(failures) >= run.config.trainer.max_attempts or [f.progressed for f in failures[-2:]] == [False, False]:
             raise TrainingError(_explain(run, failures))
         failure = Attempt(state, checkpoint).run()
@@ -60,8 +63,8 @@ def _train(state: Records) -> Checkpoint:
 def _restore(run: Run, progress: Progress) -> None:
     """Bring the newest checkpoint from S3 when none that is as new lies here."""
     if run.store:
-        found = checkpoints.latest(run.paths.checkpoints, run.config.train.steps)
-        restore(run.store, run.paths.work, run.paths.checkpoints, found.step if found else 0, run.config.train.steps, _to(progress))
+        newest = checkpoints.latest(run.paths.checkpoints, run.config.train.steps)
+        restore(run.store, run.paths.work, run.paths.checkpoints, newest.step if newest else 0, run.config.train.steps, _to(progress))
 
 
 @contextmanager
@@ -76,6 +79,7 @@ def _uploading(run: Run, progress: Progress) -> Generator[Uploader | None]:
         yield uploader
         finished = True
     finally:
+        # After an error nothing is waited for: the next run sends what lies in the folder of copies.
         if not uploader.close(run.config.trainer.upload_wait_s if finished else 0.0):
             progress("checkpoints are left to be copied to S3; the next run of this stage goes on with them", 1.0)
 

@@ -62,8 +62,8 @@ def not_finite(data: Mapping[str, Any]) -> dict[str, float]:
 def verdicts(watch: WatchConfig, history: Mapping[int, Mapping[str, float]], step: int) -> list[Finding]:
     """Return the rules in breach at `step`, given each step's metrics; the ones that stop come first."""
     rows = [history[number] for number in sorted(history) if number <= step]
-    found = [_verdict(name, getattr(watch, name), rows, step) for name in RULES]
-    return sorted((finding for finding in found if finding), key=lambda finding: not finding.stops)
+    findings = [_verdict(name, getattr(watch, name), rows, step) for name in RULES]
+    return sorted((finding for finding in findings if finding), key=lambda finding: not finding.stops)
 
 
 def levels(watch: WatchConfig, findings: Sequence[Finding]) -> dict[str, float]:
@@ -76,6 +76,7 @@ def _verdict(name: str, wanted: WatchRule, rows: Rows, step: int) -> Finding | N
     if wanted.action == "ignore":
         return None
     rule = RULES[name]
+    # Drawn lazily, newest first, and no further back than a verdict depends on.
     past = (_value(rule, wanted, rows[:end]) for end in range(len(rows), max(0, len(rows) - wanted.patience - 2), -1))
     breaches = list(takewhile(lambda value: value is not None and rule.breached(value, wanted.limit), past))
     if not breaches or (value := breaches[0]) is None:
@@ -117,12 +118,13 @@ def keep_good(folder: Path, work: Path, findings: Sequence[Finding], history: Ma
         shutil.rmtree(work / "good", ignore_errors=True)
         return None
     earliest = min(grave, key=lambda finding: finding.good_step)
+    # What is kept is not replaced while the breach lasts: newer checkpoints come from after its beginning.
     if (kept := good(work)) and kept.step < earliest.since:
         return kept
-    found = _last_good(folder, earliest, history)
-    if found is None:
+    last_good = _last_good(folder, earliest, history)
+    if last_good is None:
         return None
-    _link(found, work / "good", {"step": found.step, "reason": earliest.text, "finding": asdict(earliest)})
+    _link(last_good, work / "good", {"step": last_good.step, "reason": earliest.text, "finding": asdict(earliest)})
     return good(work)
 
 
@@ -150,10 +152,10 @@ def restore(folder: Path, work: Path) -> None:
         checkpoints.link(kept.path, folder / kept.path.name)
 
 
-def _link(found: Checkpoint, folder: Path, pointer: Mapping[str, Any]) -> None:
+def _link(checkpoint: Checkpoint, folder: Path, pointer: Mapping[str, Any]) -> None:
     """Replace `folder`; the pointer is written last, so that it never names half a checkpoint."""
     shutil.rmtree(folder, ignore_errors=True)
-    checkpoints.link(found.path, folder / found.path.name)
+    checkpoints.link(checkpoint.path, folder / checkpoint.path.name)
     temporary = folder / f"{_POINTER}.{os.getpid()}"
     temporary.write_text(json.dumps(pointer, indent=1) + "\n")
     temporary.replace(folder / _POINTER)

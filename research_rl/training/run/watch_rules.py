@@ -71,6 +71,7 @@ def _of_best(name: str, floor: float) -> Measure:
 
     def measure(rows: Rows, window: int) -> float | None:
         known = _known(rows, name)
+        # Windows without a step of the last one, which must not be compared with itself.
         means = [statistics.fmean(known[end - window : end]) for end in range(window, len(known) - window + 1)]
         best = max(means, default=0.0)
         return statistics.fmean(known[-window:]) / best if best >= floor else None
@@ -83,6 +84,7 @@ def _of_start(name: str) -> Measure:
 
     def measure(rows: Rows, window: int) -> float | None:
         known = _known(rows, name)
+        # Two windows at least, so that the first and the last have no step in common.
         first = statistics.fmean(known[:window]) if len(known) >= 2 * window else 0.0
         return statistics.fmean(known[-window:]) / first if first > 0 else None
 
@@ -124,10 +126,10 @@ def _count_not_finite(rows: Rows, window: int) -> float | None:
     return float(sum(name.startswith(NOT_FINITE) for name in rows[-1]))
 
 
-_LR = "lower train.lr, or hold the policy with train.kl_coef"
-_PAY = "or pay for parts of the way (reward.terms)"
-_REWARD = "look at episode/reward/* and at the trajectories: the reward may pay for something else than answers"
-_COST = "make length cost (a reward term of kind length with a negative weight)"
+_LR = "lower train.lr, or keep the policy near the reference model by train.kl_coef"
+_PAY = "or reward intermediate results (reward.terms)"
+_REWARD = "look at episode/reward/* and at the trajectories: the reward may be earned by something else than answers"
+_COST = "penalise length (a reward term of kind length with a negative weight)"
 _ENTROPY = "actor/entropy|actor/entropy_loss"  # the second where old log-probabilities come from the rollout
 _TOKENS = "episode/model_tokens"
 _STOP = "episode/stop/"
@@ -168,7 +170,7 @@ RULES: dict[str, Rule] = {
         _over_start(_ENTROPY),
         "above",
         "entropy over its start, in nats per token,",
-        f"the policy is coming apart: {_LR}, or lower train.entropy_coef",
+        f"the policy samples ever more at random: {_LR}, or lower train.entropy_coef",
     ),
     "kl_reference": Rule(
         _level("actor/kl_loss"),
@@ -204,7 +206,7 @@ RULES: dict[str, Rule] = {
         _of_best("episode/searches", 0.2),
         "below",
         "searches per episode as a share of their best",
-        "look at episode/empty_searches and episode/failed_searches, or pay for what is found (a reward term of kind retrieval)",
+        "look at episode/empty_searches and episode/failed_searches, or reward what is found (a reward term of kind retrieval)",
     ),
     "answered": Rule(
         _of_best(f"{_STOP}answered", 0.1),

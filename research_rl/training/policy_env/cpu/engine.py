@@ -22,6 +22,7 @@ class CpuEngine(FSDPEngineWithLMHead):
         # verl wraps forward-only models with CPUOffloadPolicy(pin_memory=True), and pinning needs an accelerator.
         config = self.engine_config
         forward_only = config.forward_only
+        # verl's configurations refuse to be changed once they are made.
         object.__setattr__(config, "forward_only", False)
         try:
             return super()._build_fsdp_module(module)
@@ -37,4 +38,5 @@ class CpuServerAdapter(ServerAdapter):
         self.zmq_handle: str = private_address(self.zmq_handle)
 
 
+# verl has no function to register a rollout adapter by; it imports what stands here by its name.
 rollout_base._ROLLOUT_REGISTRY["vllm", "async"] = f"{__name__}.{CpuServerAdapter.__name__}"

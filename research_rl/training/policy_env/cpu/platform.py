@@ -83,6 +83,7 @@ class CpuDevice(types.ModuleType):
         self.mem_get_info = _available_and_total
 
     def __getattr__(self, name: str) -> Any:
+        # Python asks modules for such names (`__path__`, `__wrapped__`, ...); torch.cpu's would be wrong answers.
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(torch.cpu, name)
@@ -172,6 +173,7 @@ class CpuPlatform(PlatformBase):
         raise RuntimeError("platform cpu has no CUDA runtime; set train.hardware=gpu on a machine with one")
 
 
+# At import: `VERL_USE_EXTERNAL_MODULES` loads this module before verl asks for any of the three.
 importlib.metadata.version = _version
 torch.distributed.init_process_group = _process_group
 set_platform(CpuPlatform())

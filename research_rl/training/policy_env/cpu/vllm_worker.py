@@ -19,6 +19,7 @@ from research_rl.training.run.variables import ENGINE_THREADS_VARIABLE
 
 __all__ = ["CpuWorkerExtension"]
 
+# Read when vLLM prepares the layers of a model that it has loaded, so it is set before.
 ops._supports_onednn = False
 torch.set_num_threads(int(os.environ[ENGINE_THREADS_VARIABLE]))
 
