@@ -71,6 +71,14 @@ def test_episodes_come_back_in_order_and_sum_up(tmp_path: Path) -> None:
     assert sum(metrics[f"episode/stop/{reason}"] for reason in StopReason) == pytest.approx(1.0)
 
 
+def test_workers_of_two_nodes_with_one_process_id_write_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("node-a", "node-b"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        episodes.append(tmp_path, 7, "train", {"id": host, "uid": "u", "rollout": 0})
+    assert len(list((tmp_path / "train" / "000007").iterdir())) == 2
+    assert [row["id"] for row in episodes.gather(tmp_path, 7)] == ["node-a", "node-b"]
+
+
 def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
     rows(tmp_path)
     part = next((tmp_path / "train" / "000007").iterdir())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,9 @@ def record(trajectory: Trajectory, grade: Grade) -> dict[str, Any]:
 
 def append(folder: Path, step: int, split: str, row: dict[str, Any]) -> None:
     """Add one record to this process's file of the step."""
-    json_lines.append(folder / (TRAIN if split == TRAIN else DEV) / f"{step:06d}" / f"{os.getpid()}.jsonl", row)
+    # With the host: processes of two nodes may have one id, and the folder is shared between them.
+    name = f"{socket.gethostname()}-{os.getpid()}.jsonl"
+    json_lines.append(folder / (TRAIN if split == TRAIN else DEV) / f"{step:06d}" / name, row)
 
 
 def steps(folder: Path) -> list[int]:
