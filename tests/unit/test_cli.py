@@ -22,15 +22,21 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_help_takes_less_than_300_ms_of_processor_time() -> None:
-    """Processor time, so that other work on the machine does not count; the least of three, so that a cold disk does not."""
+def processor_seconds(*arguments: str) -> float:
+    """Processor time of Python with these arguments, the least of three runs, so that a cold disk does not count."""
     times: list[float] = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "research_rl", "--help"], check=True, capture_output=True)
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) < 0.3
+    return min(times)
+
+
+def test_help_takes_less_than_300_ms_of_processor_time() -> None:
+    """On a machine where Python itself takes long, less than six times as long as Python with what any command line needs."""
+    bare = processor_seconds("-c", "import argparse, pathlib, signal")
+    assert processor_seconds("-m", "research_rl", "--help") < max(0.3, 6 * bare)
 
 
 def test_the_package_imports_no_orchestration_and_nothing_heavy() -> None:
