@@ -47,23 +47,15 @@ def run(quick: bool) -> Iterator[Duel]:
     ours, peer = zip(*turns, strict=True)
     for name, quantile, goal in QUANTILES:
         mine, theirs = (statistics.median(share(took, quantile) for took in side) for side in (ours, peer))
-        yield Duel(
-            "P15",
-            f"search {name}, a replica of two still {STILL_S} of {STILL_S + RUNS_S} s",
-            "ms",
-            mine,
-            theirs,
-            theirs / mine,
-            goal,
-            rounds,
-        )
+        what = f"search {name}, a replica of two still {STILL_S} of {STILL_S + RUNS_S} s"
+        yield Duel("P15", what, "ms", mine, theirs, theirs / mine, goal, rounds)
 
 
 def searched(urls: str, seconds: float, seed: int, burst: float) -> list[float]:
     """Return the milliseconds of every search that `SEARCHERS` tasks make in `seconds`; no query is asked twice."""
     kept, fleet._HEDGE_BURST = fleet._HEDGE_BURST, burst
     try:
-        return sorted(asyncio.run(_searched(urls, time.monotonic() + seconds, iter(queries(seed)))))
+        return asyncio.run(_searched(urls, time.monotonic() + seconds, iter(queries(seed))))
     finally:
         fleet._HEDGE_BURST = kept
 

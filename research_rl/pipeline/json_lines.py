@@ -10,16 +10,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from research_rl.pipeline.json_files import parse
 
-__all__ = ["append", "read"]
+__all__ = ["append", "own_file", "read"]
 
 _BLOCK = 1 << 16
 logger = logging.getLogger(__name__)
+
+
+def own_file(folder: Path) -> Path:
+    """Return the file of this process in a folder into which processes of several machines write."""
+    # With the host's name, since processes of two machines may have the same id.
+    return folder / f"{socket.gethostname()}-{os.getpid()}.jsonl"
 
 
 def append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None:

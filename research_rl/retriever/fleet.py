@@ -12,8 +12,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from itertools import takewhile
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 from research_rl.episode.trajectory import SearchFault
@@ -161,25 +160,20 @@ class Part(Generic[T]):
     async def _race(self, send: Send[T]) -> T:
         self._hedge_budget = min(self._hedge_budget + _HEDGE_BUDGET, _HEDGE_BURST)
         requests: set[asyncio.Task[T]] = set()
-        asked: set[Replica] = set()
-        replica_of: dict[asyncio.Task[T], Replica] = {}  # in the order in which they were asked
+        asked: dict[asyncio.Task[T], Replica] = {}  # in the order in which they were asked
         failure: ReplicaError | None = None
         try:
             while True:
-                if replica := self._next(asked):
-                    asked.add(replica)
+                if replica := self._next(asked.values()):
                     task = self._start(replica, send)
                     requests.add(task)
-                    replica_of[task] = replica
+                    asked[task] = replica
                 elif not requests:
                     raise failure or ReplicaError("a part of the index has no replica", SearchFault.UNREACHABLE)
-                done, requests = await self._first(requests, asked)
+                done, requests = await self._first(requests, asked.values())
                 for task in done:
                     if not isinstance(error := task.exception(), ReplicaError):
-                        # One that stands still answers nothing and fails nothing: it would be asked again and again, and cost a
-                        # second request each time, until there are none left and a search waits for it as long as it may.
-                        for late in requests & {*takewhile(lambda other, won=task: other is not won, replica_of)}:
-                            replica_of[late].failed(trial=False)
+                        _count_overtaken(asked, requests, task)
                         return task.result()
                     failure = error
         finally:
@@ -188,7 +182,7 @@ class Part(Generic[T]):
             # Until the cancelled requests have ended: they use the connection that the caller gives back next.
             await asyncio.gather(*requests, return_exceptions=True)
 
-    async def _first(self, requests: set[asyncio.Task[T]], asked: set[Replica]) -> tuple[set[asyncio.Task[T]], set[asyncio.Task[T]]]:
+    async def _first(self, requests: set[asyncio.Task[T]], asked: Collection[Replica]) -> tuple[set[asyncio.Task[T]], set[asyncio.Task[T]]]:
         """Wait until a request ends, or until it is time for a second one: then nothing is done yet."""
         if self._next(asked) and self._hedge_budget >= 1:
             done, pending = await asyncio.wait(requests, timeout=self._hedge_delay(), return_when=asyncio.FIRST_COMPLETED)
@@ -200,7 +194,7 @@ class Part(Generic[T]):
                 return done, pending
         return await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
 
-    def _next(self, asked: set[Replica]) -> Replica | None:
+    def _next(self, asked: Collection[Replica]) -> Replica | None:
         """Return the least loaded usable replica that was not asked yet."""
         usable = [replica for replica in self.replicas if replica.usable and replica not in asked]
         # Chance decides between equals; by their order all clients would choose the same.
@@ -246,6 +240,17 @@ class Part(Generic[T]):
 
     async def _probed(self, replica: Replica) -> None:
         replica.probed(await self._probe(replica.url))
+
+
+def _count_overtaken(asked: Mapping[asyncio.Task[T], Replica], waiting: Collection[asyncio.Task[T]], winner: asyncio.Task[T]) -> None:
+    """Count a failure of each replica that was asked before the winner and has not answered yet."""
+    # One that stands still answers nothing and fails nothing: it would be asked again and again, and cost a second request each
+    # time, until there are none left and a search waits for it as long as it may.
+    for task, replica in asked.items():
+        if task is winner:
+            return
+        if task in waiting:
+            replica.failed(trial=False)
 
 
 def _ended(replica: Replica, trial: asyncio.Future[ReplicaError | None] | None, task: asyncio.Task[Any]) -> None:

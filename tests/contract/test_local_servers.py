@@ -23,9 +23,8 @@ from tasks import settings
 from tasks.local import sign_in
 from tasks.local.stack import LocalService, Stack, _pages
 from tests.browser import CHROMIUM, browser
+from tests.waiting import PATIENCE_S
 
-START_S = 1800.0
-pytestmark = pytest.mark.timeout(2 * START_S)
 RUN = """
 from tasks import settings
 settings.apply()
@@ -55,7 +54,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
 
 def serve(stack: Stack, service: LocalService) -> Iterator[str]:
     url = (service.health or "").removesuffix("/health")
-    with guarded(service.name, service.command, folder=stack.state, health_url=f"{url}/health", deadline_s=START_S, env=service.env):
+    with guarded(service.name, service.command, folder=stack.state, health_url=f"{url}/health", deadline_s=PATIENCE_S, env=service.env):
         yield url
 
 
@@ -106,7 +105,7 @@ def run(code: str, cwd: Path, **env: str) -> str:
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_")) and "PROXY" not in name.upper()
     }
-    whole = {**clean, "PYTHONPATH": str(CHECKOUT), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(START_S), **env}
+    whole = {**clean, "PYTHONPATH": str(CHECKOUT), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(PATIENCE_S), **env}
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=whole, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -72,9 +72,7 @@ def test_killed_parent_takes_daemons_along(tmp_path: Path) -> None:
         """
     )
     process = subprocess.Popen([sys.executable, "-c", parent], env={**os.environ, "RESEARCH_GRACE_S": "1"})
-    deadline = time.monotonic() + 600
-    while not (tmp_path / "daemon").is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert until((tmp_path / "daemon").is_file)
     pid = int((tmp_path / "daemon").read_text())
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import fcntl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from research_rl.pipeline.lock import locked
 from research_rl.pipeline.stages import Workspace
 from tasks import settings
 from tasks.job import _leaves, opened, reap_all, resolve, stop_services
+from tests.waiting import until
 
 HOLD = "import sys; from pathlib import Path; from research_rl.pipeline.stages import Workspace\n"
 HOLD += "from research_rl.pipeline.lock import locked\n"
@@ -76,7 +76,8 @@ def spawned(*folders: Path) -> Generator[tuple[subprocess.Popen[str], list[psuti
     owner = subprocess.Popen([sys.executable, "-c", SPAWN, *map(str, folders)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert owner.stdout
     guardians = [psutil.Process(int(owner.stdout.readline())) for _ in folders]
-    services = [child for guardian in guardians for child in until(guardian.children)]
+    assert all(until(guardian.children) for guardian in guardians)
+    services = [child for guardian in guardians for child in guardian.children()]
     try:
         yield owner, services
     finally:
@@ -84,13 +85,6 @@ def spawned(*folders: Path) -> Generator[tuple[subprocess.Popen[str], list[psuti
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         owner.wait()
-
-
-def until(value: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
-    """Return the first value that counts as true."""
-    while not (children := value()):
-        time.sleep(0.02)
-    return children
 
 
 def crash(owner: subprocess.Popen[str], services: list[psutil.Process]) -> None:

@@ -6,9 +6,7 @@ is a metric of its own, and they sum to 1.
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,9 +44,7 @@ def record(trajectory: Trajectory, grade: Grade) -> dict[str, Any]:
 
 def append(folder: Path, step: int, split: str, row: dict[str, Any]) -> None:
     """Add one record to this process's file of the step."""
-    # With the host: processes of two nodes may have one id, and the folder is shared between them.
-    name = f"{socket.gethostname()}-{os.getpid()}.jsonl"
-    json_lines.append(folder / (TRAIN if split == TRAIN else DEV) / f"{step:06d}" / name, row)
+    json_lines.append(json_lines.own_file(folder / (TRAIN if split == TRAIN else DEV) / f"{step:06d}"), row)
 
 
 def steps(folder: Path) -> list[int]:

@@ -7,8 +7,6 @@ worker died, counts for `longest_s` at most.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,7 @@ __all__ = ["Pauses", "append"]
 
 def append(folder: Path, note: Note) -> None:
     """Add a note to this worker's file."""
-    # With the host's name, since workers of two nodes may have the same process id.
-    json_lines.append(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl", note.to_json())
+    json_lines.append(json_lines.own_file(folder), note.to_json())
 
 
 class Pauses:
