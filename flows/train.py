@@ -13,6 +13,7 @@ from prefect.runtime import flow_run
 from research_rl.errors import ResearchError
 from research_rl.pipeline.stages import Workspace
 from research_rl.report.closing import closing
+from research_rl.terminal import take_any_text
 from tasks.download import download
 from tasks.evaluate import baseline, evaluate, report
 from tasks.forms import Profile, StageName
@@ -82,6 +83,7 @@ def research_train(
 
 def main(arguments: list[str]) -> int:
     """Run the flow in this folder with `section.key=value` arguments; return the exit code."""
+    take_any_text()
     parser = argparse.ArgumentParser("flows.train", description="Build, train and evaluate in this folder.")
     parser.add_argument("-p", "--profile", help="profile to start from; this folder's params.yaml when left out")
     parser.add_argument("--dry-run", action="store_true", help="only show the resolved run, its plan and how it differs from the paper")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from research_rl import __version__
-from research_rl.terminal import printable
+from research_rl.terminal import printable, take_any_text
 
 if TYPE_CHECKING:
     from research_rl.config import Config
@@ -33,6 +33,7 @@ _QUIET_S = 10.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
+    take_any_text()
     arguments = _parse(argv)
     from research_rl.errors import ResearchError
     from research_rl.pipeline.extras import missing_extras

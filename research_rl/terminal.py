@@ -6,13 +6,21 @@ the window's title or, with some terminals, type a command. A bidirectional cont
 
 from __future__ import annotations
 
+import sys
 import unicodedata
+from io import TextIOWrapper
 
-__all__ = ["printable"]
+__all__ = ["printable", "take_any_text"]
 
 _KEEP = frozenset("\n\t")
 _HIDDEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def take_any_text() -> None:
+    """Let standard output write what its encoding has no character for as an escape; Python lets standard error do so anyway."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def printable(text: str) -> str:

@@ -224,6 +224,8 @@ def _headline(facts: Mapping[str, Any]) -> dict[str, float]:
 def _verdict(facts: Mapping[str, Any]) -> str:
     """Return in a few words what the interval of the F1 difference allows to say."""
     change = facts["difference"]["f1"]
+    if change["n"] < FEWEST:
+        return f"undecided: {change['n']} questions, it takes {FEWEST}"
     if change["low"] > 0:
         return "better"
     return "worse" if change["high"] < 0 else "undecided: the interval includes 0"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
-from research_rl.config import Config
+from research_rl.config import Config, located
 from research_rl.episode.agent import Limits, run_episode
 from research_rl.episode.prompts import encode_prompt, load_tokenizer
 from research_rl.episode.trajectory import Trajectory
@@ -27,6 +27,7 @@ def ask(config: Config, workspace: Workspace, question: str, model: Path | None,
     from research_rl.retriever.command import running as retriever_running
     from research_rl.serving.serve import running as model_running
 
+    config = located(config, workspace.root)
     folder = (model or workspace.folder("export")).resolve()
     # Before any service starts: a question that is too long is refused at once.
     prompt = encode_prompt(load_tokenizer(folder), question, config.prompt)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -22,7 +22,6 @@ from research_rl.data.flashrag import Question
 from research_rl.data.pieces import Fetched, Located
 from research_rl.data.sources import ChangedError, Remote, Sources
 from research_rl.errors import ConfigError, DataError
-from research_rl.pipeline import manifest
 from research_rl.pipeline.copying import place
 from research_rl.pipeline.manifest import Manifest, Staging
 from research_rl.pipeline.stages import Context, Progress, Workspace
@@ -48,7 +47,7 @@ def run(context: Context) -> None:
     """
     work = context.workspace.work("download")
     try:
-        with _publish(context) as staging:
+        with context.publish() as staging:
             if context.config.data.source == "generated":
                 _generated(context, staging)
             else:
@@ -100,11 +99,6 @@ def _difference(remote: Remote, known: Mapping[str, str]) -> str:
     if not now:
         return f"{remote.address} has neither version nor checksum, so it is fetched again to see whether it changed"
     return "" if now == before else f"{remote.address} changed: {before or 'no version'} before, {now} now"
-
-
-def _publish(context: Context) -> AbstractContextManager[Staging]:
-    """Open the publication without what a build took: data/ is versioned byte for byte."""
-    return manifest.publish(context.workspace.folder("download"), "download", context.config_hash, {}, context.parameters)
 
 
 def _generated(context: Context, staging: Staging) -> None:

@@ -25,6 +25,8 @@ __all__ = ["Question", "read_passages", "read_questions", "supporting_ids", "to_
 
 _SHOWN = 80
 _BATCH = 1024
+_MOST_GROUP_BYTES = 1 << 30
+"""Of one row group of a parquet file, uncompressed: it is read as a whole."""
 _SUPPORT = "supporting_passage_ids"
 _CORPUS_FORM = 'a passage is {"id": "...", "contents": "..."} or {"id": "...", "title": "...", "text": "..."}'
 _TABLE_FORM = "a passage is id, text and title between tabs, below a line that names these columns"
@@ -204,7 +206,9 @@ def _columns(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Where, 
 
     number, first = 0, 1
     try:
-        for batch in pq.ParquetFile(stream).iter_batches(batch_size=_BATCH):
+        file = pq.ParquetFile(stream)
+        _require_small_groups(path, file.metadata)
+        for batch in file.iter_batches(batch_size=_BATCH):
             for number, row in enumerate(batch.to_pylist(), first):
                 yield _Where(path, number, form), _question_row(row)
             first = number + 1
@@ -213,6 +217,16 @@ def _columns(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Where, 
         raise DataError(f"{path} is no whole parquet file ({' '.join(str(error).split())}); fetch or write it again") from None
     if not number:
         raise DataError(f"{path} holds no row; at least one is needed; {form}")
+
+
+def _require_small_groups(path: Path, metadata: Any) -> None:
+    """Raise DataError for a row group that takes too much memory: a few kilobytes of a file can stand for gigabytes."""
+    for number in range(metadata.num_row_groups):
+        if (size := metadata.row_group(number).total_byte_size) > _MOST_GROUP_BYTES:
+            raise DataError(
+                f"{path}: row group {number} takes {size:,} bytes when it is read, the limit is {_MOST_GROUP_BYTES:,}; "
+                "write the file with fewer rows in a group (row_group_size)"
+            )
 
 
 def _question_row(row: dict[str, Any]) -> dict[str, Any]:

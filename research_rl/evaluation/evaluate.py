@@ -2,7 +2,8 @@
 files; leaves the episode to `agent` and the numbers to `summary`.
 
 Invariants: (1) a lost episode costs its own question alone and stays in the denominator; (2) past
-`evaluation.max_failures` lost questions nothing is published; (3) a killed evaluation repeats only unfinished questions.
+`evaluation.max_failures` lost questions nothing is published; (3) a killed evaluation repeats only unfinished questions; (4) nothing
+is published before the retriever that answered was compared, after the last question, with the workspace's index.
 """
 
 from __future__ import annotations
@@ -101,8 +102,12 @@ def _run(context: Context, model: Path) -> None:
     work = context.workspace.work(f"{context.stage.name}-{_key(context)}")
     journal = UnfinishedResults(work / "results.jsonl")
     missing = [question for question in questions if question.row not in journal.results]
-    if missing:
+    # A process may have ended between its last answer and the comparison of the index.
+    compared = work / "compared"
+    if missing or not compared.is_file():
+        compared.unlink(missing_ok=True)
         _evaluate_served(context, model, missing, journal, len(questions))
+        compared.touch()
     results = [journal.results[question.row] for question in questions if question.row in journal.results]
     _publish(context, results)
     # Last: before its publication the journal is all there is of the evaluation.
@@ -111,7 +116,6 @@ def _run(context: Context, model: Path) -> None:
 
 def _evaluate_served(context: Context, model: Path, missing: list[HeldOutQuestion], journal: UnfinishedResults, total: int) -> None:
     """Start what is needed, play `missing`, once more what was lost, and keep what is still lost if it is little enough."""
-    from research_rl.retriever.command import require_same_index
     from research_rl.retriever.command import running as retriever_running
     from research_rl.serving.serve import running as model_running
 
@@ -131,11 +135,21 @@ def _evaluate_served(context: Context, model: Path, missing: list[HeldOutQuestio
         again = [question for question, result in zip(missing, results, strict=True) if result.lost]
         # One more try, after all others: a service that failed may have come back meanwhile.
         lost = [r for r in asyncio.run(_connected(config, again, served, retriever, tokenizer, note)) if r.lost] if again else []
-        # Once more, after the questions: a service that was restarted meanwhile may serve another index.
-        require_same_index(retriever, context.workspace)
+        _require_same_index(context, retriever, journal)
     _accept(lost, total, config.evaluation.max_failures)
     for result in lost:
         journal.add(result)
+
+
+def _require_same_index(context: Context, retriever: Endpoint, journal: UnfinishedResults) -> None:
+    """Forget the answers when a service that was restarted meanwhile serves another index: nobody knows which of them it gave."""
+    from research_rl.retriever.command import require_same_index
+
+    try:
+        require_same_index(retriever, context.workspace)
+    except ServiceError as error:
+        journal.forget()
+        raise ServiceError(f"{error}; its answers were dropped, so the next run asks every question again") from error
 
 
 async def _connected(

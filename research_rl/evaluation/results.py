@@ -189,3 +189,8 @@ class UnfinishedResults:
         """Append one result. Raises OSError when the disk does not take it; the file then holds the results before it."""
         json_lines.append(self._path, result.to_json())
         self.results[result.row] = result
+
+    def forget(self) -> None:
+        """Remove every result."""
+        self._path.unlink(missing_ok=True)
+        self.results.clear()

@@ -10,7 +10,7 @@ from research_rl.errors import ManifestError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.run import standing
-from research_rl.pipeline.stages import STAGES, Workspace
+from research_rl.pipeline.stages import STAGES, Workspace, measured
 from research_rl.pipeline.verified import Verified
 from research_rl.planning import knowledge, training
 
@@ -62,7 +62,14 @@ def _row(name: str, config: Config, workspace: Workspace, current: set[str], ver
     changed = [p for p in stage.parents if p not in current or _hash(workspace, p) != artifact.parents.get(p)]
     if changed:
         return Row(name, "stale", short, f"rebuilt or stale parent: {', '.join(changed)}")
-    return Row(name, "current", short, ", ".join(f"{key} {value:,}" for key, value in artifact.counts.items()))
+    counts = ", ".join(f"{key} {value:,}" for key, value in artifact.counts.items())
+    return Row(name, "current", short, "; ".join(filter(None, (counts, _cost(workspace, artifact)))))
+
+
+def _cost(workspace: Workspace, artifact: Manifest) -> str:
+    """Return when an artifact was built and how long that took, empty when it was built elsewhere."""
+    note = measured(workspace, artifact)
+    return f"built {note['finished'][:16].replace('T', ' ')} UTC in {note['seconds']:,.0f} s" if note else ""
 
 
 def _changed(artifact: Manifest, config: Config) -> str:

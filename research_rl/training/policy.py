@@ -39,7 +39,7 @@ _QUESTION = "Who wrote it?"
 
 def run(context: Context) -> None:
     """Publish the policy that `policy.source` names. Raises ModelError or TrainingError."""
-    config = context.config.policy
+    config, prompt = context.config.policy, located(context.config, context.workspace.root).prompt
     source, facts = _SOURCES[config.source](context)
     if config.warm_up and config.source != "tiny":
         # Before the warm-up, which takes long, for a folder that cannot be used.
@@ -47,7 +47,7 @@ def run(context: Context) -> None:
         source, warmed = _warmed(context, source)
         facts |= warmed
     # In this order: a source that was warmed up says so itself.
-    facts = {"source": config.source, "warmed_up": False, **_checked(source, context.config.prompt), **facts}
+    facts = {"source": config.source, "warmed_up": False, **_checked(source, prompt), **facts}
     with context.publish() as staging:
         _copy_files(source, staging.path)
         staging.facts.update(facts)

@@ -16,10 +16,11 @@ from typing import Any
 from research_rl.config import Config, config_hash, located
 from research_rl.config.template_text import template_text
 from research_rl.episode.prompts import load_tokenizer, prompt_text
-from research_rl.errors import ConfigError
+from research_rl.errors import ConfigError, ServiceError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Progress
-from research_rl.retriever.command import running
+from research_rl.process.services import Endpoint
+from research_rl.retriever.command import require_same_index, running
 from research_rl.training.run import overrides
 from research_rl.training.run.checkpoints import link
 from research_rl.training.run.metrics_log import MetricsLog
@@ -43,40 +44,56 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
     config = located(context.config, context.workspace.root)
     model, prepared = context.parent("policy"), context.parent("prepare")
     work = context.workspace.work(f"train-{work_key(config, context.parents)}")
+    store = Store.parse(config.trainer.upload, work.name, config.transfer.proxy) if config.trainer.upload else None
     if context.force:
-        start_anew(work, config.trainer.upload, context.progress)
+        start_anew(work, store, context.progress)
     work.mkdir(parents=True, exist_ok=True)
     train, dropped = _fitting(config, model, prepared / "train.parquet", work / "train.parquet")
     dev, _ = _fitting(config, model, prepared / "dev.parquet", work / "dev.parquet")
     _require_rows(config, train)
     paths = overrides.Paths(model, train, dev, work, ray_folder(work))
     with running(config, context.workspace) as endpoint:
-        store = Store.parse(config.trainer.upload, work.name, config.transfer.proxy) if config.trainer.upload else None
         training = Run(_with_own_prompt(config, work), paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
         outcome = supervise(training, hooks, context.progress)
+        _require_same_index(context, endpoint, work)
     publish(context, training, outcome, dropped)
     # Only when it is published: until then a rerun with force goes on with this run instead of beginning another.
     (work / _FORCED).unlink(missing_ok=True)
 
 
-def start_anew(work: Path, upload: str | None, progress: Progress) -> None:
+def _require_same_index(context: Context, retriever: Endpoint, work: Path) -> None:
+    """Set the run aside when a retriever that was restarted meanwhile serves another index. Raises ServiceError."""
+    try:
+        require_same_index(retriever, context.workspace)
+    except ServiceError as error:
+        upload = f" once the checkpoints of {work.name} are gone from trainer.upload" if context.config.trainer.upload else ""
+        raise ServiceError(
+            f"{error}; the policy may have searched both, so it is not published and the run is kept in {_set_aside(work)}; "
+            f"the next run trains from step 0{upload}"
+        ) from error
+
+
+def start_anew(work: Path, store: Store | None, progress: Progress) -> None:
     """Move the run in `work` aside, so that a forced run begins at step 0; a forced run that did not end goes on.
 
     Raises ConfigError when S3 holds checkpoints of that run, which the new one would go on from, ServiceError when S3 fails.
     """
     if (work / _FORCED).is_file():
         return
-    if upload and (steps := (store := Store.parse(upload, work.name)).holds()):
+    if store and (steps := store.holds()):
         raise ConfigError(
-            f"trainer.upload={upload} holds checkpoints of steps {', '.join(map(str, steps))} of the run to be done anew "
+            f"trainer.upload holds checkpoints of steps {', '.join(map(str, steps))} of the run to be done anew "
             f"(s3://{store.bucket}/{store.prefix}), from which the new one would go on; name another place, or remove them"
         )
     if work.is_dir():
-        aside = next(path for number in count(1) if not (path := work.with_name(f"earlier-{work.name}-{number}")).exists())
-        work.rename(aside)
-        progress(f"the earlier run is kept in {aside}; remove that folder when it is not needed", 0.0)
+        progress(f"the earlier run is kept in {_set_aside(work)}; remove that folder when it is not needed", 0.0)
     work.mkdir(parents=True)
     (work / _FORCED).touch()
+
+
+def _set_aside(work: Path) -> Path:
+    aside = next(path for number in count(1) if not (path := work.with_name(f"earlier-{work.name}-{number}")).exists())
+    return work.rename(aside)
 
 
 def _with_own_prompt(config: Config, work: Path) -> Config:

@@ -13,6 +13,7 @@ from pathlib import Path
 from research_rl.paths import CHECKOUT
 from research_rl.process.access import Access, Guard, basic
 from tasks.local import sign_in
+from tasks.sqlite import sqlite_uri
 
 __all__ = ["command", "mlflow", "mlflow_environment", "prefect", "prefect_environment"]
 
@@ -79,9 +80,9 @@ def prefect() -> Guard:
 def mlflow() -> Guard:
     """Return MLflow's server over the database of its folder; its artifacts are files that clients read and write themselves."""
     folder, user_and_key = Path(os.environ[_STORE]), os.environ.pop(_KEY)
-    store, artifacts = f"sqlite:///{folder}/mlflow.db", (folder / "mlartifacts").as_uri()
     from mlflow.server import constants
 
+    store, artifacts = sqlite_uri(folder / "mlflow.db"), (folder / "mlartifacts").as_uri()
     os.environ |= {constants.BACKEND_STORE_URI_ENV_VAR: store, constants.ARTIFACT_ROOT_ENV_VAR: artifacts}
     from mlflow.server.fastapi_app import app
     from mlflow.server.handlers import initialize_backend_stores

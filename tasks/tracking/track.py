@@ -28,9 +28,10 @@ from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, spawn
 from research_rl.report.version import commit
+from tasks.sqlite import sqlite_uri
 from tasks.tracking.journal import Place, TrackingJournal
 
-__all__ = ["FLOW", "StageRun", "Tracker", "changed", "flat", "journals", "run_name", "sqlite_uri", "tracking_uri"]
+__all__ = ["FLOW", "StageRun", "Tracker", "changed", "flat", "journals", "run_name", "tracking_uri"]
 
 FLOW = "flow"
 _PARAM_CHARS = 500
@@ -47,16 +48,6 @@ logger = logging.getLogger("prefect.tasks.track")
 def tracking_uri(config: Config, workspace: Workspace) -> str:
     """Return the MLflow address: MLFLOW_TRACKING_URI, else tracking.mlflow_uri, else a sqlite file in the workspace."""
     return os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.mlflow_uri or sqlite_uri(workspace.root / "mlflow.db")
-
-
-def sqlite_uri(path: Path) -> str:
-    """Return the address of a sqlite file, whatever characters its path holds.
-
-    MLflow makes the parent folder of the path as the address spells it. Where characters have to be escaped, the slashes are too, so
-    that no folder of the escaped name comes into being.
-    """
-    text = str(path)
-    return f"sqlite:///{quote(text, safe='') if set(text) & set('?%#') else text}"
 
 
 def journals(workspace: Workspace) -> Path:
@@ -228,13 +219,20 @@ class Tracker:
         return self.journal.folder.parent / name if name else None
 
     def remember(self, manifest: Manifest) -> None:
-        """Note that this run reported an artifact; stages that end at one moment wait for each other."""
+        """Note that this run reported an artifact; stages that end at one moment wait for each other.
+
+        A disk that does not take the note costs a second report of the artifact, not the stage.
+        """
         path = self.journal.folder.parent / _INDEX
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         # Stages of one run that end at once would each write the index without the other's artifact.
         with self._remembering:
-            temporary.write_text(json.dumps({**self._index(), f"{manifest.stage}:{manifest.hash}": self.journal.folder.name}))
-            temporary.replace(path)
+            try:
+                temporary.write_text(json.dumps({**self._index(), f"{manifest.stage}:{manifest.hash}": self.journal.folder.name}))
+                temporary.replace(path)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                logger.warning("%s does not take the note of what was reported: %s; free disk space", path, error.strerror)
 
     def _index(self) -> dict[str, str]:
         path = self.journal.folder.parent / _INDEX

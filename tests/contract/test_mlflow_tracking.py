@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from research_rl import config
+from research_rl.evaluation.intervals import FEWEST
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
@@ -406,4 +407,5 @@ def test_the_parent_run_carries_what_the_run_is_judged_by(space: Workspace, monk
         "questions": 96.0,
     }.items() <= parent.data.metrics.items()
     assert parent.data.tags["verdict"] == "better"
-    assert _verdict({"difference": {"f1": {"low": -0.1, "high": 0.2}}}).startswith("undecided")
+    assert _verdict({"difference": {"f1": {"low": -0.1, "high": 0.2, "n": 64}}}).startswith("undecided")
+    assert _verdict({"difference": {"f1": {"low": 0.1, "high": 0.2, "n": FEWEST - 1}}}) == "undecided: 9 questions, it takes 10"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import subprocess
 import sys
@@ -95,6 +97,8 @@ def test_download_is_skipped_when_nothing_changed_and_redone_when_a_parameter_di
         assert expected in capsys.readouterr().out
     assert main(["run", "download", "-w", str(workspace), "seed=7"]) == 0
     assert "download: built" in capsys.readouterr().out
+    assert main(["status", "-w", str(workspace)]) == 0
+    assert re.search(r"^download +current .* built 20\d\d-\d\d-\d\d \d\d:\d\d UTC in \d+ s$", capsys.readouterr().out, re.MULTILINE)
     assert main(["status", "-w", str(workspace), "seed=8"]) == 0
     assert "data.seed 7 -> 8" in capsys.readouterr().out
 
@@ -150,3 +154,11 @@ def test_stage_table_is_a_chain_without_cycles_over_known_sections(tmp_path: Pat
         seen.add(stage.name)
     folders = [Workspace(tmp_path).folder(name) for name in STAGES]
     assert len(set(folders)) == len(folders)
+
+
+def test_a_terminal_that_lacks_a_character_gets_it_as_an_escape(tmp_path: Path) -> None:
+    place = tmp_path / "Ada-\u00e9"
+    research, ascii_only = [sys.executable, "-m", "research_rl"], {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert main(["init", "-w", str(place)]) == 0
+    done = subprocess.run([*research, "plan", "-w", str(place)], capture_output=True, env=ascii_only, check=False)
+    assert b"Ada-\\xe9" in done.stdout and b"Traceback" not in done.stderr

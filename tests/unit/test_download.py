@@ -103,7 +103,9 @@ def test_a_bad_row_leaves_the_old_snapshot(tmp_path: Path, source: Path) -> None
     with pytest.raises(DataError, match=r"musique/dev.jsonl:4: .*not JSON"):
         download.run(made)
     assert manifest.load(tmp_path / "w/data").hash == before
-    assert [path.name for path in (tmp_path / "w").iterdir()] == ["data"]
+    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == ["artifacts", "data"], (
+        "the note of what the snapshot took is in artifacts"
+    )
 
 
 def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

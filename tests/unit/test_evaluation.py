@@ -261,6 +261,7 @@ class Services:
     def __init__(self, tokenizer: FolderTokenizer, model: str) -> None:
         self.tokenizer, self.model = tokenizer, model
         self.broken, self.failures = "\0", 0
+        self.index, self.replaced_at = "", -1
         self.asked: list[int] = []
         services = self
 
@@ -268,7 +269,7 @@ class Services:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self._reply(200, {"data": [{"id": services.model}]})
+                self._reply(200, {"data": [{"id": services.model}], "manifests": {"index": services.index}})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -296,6 +297,8 @@ class Services:
         searched = prompt.endswith("</result>")
         if not searched:
             self.asked.append(int(re.findall(r"question number (\d+)\.", prompt)[-1]))
+            if self.asked[-1] == self.replaced_at:
+                self.index = "another"
         if self.broken in prompt and self.failures > 0:
             self.failures -= 1
             return 400, {"detail": "the engine is gone"}
@@ -391,3 +394,41 @@ def test_the_parameters_of_an_evaluation_are_those_that_decided_it(stage: Stage)
     assert {"episode", "evaluation", "policy", "prompt", "data"} <= set(parameters)
     assert not {"train", "retriever", "serving", "tracking"} & set(parameters)
     assert json.loads((stage.folder / "metrics.json").read_text())["n"] == 10
+
+
+@pytest.fixture
+def index(stage: Stage) -> str:
+    """The hash of an index in the workspace, which the retriever serves."""
+    with manifest.publish(stage.workspace.folder("index"), "index", "", {}, {}) as staging:
+        (staging.path / "faiss.index").write_bytes(b"vectors")
+    stage.services.index = manifest.load(stage.workspace.folder("index")).hash
+    return stage.services.index
+
+
+def test_answers_of_a_retriever_that_was_replaced_meanwhile_are_dropped(stage: Stage, index: str) -> None:
+    stage.services.replaced_at = 7
+    with pytest.raises(ServiceError, match=r"serves index another, but .* answers were dropped"):
+        stage.run()
+    assert not stage.folder.exists()
+    stage.services.replaced_at, stage.services.index = -1, index
+    assert stage.run() == list(range(10))
+    assert manifest.load(stage.folder).counts == {"questions": 10, "lost": 0}
+
+
+def test_an_evaluation_killed_before_its_index_was_compared_is_compared_by_the_next(
+    stage: Stage, index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_require_same_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run()
+    stage.services.index = "another"
+    with pytest.raises(ServiceError, match="serves index another"):
+        stage.run()
+    assert not stage.folder.exists()
+    stage.services.index = index
+    assert stage.run() == []
+    assert manifest.load(stage.folder).counts == {"questions": 10, "lost": 0}

@@ -12,8 +12,11 @@ from research_rl.config import Config
 from research_rl.errors import ServiceError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace
+from research_rl.process.services import Endpoint
+from research_rl.training import train
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.overrides import Paths
+from research_rl.training.run.remote import Store
 from research_rl.training.run.run import AttemptOutcome, Run
 from research_rl.training.train import publish, start_anew
 
@@ -51,7 +54,7 @@ def test_a_forced_run_does_not_begin_while_it_is_unknown_what_s3_holds(tmp_path:
     work = tmp_path / "train-0123"
     run_of(work, 6)
     with pytest.raises(ServiceError, match=r"trainer\.upload: s3://bucket/runs/train-0123 cannot be read"):
-        start_anew(work, "s3://bucket/runs", lambda text, share: None)
+        start_anew(work, Store.parse("s3://bucket/runs", work.name), lambda text, share: None)
     assert (work / "checkpoints/global_step_6").is_dir(), "nothing was moved"
 
 
@@ -76,3 +79,17 @@ def test_a_published_lower_step_holds_nothing_of_later_ones(tmp_path: Path) -> N
     ]
     assert manifest.load(folder).facts["last"] == {"loss": 2.0}
     assert len(list((work / "rollouts").rglob("*.gz"))) == 6, "the run itself keeps all of its steps"
+
+
+def test_a_run_whose_retriever_was_replaced_is_set_aside_unpublished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def differs(*_: object) -> None:
+        raise ServiceError("the retriever at u serves index 1, but the workspace's is 2")
+
+    monkeypatch.setattr(train, "require_same_index", differs)
+    work = tmp_path / "train-0123"
+    run_of(work, 6)
+    context = Context(STAGES["train"], Config(), Workspace(tmp_path), {}, lambda text, share: None)
+    with pytest.raises(ServiceError, match=r"serves index 1.* not published .*earlier-train-0123-1; the next run trains from step 0$"):
+        train._require_same_index(context, Endpoint("u", None), work)
+    assert not work.exists()
+    assert (tmp_path / "earlier-train-0123-1/checkpoints/global_step_6").is_dir()

@@ -11,7 +11,7 @@ import pytest
 from research_rl.episode.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
 from research_rl.reward.rules import grade
 from research_rl.training.run import episodes
-from research_rl.training.run.metrics_log import MetricsLog, Tail, numbers
+from research_rl.training.run.metrics_log import MetricsLog, Tail, numbers, parsed
 
 
 def test_a_step_done_again_replaces_and_no_step_is_missing(tmp_path: Path) -> None:
@@ -36,6 +36,12 @@ def test_tail_returns_whole_lines_only(tmp_path: Path) -> None:
         stream.write(b"o\nthree\n")
     assert tail.lines() == ["two", "three"]
     assert tail.lines() == []
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "da', "", "7", '{"step": 3}', '{"data": {}}', '{"step": "3", "data": {}}'])
+def test_a_torn_line_of_metrics_is_none(torn: str) -> None:
+    assert parsed(torn) is None
+    assert parsed('{"step": 3, "data": {"a": 1}}') == {"step": 3, "data": {"a": 1}}
 
 
 def test_numbers_drops_texts_nulls_and_infinities() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 import time
@@ -15,7 +14,7 @@ from research_rl.errors import TrainingError
 from research_rl.retriever import TOKEN
 from research_rl.training.run import checkpoints, launch, overrides, watch
 from research_rl.training.run.checkpoints import Checkpoint
-from research_rl.training.run.metrics_log import Tail, numbers
+from research_rl.training.run.metrics_log import Tail, numbers, parsed
 from research_rl.training.run.overrides import Paths
 from research_rl.training.run.pauses import Pauses
 from research_rl.training.run.records import Records
@@ -104,7 +103,9 @@ class Attempt:
                 self.state.padded(line)
             self._hear_of_pauses()
             for line in metrics.lines():
-                self._step(json.loads(line))
+                if (row := parsed(line)) is None:
+                    return f"wrote a line of metrics that is none, as a full disk leaves it: {line:.100}"
+                self._step(row)
             self._announce()
             if self._done():
                 return None

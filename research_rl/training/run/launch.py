@@ -25,6 +25,7 @@ from research_rl.config import Config
 from research_rl.errors import ConfigError, ServiceError
 from research_rl.process import services
 from research_rl.process.proxies import httpx_options
+from research_rl.process.tokens import checked_token, token_from
 
 __all__ = ["Launcher", "LocalLauncher", "RayJob", "RayJobLauncher", "RayJobs", "Started", "launcher"]
 
@@ -260,10 +261,15 @@ class RayJob:
 
 
 def _token() -> str | None:
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
+    """Return the token of the cluster, by Ray's own variables. Raises ConfigError for one that no header can carry."""
+    if token := token_from("RAY_AUTH_TOKEN"):
         return token
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(path).read_text().strip() if path else None
+    if not (path := os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        return None
+    try:
+        return checked_token(Path(path).read_text(encoding="ascii", errors="surrogateescape"), f"RAY_AUTH_TOKEN_PATH={path}")
+    except OSError as error:
+        raise ConfigError(f"RAY_AUTH_TOKEN_PATH={path}: {error.strerror}; name a file with the cluster's token") from None
 
 
 def _require_reachable(address: str, retriever_url: str) -> None:

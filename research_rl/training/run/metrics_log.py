@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MetricsLog", "Tail", "numbers"]
+__all__ = ["MetricsLog", "Tail", "numbers", "parsed"]
 
 
 class MetricsLog:
@@ -76,6 +76,15 @@ class Tail:
         whole = block[: block.rfind(b"\n") + 1]
         self._offset += len(whole)
         return whole.decode(errors="replace").splitlines()
+
+
+def parsed(line: str) -> dict[str, Any] | None:
+    """Return verl's metrics of one step, `{"step": n, "data": {...}}`, or None when the line was torn by a crash or a full disk."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("data"), dict) else None
 
 
 def numbers(data: Mapping[str, Any]) -> dict[str, float]:

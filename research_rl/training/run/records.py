@@ -15,7 +15,7 @@ from research_rl.errors import TrainingError
 from research_rl.pipeline.stages import Progress
 from research_rl.training.run import checkpoints, episodes, watch
 from research_rl.training.run.checkpoints import Checkpoint
-from research_rl.training.run.metrics_log import MetricsLog, Tail, numbers
+from research_rl.training.run.metrics_log import MetricsLog, Tail, numbers, parsed
 from research_rl.training.run.remote import Uploader
 from research_rl.training.run.run import Run, TrainHooks
 from research_rl.training.run.watch import Finding
@@ -133,8 +133,8 @@ class Records:
         """Return what verl wrote about a step that no supervisor took up before it was killed; nothing when verl wrote nothing."""
         # Newest first: where two attempts did the step, the later one's weights went on.
         for path in sorted(self.run.logs.glob("attempt_*.metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
-            for row in map(json.loads, Tail(path).lines()):
-                if int(row["step"]) == step:
+            for row in map(parsed, Tail(path).lines()):
+                if row and row["step"] == step:
                     return numbers(row["data"])
         return {}
 
