@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 __all__ = ["Cell", "png_address", "render"]
 
 _FOLDER = Path(__file__).parent
@@ -35,6 +32,10 @@ def render(template: str, title: str, *, folder: Path = _TEMPLATES, script: str 
     `script` is trusted; it runs after the body and is the only one allowed to. Raises UndefinedError when the template asks for a
     name that `values` lacks.
     """
+    # Not above: modules that other extras of the wheel than `evaluate` bring import this one.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
     environment = Environment(
         loader=FileSystemLoader([folder, _TEMPLATES]), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

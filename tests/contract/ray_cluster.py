@@ -17,6 +17,7 @@ import psutil
 
 from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port
+from tests.waiting import until
 
 BIN = CHECKOUT / ".venv-policy/bin"
 
@@ -56,6 +57,8 @@ def cluster(nodes: int) -> Generator[Cluster]:
     env = {**os.environ, **own, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_enable_worker_prestart": "0"}
     common = ["--num-cpus=8", "--num-gpus=1", f"--object-store-memory={256 * 2**20}", "--disable-usage-stats"]
     head = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+    # Nothing here uses these; each is a process more that starts within the 30 seconds that Ray grants itself.
+    head += ["--ray-client-server-port=0", "--no-monitor", "--include-log-monitor=false"]
     try:
         for arguments in [head, *[[f"--address=127.0.0.1:{port}"]] * (nodes - 1)]:
             start([*arguments, *common], env, found)
@@ -68,16 +71,20 @@ def cluster(nodes: int) -> Generator[Cluster]:
 
 
 def start(arguments: list[str], env: dict[str, str], found: Cluster) -> None:
-    """Start one node process. Ray gives up after 30 seconds, which a busy machine may need longer for: three tries."""
-    for left in (2, 1, 0):
+    """Start one node process. Ray gives up after 30 seconds, which a busy machine may need longer for: it is tried again."""
+    told = ""
+
+    def started() -> bool:
+        nonlocal told
         # The agent, which takes jobs, has a fixed port otherwise: the second Ray of a machine would be without one.
         agent = f"--dashboard-agent-listen-port={free_port()}"
         done = subprocess.run([BIN / "ray", "start", *arguments, agent], env=env, capture_output=True, text=True)
-        if done.returncode == 0:
-            return
-        assert left and "timed out during startup" in done.stdout + done.stderr, done.stdout + done.stderr
-        if "--head" in arguments:
+        told = done.stdout + done.stderr
+        if done.returncode and "--head" in arguments:
             end(found)
+        return done.returncode == 0
+
+    assert until(started, over=lambda: "timed out during startup" not in told), told
 
 
 def end(found: Cluster) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def play(folder: Path, url: str) -> dict[str, Any]:
     paths.agent.write_text(overrides.agent_yaml(config, paths, url))
     script = Path(__file__).with_name("verl_adapter.py")
     command = [str(interpreter(config)), str(script), str(model), str(paths.agent), str(paths.episodes)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(CHECKOUT)})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(CHECKOUT)})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ UNREAD = {"raw_prompt", "extra_info", "index"}
 def found() -> dict[str, Any]:
     script = Path(__file__).with_name("verl_rollout.py")
     command = [str(interpreter(Config())), str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(CHECKOUT)})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(CHECKOUT)})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

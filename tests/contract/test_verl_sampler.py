@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     paths = Paths(*(work / name for name in ("model", "train.parquet", "dev.parquet", "work", "ray")))
     cases = {name: {"overrides": render(config(name != "off"), paths), "rewards": rewards, "batch": 2} for name, rewards in REWARDS.items()}
     script = Path(__file__).with_name("verl_sampler.py")
-    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(CHECKOUT), "RAY_USAGE_STATS_ENABLED": "0"}
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         [str(interpreter(Config())), str(script)], input=json.dumps(cases), capture_output=True, text=True, env=env, cwd=work
     )

@@ -50,11 +50,23 @@ def sampled(config: Any, name: str, rewards: list[list[float]], batch: int) -> d
     return {"trained": numbers, "metrics": {key: value for key, value in metrics.items() if key[0] != "_"}, "played": questions.played}
 
 
+def started() -> bool:
+    """Start Ray, which gives up after 30 seconds; a busy machine may need longer."""
+    try:
+        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    except Exception as error:  # Ray raises no narrower one
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+    return ray.is_initialized()
+
+
 def main() -> None:
     cases = json.load(sys.stdin)
     with initialize_config_module("verl.trainer.config", version_base=None):
         configs = {name: compose("ppo_trainer", overrides=case["overrides"]) for name, case in cases.items()}
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    while not started():
+        pass
     tq.init(next(iter(configs.values())).transfer_queue)
     found: dict[str, Any] = {}
     for name, case in cases.items():
