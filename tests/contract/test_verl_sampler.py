@@ -14,6 +14,7 @@ from research_rl.config import Config
 from research_rl.paths import CHECKOUT
 from research_rl.training.run.overrides import Paths, render
 from research_rl.training.run.run import interpreter
+from tests.contract.ray_cluster import TOO_SLOW
 
 SPREAD, FLAT = [0.0, 1.0], [1.0, 1.0]
 REWARDS = {
@@ -38,6 +39,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(
         [str(interpreter(Config())), str(script)], input=json.dumps(cases), capture_output=True, text=True, env=env, cwd=work
     )
+    if done.stderr.endswith(f"Ray {TOO_SLOW}\n"):
+        pytest.skip("Ray did not start within its own limits, which this machine is too slow for")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -65,8 +65,8 @@ def main() -> None:
     cases = json.load(sys.stdin)
     with initialize_config_module("verl.trainer.config", version_base=None):
         configs = {name: compose("ppo_trainer", overrides=case["overrides"]) for name, case in cases.items()}
-    while not started():
-        pass
+    if not any(started() for _ in range(6)):
+        sys.exit("Ray timed out during startup")
     tq.init(next(iter(configs.values())).transfer_queue)
     found: dict[str, Any] = {}
     for name, case in cases.items():
