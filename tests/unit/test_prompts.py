@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from research_rl import config
+from research_rl.agent.ask import ask
 from research_rl.config import PromptConfig, located, template_text
 from research_rl.episode.chat import ChatTemplate
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt, render
 from research_rl.errors import ConfigError, ModelError
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
+from research_rl.retriever import command
 from research_rl.training.train import work_key
 
 SHAPES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "data" / "chat_templates").glob("*.jinja"))}
@@ -252,3 +254,17 @@ def test_a_prompt_file_of_the_workspace_is_in_the_hash_of_its_stages(tmp_path: P
         template_text.template_text.cache_clear()
         hashes.add(Context(STAGES["policy"], chosen, space, {}, silent).config_hash)
         assert len(hashes) == number + 1
+
+
+def test_a_question_is_asked_with_the_prompt_file_of_the_workspace(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(command, "running", reached)
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/mine.txt").write_text("Answer this: {question}")
+    chosen = config.load_profile("laptop", ["prompt.path=mine.txt", "prompt.template=file"])
+    with pytest.raises(InterruptedError):
+        ask(chosen, Workspace(tmp_path / "w"), "Who?", write(), lambda text: None)

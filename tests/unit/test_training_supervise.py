@@ -17,10 +17,11 @@ import psutil
 import pytest
 
 from research_rl.config import Config
-from research_rl.errors import CollapseError, TrainingError
+from research_rl.errors import CollapseError, ConfigError, TrainingError
 from research_rl.training.run import checkpoints
 from research_rl.training.run import run as module
 from research_rl.training.run.checkpoints import Checkpoint
+from research_rl.training.run.launch import RayJobs
 from research_rl.training.run.overrides import Paths
 from research_rl.training.run.run import Run, TrainHooks
 from research_rl.training.run.supervise import supervise
@@ -376,3 +377,16 @@ def test_missing_interpreter_is_named(tmp_path: Path) -> None:
 def test_rays_folder_is_short_enough_for_a_socket() -> None:
     folder = module.ray_folder(Path("/" + "long/" * 60))
     assert len(str(folder)) < 40
+
+
+def test_a_token_of_the_cluster_that_no_header_can_carry_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a\nb")
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN has the character U\+000A at position 1"):
+        RayJobs("http://127.0.0.1:9")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH=.*none: No such file"):
+        RayJobs("http://127.0.0.1:9")
+    (tmp_path / "token").write_text("abc\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert RayJobs("http://127.0.0.1:9").client.headers["Authorization"] == "Bearer abc"
