@@ -40,14 +40,14 @@ class Load:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         while time.perf_counter() < self.until:
             body = json.dumps({"query": next(self.queries), "top_n": 5}).encode()
-            head = f"POST /search HTTP/1.1\r\nHost: l\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             self.milliseconds.append(await self.exchange(reader, writer, head.encode() + body))
         writer.close()
 
     async def probe(self) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         while time.perf_counter() < self.until:
-            self.health.append(await self.exchange(reader, writer, b"GET /health HTTP/1.1\r\nHost: l\r\n\r\n"))
+            self.health.append(await self.exchange(reader, writer, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"))
             await asyncio.sleep(0.05)
         writer.close()
 

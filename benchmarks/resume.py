@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.duel import Duel
 from research_rl.config import IndexConfig
 from research_rl.index import dense
+from research_rl.index.kept import StandingFiles
 from research_rl.index.vectors import VectorFiles
 from research_rl.pipeline.stages import STAGES, Workspace
 from research_rl.pipeline.work import Work
@@ -68,7 +69,8 @@ def _ours(root: Path, files: VectorFiles, share: float) -> int:
     killed, resumed = _Counting(files, share * len(files)), _Counting(files, np.inf)
     for some in (killed, resumed):
         with contextlib.suppress(Killed):
-            dense.build(Work(context), IndexConfig(), some, ranges, lambda text, done: None)  # type: ignore[arg-type]
+            digests = {path: path.name for path in files.paths}
+            dense.build(Work(context), IndexConfig(), some, ranges, lambda text, done: None, digests, StandingFiles({}))  # type: ignore[arg-type]
     return killed.read + resumed.read - len(files)
 
 

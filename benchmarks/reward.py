@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from benchmarks.duel import Duel, alternate, rate
 from benchmarks.peers import published_scoring as peer
 from research_rl.episode.trajectory import Author, Segment, Trajectory
-from research_rl.reward.metrics import contains, forget
+from research_rl.reward import metrics
+from research_rl.reward.metrics import cover_em, unreachable
 from research_rl.reward.rules import grade
 
 PAIRS, GROUP, EOS = 10_000, 5, "<|im_end|>"
@@ -40,7 +41,7 @@ def run(quick: bool) -> Iterator[Duel]:
     seconds, rounds = (0.5, 3) if quick else (2.0, 7)
 
     def cold() -> int:
-        forget()  # no answer may profit from an earlier pass over the same pairs
+        metrics._remembered.cache_clear()  # no answer may profit from an earlier pass over the same pairs
         return sum(len(_ours(pair)) > 0 for pair in pairs)
 
     def ours() -> float:
@@ -54,7 +55,7 @@ def run(quick: bool) -> Iterator[Duel]:
 
 def _ours(pair: Pair) -> tuple[float, float, float, float]:
     found = grade(pair.trajectory, pair.golds, "repository", EOS)
-    return found.score, found.em, found.f1, contains(found.prediction, pair.golds)
+    return found.score, found.em, found.f1, cover_em(found.prediction, pair.golds)
 
 
 def _theirs(pair: Pair) -> tuple[float, float, float, float]:
@@ -65,7 +66,9 @@ def _pairs(chance: random.Random) -> list[Pair]:
     def words(most: int) -> str:
         return " ".join(chance.choices(WORDS, k=chance.randint(1, most)))
 
-    questions = [tuple(words(4) for _ in range(chance.randint(1, 3))) for _ in range(1000)]
+    drawn = [tuple(words(4) for _ in range(chance.randint(1, 3))) for _ in range(1000)]
+    # A gold answer that normalises to nothing is paid by the published code for whatever is said, and never by ours.
+    questions = [golds for golds in drawn if not unreachable(golds)]
     pairs: list[Pair] = []
     while len(pairs) < PAIRS:
         golds = chance.choice(questions)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
 
 from tasks.download import download
 from tasks.forms import Profile, StageName
@@ -44,24 +43,18 @@ def research_data(
         overrides: Parameters by dotted name, for example {"data.generated.entities": 800}; written to params.yaml.
         force: Stages to build even when nothing changed.
         refresh: Ask the sources whether their files changed, and fetch them again where they did; how far the data moved is then measured.
+            Where they hold nothing new, and what was built stands, the run ends with that.
     """
-    with opened(
-        workspace,
-        profile,
-        overrides,
-        flow=str(flow_run.flow_name),
-        run_id=str(flow_run.id),
-        force=frozenset(force),
-        refresh=refresh,
-    ) as job:
-        raw = download(job)
-        checked = validate(job, wait_for=[raw])
-        # Beside the passages: preparing the questions needs no corpus.
-        questions = job.submit(prepare, raw, checked)
-        passages = corpus(job, wait_for=[raw, checked])
-        vectors = embed(job, wait_for=[passages])
-        searchable = index(job, wait_for=[passages, vectors])
-        finished = [questions.result(), searchable]
+    with opened(workspace, profile, overrides, force=force, refresh=refresh) as job:
+        finished = [raw := download(job)]
+        if not (refresh and job.stands("validate", "prepare", "corpus", "embed", "index")):
+            checked = validate(job, wait_for=[raw])
+            # Beside the passages: preparing the questions needs no corpus.
+            questions = job.submit(prepare, raw, checked)
+            passages = corpus(job, wait_for=[raw, checked])
+            vectors = embed(job, wait_for=[passages])
+            searchable = index(job, wait_for=[passages, vectors])
+            finished = [questions.result(), searchable]
         commit(job, wait_for=finished)
         summary(job, wait_for=finished)
 

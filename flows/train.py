@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
 
 from research_rl.errors import ResearchError
 from research_rl.pipeline.stages import Workspace
 from research_rl.report.closing import closing
-from research_rl.terminal import take_any_text
+from research_rl.terminal import say, take_any_text
 from tasks.download import download
-from tasks.evaluate import baseline, evaluate, report
-from tasks.forms import Profile, StageName
+from tasks.evaluation.evaluate import baseline, evaluate, report
+from tasks.evaluation.gate import ask_standing, conclude, gate
+from tasks.forms import Profile, StageName, merged
 from tasks.index import corpus, embed, index
 from tasks.job import assignments, flow_run_name, opened, resolve, stop_services
+from tasks.local.agent import agent, require_deployment
 from tasks.local.server import served
 from tasks.policy import policy
 from tasks.prepare import prepare
 from tasks.preview import preview
-from tasks.retriever import retriever
+from tasks.servers import model_server, retriever
 from tasks.summary import summary
 from tasks.train import export, train
 from tasks.validate import validate
@@ -43,25 +44,39 @@ __all__ = ["research_train"]
 def research_train(
     workspace: str = ".",
     profile: Profile | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
     overrides: dict[str, Any] = {},  # noqa: B006
     force: list[StageName] = [],  # noqa: B006
     dry_run: bool = False,
+    refresh: bool = False,
+    then_serve: bool = False,
 ) -> None:
-    """Build data, index and initial policy, train it by GRPO with search in the rollout, and evaluate it before and after.
+    """Build data, index and initial policy, train it by GRPO with search in the rollout, evaluate it before and after, and let it
+    meet the champion.
 
     Finished stages are skipped; an interrupted training goes on from its last complete step.
 
     Args:
         workspace: Folder with params.yaml, data/ and artifacts/; relative to the checkout.
         profile: Profile to start from (laptop, smollm, paper-7b, paper-32b, ...); empty keeps the workspace's params.yaml.
-        overrides: Parameters by dotted name, for example {"train.steps": 40}; written to params.yaml.
+        steps: Optimizer steps in all, the parameter train.steps; written to params.yaml, whose value stays when this is empty.
+        seed: Seed of every random choice that has none of its own (data.seed, train.seed), the parameter seed; written to params.yaml,
+            whose value stays when this is empty. Another seed builds data, policy and training anew.
+        overrides: Other parameters by dotted name, for example {"train.lr": 0.0001}; written to params.yaml.
         force: Stages to build even when nothing changed.
         dry_run: Only show the resolved configuration, the plan, and how it differs from the paper; build nothing.
+        refresh: Ask the sources of the data whether their files changed, and fetch them again where they did.
+        then_serve: When all is done, start the deployment research-serve/agent, which keeps the trained policy answering questions.
     """
+    overrides = merged("research-train", {"overrides": overrides, "steps": steps, "seed": seed})
     if dry_run:
         preview(workspace, profile, overrides)
         return
-    with opened(workspace, profile, overrides, flow=str(flow_run.flow_name), run_id=str(flow_run.id), force=frozenset(force)) as job:
+    if then_serve:
+        require_deployment()
+    with opened(workspace, profile, overrides, force=force, refresh=refresh) as job:
+        ask_standing(job)
         # The longest stage that needs no data: it runs beside download, corpus, embed and index.
         initial = job.submit(policy)
         raw = download(job)
@@ -71,14 +86,19 @@ def research_train(
         vectors = embed(job, wait_for=[passages])
         searchable = index(job, wait_for=[passages, vectors])
         parents = [questions.result(), initial.result(), searchable]
-        with retriever(job, ("baseline", "train", "evaluate")) as searching:
-            before = baseline(searching, wait_for=parents)
-            trained = train(searching, wait_for=parents)
+        with retriever(job, ("baseline", "train", "evaluate"), parents) as searching:
+            with model_server(searching, "baseline", "policy", parents) as asking:
+                before = baseline(asking, wait_for=[*parents, *asking.servers])
+            trained = train(searching, wait_for=[*parents, *searching.servers])
             exported = export(searching, wait_for=[trained])
-            after = evaluate(searching, wait_for=[exported, *parents])
+            with model_server(searching, "evaluate", "export", [exported]) as asking:
+                after = evaluate(asking, wait_for=[exported, *parents, *asking.servers])
         compared = report(job, wait_for=[trained, before, after])
+        conclude(job, gate(job, wait_for=[exported, compared]))
         commit(job, wait_for=[compared])
         summary(job, wait_for=[compared])
+        if then_serve:
+            agent(job, wait_for=[compared])
 
 
 def main(arguments: list[str]) -> int:
@@ -97,9 +117,9 @@ def main(arguments: list[str]) -> int:
         with served():
             research_train(profile=options.profile, overrides=overrides, dry_run=options.dry_run)
         if not options.dry_run:
-            print("\n".join(closing(Workspace(Path().resolve()))))
+            say("\n".join(closing(Workspace(Path().resolve()))))
     except ResearchError as error:
-        print(f"research-train: {error}", file=sys.stderr)
+        say(f"research-train: {error}", sys.stderr)
         return 1
     return 0
 

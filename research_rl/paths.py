@@ -6,12 +6,24 @@ A checkout holds `configs/` beside the package. In a wheel the same files are th
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 from research_rl.errors import ConfigError
 
-__all__ = ["CHECKOUT", "IN_CHECKOUT", "PROFILES", "RUN_FROM", "cache_folder", "interpreter_path", "python_path", "shipped_file"]
+__all__ = [
+    "CHECKOUT",
+    "IN_CHECKOUT",
+    "PROFILES",
+    "PYTHON",
+    "RUN_FROM",
+    "cache_folder",
+    "interpreter_path",
+    "plain_name",
+    "python_path",
+    "shipped_file",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = _PACKAGE.parent
@@ -20,6 +32,8 @@ IN_CHECKOUT = (CHECKOUT / "pyproject.toml").is_file() and (CHECKOUT / "configs")
 PROFILES = CHECKOUT / "configs" if IN_CHECKOUT else _PACKAGE / "profiles"
 RUN_FROM = CHECKOUT if IN_CHECKOUT else Path(sys.prefix)
 """Working folder for `python -m` in another interpreter, which puts that folder on its import path: site-packages must not be it."""
+PYTHON = os.path.abspath(sys.executable)
+"""This interpreter. Where PATH names its folder relatively, `sys.executable` is relative too, and not found from another working folder."""
 
 
 def cache_folder() -> Path:
@@ -63,3 +77,8 @@ def shipped_file(name: str) -> Path:
     if IN_CHECKOUT:
         return CHECKOUT / name
     return PROFILES / Path(name).relative_to("configs") if Path(name).is_relative_to("configs") else PROFILES / name
+
+
+def plain_name(text: str) -> str:
+    """Return a text as a part of a file's name: letters, digits, dots and underscores, at most 40."""
+    return re.sub(r"[^\w.]+", "_", text)[:40]

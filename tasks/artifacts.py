@@ -17,8 +17,10 @@ from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 
+from research_rl.config import located, parameters
 from research_rl.config.redact import redact_tree
 from research_rl.evaluation.intervals import FEWEST
+from research_rl.evaluation.judging import standing
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace, measured
@@ -26,17 +28,29 @@ from research_rl.report import markdown
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.watch import Finding
 from research_rl.validation.docs import SUMMARY, named, rank
-from tasks.job import Job
-from tasks.tracking.registry import CHAMPION
-from tasks.tracking.track import FLOW, StageRun, Tracker
+from tasks.evaluation.to_mlflow import FIRST, Evaluation, track
+from tasks.job import Job, StageOutcome
+from tasks.tracking.track import FLOW, NOTE, StageRun, Tracker, changed
 
-__all__ = ["build_report", "evaluation_table", "index_card", "quality_table", "refused_table", "report_page", "watch_note"]
+__all__ = [
+    "build_report",
+    "evaluation_table",
+    "index_card",
+    "quality_table",
+    "refused_table",
+    "report_page",
+    "scored",
+    "showing",
+    "watch_note",
+]
 
 _WAIT_S = 30.0
 # The report is built with the links that are known by then; the page in Prefect, published after it, may wait for the others.
 _LINK_WAIT_S = 2.0
 _CELL = 100
 _ENDS = {"mean": "", "low": "_low", "high": "_high"}
+_EVALUATED = {"baseline": ("before", "policy"), "evaluate": ("after", "export")}
+"""Name of the policy, and the stage that made it, by the stage of its evaluation."""
 _RUNS = {"this run": FLOW, "evaluation before training": "baseline", "evaluation after training": "evaluate", "training": "train"}
 
 
@@ -96,17 +110,20 @@ def index_card(job: Job, artifact: Manifest, run: StageRun) -> None:
         run.artifact(job.workspace.folder("index") / manifest.MANIFEST)
     sections = STAGES["embed"].sections + STAGES["index"].sections
     # Prefect's pages may be read by others than the owner of params.yaml.
-    tree = redact_tree(job.config.model_dump(mode="json"))
+    tree = redact_tree(parameters(located(job.config, job.workspace.root), sections))
     lines += ["", "Parameters:", "", "```json", *(f"{name}: {tree[name]}" for name in sections), "```"]
     with showing("the index card"):
         create_markdown_artifact("\n".join(lines), key="index-card", description=f"Index {artifact.hash[:12]}")
 
 
 def _index_quality(artifact: Manifest, took: Mapping[str, Any]) -> list[str]:
-    """Return tables of recall against exact search and of latency; nothing for an index that is exact."""
+    """Return tables of recall against exact search, of certified replies and of latency; nothing for an index that is exact."""
     lines: list[str] = []
     if recall := artifact.facts.get("recall"):
         lines += ["", markdown.table(("k", "recall against exact search"), [(str(k), f"{value:.4f}") for k, value in recall.items()])]
+    for kind, shares in artifact.facts.get("certified", {}).items():
+        title = f"replies certified ({kind})"
+        lines += ["", markdown.table(("candidates at most", title), [(most, f"{share:.4f}") for most, share in shares.items()])]
     if latency := took.get("latency"):
         times = [(str(size), str(value["p50_ms"]), str(value["p99_ms"])) for size, value in latency.items()]
         lines += ["", markdown.table(("batch", "median, ms", "99th percentile, ms"), times)]
@@ -153,28 +170,21 @@ def evaluation_table(job: Job, artifact: Manifest, run: StageRun) -> None:
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     intervals = _intervals(metrics)
     if run.fresh:
-        _track_evaluation(job, artifact, run, intervals)
+        model, policy = _EVALUATED[artifact.stage]
+        judgements = [judged for judged, _ in standing(job.workspace.root, artifact.hash)]
+        evaluation = Evaluation(folder, artifact, model, artifact.parents[policy], judgements=judgements)
+        track(run, job.config, job.workspace.root, evaluation)
     rows = [{"metric": name, **{key: round(value[key], 4) for key in _ENDS}} for name, value in intervals.items()]
     with showing("the evaluation table"):
         create_table_artifact(rows, key=f"{artifact.stage}-evaluation", description=f"{metrics['n']} questions, 95 % intervals")
-
-
-def _track_evaluation(job: Job, artifact: Manifest, run: StageRun, intervals: Mapping[str, Mapping[str, float]]) -> None:
-    folder = job.workspace.folder(artifact.stage)
-    # The same names before and after training, so that MLflow can lay both runs side by side.
-    run.metrics({f"{name}{end}": value[key] for name, value in intervals.items() for key, end in _ENDS.items()})
-    run.tags({"evaluation": "before training" if artifact.stage == "baseline" else "after training", "manifest": artifact.hash})
-    run.artifact(folder / "metrics.json")
-    run.artifact(folder / "results.jsonl")
-    run.traces([_episode(line) for line in _spread(folder / "results.jsonl", job.config.tracking.traces)])
 
 
 def report_page(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Publish the comparison before / after with links to MLflow, and the training curves as an image."""
     folder = job.workspace.folder("report")
     # On the run as a whole, also when the report was current: MLflow's list of runs shows these.
-    job.tracker.metrics(_headline(artifact.facts))
-    job.tracker.tags(FLOW, {"verdict": _verdict(artifact.facts)})
+    job.tracker.metrics(_headline(artifact.facts) | _brought(artifact.facts, job.outcomes))
+    job.tracker.tags(FLOW, {"verdict": _verdict(artifact.facts), NOTE: _note(job, artifact.facts)})
     if run.fresh:
         _track_report(job, artifact, run)
     head, links = ("metric", "before", "after", "difference", "95 % interval, paired"), _links(job, _WAIT_S if run.fresh else 0.0)
@@ -205,10 +215,11 @@ def _track_report(job: Job, artifact: Manifest, run: StageRun) -> None:
     for name in ("training.png", "report.html", "trajectories.html", "metrics.json"):
         run.artifact(folder / name)
     differences = artifact.facts["difference"]
-    run.metrics({f"difference/{name}{end}": value[key] for name, value in differences.items() for key, end in _ENDS.items()})
+    run.metrics({f"difference/{name}": value["mean"] for name, value in differences.items()})
+    first = [name for name in FIRST if name in differences]
+    run.metrics({f"interval/{name}{_ENDS[end]}": differences[name][end] for name in first for end in ("low", "high")})
     run.tags({"manifest": artifact.hash})
     _describe(job, artifact, run)
-    _promote(job, artifact, run)
 
 
 def _headline(facts: Mapping[str, Any]) -> dict[str, float]:
@@ -219,6 +230,36 @@ def _headline(facts: Mapping[str, Any]) -> dict[str, float]:
         numbers |= {f"{name}_before": facts["before"][name], f"{name}_after": facts["after"][name], f"{name}_difference": change["mean"]}
         numbers |= {f"{name}_difference_low": change["low"], f"{name}_difference_high": change["high"]}
     return numbers
+
+
+def _brought(facts: Mapping[str, Any], outcomes: Mapping[str, StageOutcome]) -> dict[str, float]:
+    """Return what was trained and what it took: steps, the reward of the last tenth of them, and this run's seconds, by stage too."""
+    built = {name: outcome.seconds for name, outcome in outcomes.items() if outcome.built}
+    trained = {"steps": float(facts["train"]["steps"]), "reward": facts["train"]["reward_last"]}
+    return {**trained, "seconds": sum(built.values()), **{f"seconds/{name}": value for name, value in built.items()}}
+
+
+def _note(job: Job, facts: Mapping[str, Any]) -> str:
+    """Return what MLflow shows at the head of a run: what came out, whether it is noise, what was changed, what it took."""
+    numbers = _headline(facts) | _brought(facts, job.outcomes)
+    seconds = f"{numbers['seconds']:,.0f} s in the stages that this run built" if numbers["seconds"] else "nothing: every stage was current"
+    rows = [
+        ("result", f"{_verdict(facts)}: {scored(facts)}"),
+        ("exact match", f"{numbers['em_before']:.3f} before, {numbers['em_after']:.3f} after"),
+        ("trained", f"{numbers['steps']:.0f} steps, reward {facts['train']['reward_first']:.3f} to {numbers['reward']:.3f}"),
+        ("changed in the profile", changed(job.config)),
+        ("cost", seconds),
+    ]
+    return "\n".join(f"- **{name}**: {text}" for name, text in rows)
+
+
+def scored(facts: Mapping[str, Any]) -> str:
+    """Return in one sentence what a policy scored before and after training, from the facts of a report."""
+    numbers = _headline(facts)
+    return (
+        f"F1 {numbers['f1_before']:.3f} before training, {numbers['f1_after']:.3f} after: {numbers['f1_difference']:+.3f}, 95 % interval "
+        f"{numbers['f1_difference_low']:+.3f} to {numbers['f1_difference_high']:+.3f} over {numbers['questions']:.0f} questions"
+    )
 
 
 def _verdict(facts: Mapping[str, Any]) -> str:
@@ -235,20 +276,8 @@ def _describe(job: Job, artifact: Manifest, run: StageRun) -> None:
     """Note on the registered version what it scored on the held-out questions."""
     if not (model := job.config.tracking.registered_model):
         return
-    numbers = _headline(artifact.facts)
-    text = (
-        f"F1 {numbers['f1_before']:.3f} before training, {numbers['f1_after']:.3f} after: {numbers['f1_difference']:+.3f}, 95 % interval "
-        f"{numbers['f1_difference_low']:+.3f} to {numbers['f1_difference_high']:+.3f} over {numbers['questions']:.0f} questions"
-    )
-    tags = {**{name: f"{value:.4g}" for name, value in numbers.items()}, "verdict": _verdict(artifact.facts)}
-    run.describe(model, manifest.load(job.workspace.folder("export"), verify=False).hash, text, tags)
-
-
-def _promote(job: Job, artifact: Manifest, run: StageRun) -> None:
-    """Let the alias champion name the trained policy when its F1 gain is above 0 with its whole interval, over questions enough."""
-    gain = artifact.facts["difference"]["f1"]
-    if (model := job.config.tracking.registered_model) and gain["low"] > 0 and gain["n"] >= FEWEST:
-        run.alias(model, manifest.load(job.workspace.folder("export"), verify=False).hash, CHAMPION)
+    tags = {**{name: f"{value:.4g}" for name, value in _headline(artifact.facts).items()}, "verdict": _verdict(artifact.facts)}
+    run.describe(model, manifest.load(job.workspace.folder("export"), verify=False).hash, scored(artifact.facts), tags)
 
 
 def _links(job: Job, wait_s: float) -> list[str]:
@@ -281,19 +310,6 @@ def _intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return every {mean, low, high} of an evaluation by name; stop reasons as stop/<reason>."""
     means: dict[str, dict[str, float]] = {name: value for name, value in metrics.items() if isinstance(value, dict) and "mean" in value}
     return {**means, **{f"stop/{name}": value for name, value in metrics.get("stop", {}).items()}}
-
-
-def _spread(path: Path, count: int) -> list[str]:
-    """Return up to `count` lines, evenly spread over a file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [lines[round(place * (len(lines) - 1) / max(1, count - 1))] for place in range(min(count, len(lines)))]
-
-
-def _episode(line: str) -> dict[str, Any]:
-    """Return a result as the record `traces` understands."""
-    result = json.loads(line)
-    scores = {name: float(result[name]) for name in ("em", "f1", "searches")}
-    return {**result["trajectory"], **{name: result[name] for name in ("question", "golden_answers")}, "scores": scores}
 
 
 def _image(path: Path) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ from research_rl.config import Config
 from research_rl.errors import ConfigError, ResearchError, ServiceError, StorageError
 from research_rl.pipeline.lock import locked
 from research_rl.pipeline.manifest import Manifest
-from research_rl.pipeline.stages import STAGES, Workspace
+from research_rl.pipeline.overrides import moved
+from research_rl.pipeline.run import current
+from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import reap
+from tasks.forms import merged
 from tasks.settings import stack_folder
 from tasks.tracking.track import Tracker, run_name
 
@@ -69,14 +72,27 @@ class Job:
         self.config, self.workspace, self.tracker, self.force = config, workspace, tracker, force
         self.refresh, self.on_build = refresh, on_build
         self.outcomes: dict[str, StageOutcome] = {}
+        # Names of the tasks that started the servers of this job, results by which Prefect draws the edges to them.
+        self.servers: tuple[str, ...] = ()
         self._beside: list[PrefectFuture[Any]] = []
         self._over = threading.Event()
 
-    def submit(self, stage: Task[[Job], State[Manifest]], *after: Manifest) -> PrefectFuture[Any]:
-        """Start a stage beside those that follow in the flow. However the run ends, it is waited for before the workspace is given up."""
-        future = stage.submit(self, wait_for=after)
+    def submit(self, stage: Task[[Job], State[Manifest]], *after: Any) -> PrefectFuture[Any]:
+        """Start a stage beside those that follow in the flow, once the results `after` stand.
+
+        However the run ends, it is waited for before the workspace is given up.
+        """
+        # Prefect's types know the parameters of the task alone.
+        future = stage.submit(self, wait_for=after)  # pyright: ignore[reportCallIssue]
         self._beside.append(future)
         return future
+
+    def stands(self, *stages: str) -> bool:
+        """Return whether all of these stages stand whole, as this run would leave them, and say so; not where one is to be forced."""
+        if self.force or not all(current(name, self.config, self.workspace) for name in stages):
+            return False
+        get_run_logger().info("the sources hold nothing new; %s stand as they are", ", ".join(stages))
+        return True
 
     def proceed(self) -> None:
         """Return while the run goes on. Raises Stopped once it is over; stages ask with every report of progress."""
@@ -90,12 +106,13 @@ class Job:
         for future in self._beside:
             future.wait()
 
-    def using(self, **sections: Any) -> Job:
-        """Return the same job with some configuration sections replaced."""
+    def using(self, server: str, **sections: Any) -> Job:
+        """Return the same job with some configuration sections replaced, so that they name a server that was started."""
         config = self.config.model_copy(update=sections)
         other = Job(config, self.workspace, self.tracker, self.force, refresh=self.refresh, on_build=self.on_build)
         # Shared, not copied: stages of both belong to one run.
         other.outcomes, other._beside, other._over = self.outcomes, self._beside, self._over
+        other.servers = (*self.servers, server)
         return other
 
 
@@ -110,12 +127,25 @@ def resolve(folder: Path, profile: str | None, overrides: Mapping[str, Any]) -> 
 
 
 def folder_of(workspace: Any) -> Path:
-    """Return the folder that a flow's parameter names. Raises ConfigError for a text that names none."""
+    """Return the folder that a flow's parameter names; it need not be there. Raises ConfigError for a text that names none."""
     try:
-        return Path(str(workspace)).expanduser().resolve()
+        folder = Path(str(workspace)).expanduser().resolve()
+        # Refuses a name that no file system takes, which `resolve` passes.
+        folder.is_dir()
+        return folder
     except (ValueError, RuntimeError, OSError) as error:  # a NUL; `~nobody`; links in a circle, a name of more than 255 bytes
         raise ConfigError(
             f"workspace={str(workspace)[:200]!r} names no folder ({error!s:.200}); give a path that exists or can be made"
+        ) from None
+
+
+def _make(folder: Path) -> None:
+    """Make a workspace's folder where it is not there. Raises StorageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"workspace={str(folder)[:200]!r} cannot be made ({error.strerror}); name a folder in which this user may write"
         ) from None
 
 
@@ -130,40 +160,52 @@ def opened(
     profile: str | None,
     overrides: Mapping[str, Any],
     *,
-    flow: str,
-    run_id: str,
-    force: frozenset[str] = frozenset(),
+    flow: str | None = None,
+    run_id: str | None = None,
+    force: Iterable[str] = (),
     refresh: bool = False,
     only: Sequence[str] = (),
+    writes: bool = True,
 ) -> Generator[Job]:
-    """Lock the workspace, write params.yaml, start tracking; close all of it on any exit.
+    """Lock the workspace, write params.yaml, start tracking; close all of it on any exit. `flow` and `run_id`: this run's when left out.
 
-    params.yaml is put back when the run fails before anything was built. With `only`, the stages that the flow builds, an override
-    that decides another stage is refused: ConfigError.
+    params.yaml is put back when the run fails before anything was built; without `writes` it is not touched. With `only`, the stages
+    that the flow builds, an override that decides another stage is refused: ConfigError.
     """
+    flow, run_id = flow or str(flow_run.flow_name), run_id or str(flow_run.id)
     root = folder_of(workspace)
     config = resolve(root, profile, overrides)
-    root.mkdir(parents=True, exist_ok=True)
+    _make(root)
     space = Workspace(root)
     with locked(space, 0.0, f"{flow}, run {run_id[:8]}"):
         # Under the lock: no other run is there whose services could be ended.
         reap_all(space)
         if only:
             _leaves(config, space, only)
-        with configuration.written(config, root / "params.yaml", get_run_logger().info) as parameters:
+        with ExitStack() as written:
+            on_build: Callable[[], None] = lambda: None  # noqa: E731
+            if writes:
+                on_build = written.enter_context(configuration.written(config, root / "params.yaml", get_run_logger().info)).keep
             tracker = Tracker.start(config, space, flow=flow, run_id=run_id)
-            # What neither ends nor raises an Exception was cancelled or killed.
-            job, status = Job(config, space, tracker, force, refresh=refresh, on_build=parameters.keep), "KILLED"
-            try:
+            with _ended(Job(config, space, tracker, frozenset(force), refresh=refresh, on_build=on_build)) as job:
                 yield job
-                status = "FINISHED"
-            except Exception:
-                status = "FAILED"
-                raise
-            finally:
-                # Before the lock is given up: a stage that runs beside still writes into the workspace.
-                job.join(status)
-                tracker.close(status)
+
+
+@contextmanager
+def _ended(job: Job) -> Generator[Job]:
+    """Wait for the stages that run beside and close tracking, on any exit, with the state that the run ended in."""
+    # What neither ends nor raises an Exception was cancelled or killed.
+    status = "KILLED"
+    try:
+        yield job
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        # Before the lock is given up: a stage that runs beside still writes into the workspace.
+        job.join(status)
+        job.tracker.close(status)
 
 
 def _leaves(config: Config, workspace: Workspace, only: Sequence[str]) -> None:
@@ -171,13 +213,8 @@ def _leaves(config: Config, workspace: Workspace, only: Sequence[str]) -> None:
     path = workspace.root / "params.yaml"
     if not path.is_file():
         return
-    before, after = (configuration.located(each, workspace.root) for each in (configuration.load(path), config))
-    stale: dict[str, list[str]] = {}
-    for stage in (stage for stage in STAGES.values() if stage.name not in only):
-        old, new = (configuration.parameters(each, stage.sections) for each in (before, after))
-        if lines := configuration.changes(old, new):
-            stale[stage.name] = lines
-    if stale:
+    changes = moved(configuration.load(path), config, workspace)
+    if stale := {name: lines for name, lines in changes.items() if name not in only}:
         lines = dict.fromkeys(line for lines in stale.values() for line in lines)
         raise ConfigError(
             f"{'; '.join(lines)}: this flow builds {', '.join(only)} and would leave {', '.join(stale)} stale; leave the override out, "
@@ -190,7 +227,7 @@ def flow_run_name() -> str:
     parameters, flow = flow_run.parameters, str(flow_run.flow_name)
     try:
         root = folder_of(parameters.get("workspace", "."))
-        return run_name(flow, resolve(root, parameters.get("profile"), parameters.get("overrides") or {}))
+        return run_name(flow, resolve(root, parameters.get("profile"), merged(flow, parameters)))
     except ConfigError:  # the run itself says what is wrong with its parameters
         return flow
 

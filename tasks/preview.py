@@ -11,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from research_rl.pipeline.stages import Workspace
 from research_rl.planning.dry_run import dry_run
+from research_rl.terminal import printable, say
 from tasks.artifacts import showing
 from tasks.job import folder_of, resolve
 
@@ -23,8 +24,8 @@ def preview(workspace: str, profile: str | None, overrides: dict[str, Any]) -> N
     root = folder_of(workspace)
     planned = dry_run(resolve(root, profile, overrides), Workspace(root))
     # Not print, which the flow passes on to Prefect as log lines: this is many pages.
-    sys.stdout.write(planned.text() + "\n")
-    print(planned.summary)
+    sys.stdout.write(printable(planned.text()) + "\n")
+    say(planned.summary)
     rows = [
         {
             "parameter": comparison.parameter.name,

@@ -19,7 +19,10 @@ from research_rl.process.proxies import bypass_loopback
 
 __all__ = [
     "ADDRESSES",
+    "HEARTBEAT",
+    "HEARTBEAT_S",
     "KEYS",
+    "LEASES",
     "PATIENCE",
     "apply",
     "keys",
@@ -36,6 +39,12 @@ KEYS = "keys.json"
 USER = "research"
 PATIENCE = {"PREFECT_CLIENT_MAX_RETRIES": "3"}
 """Each of the dozen requests with which a run ends waits 2 + 4 + 8 s for a server that is gone, not for a minute as by default."""
+HEARTBEAT_S = 30
+HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S)}
+"""A run says so often that it lives; the automation that finds killed runs waits for a few of these."""
+LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+"""The server keeps in PREFECT_HOME who holds a place of a limit. By default that is in its memory: once it was started again, the place of
+a run that died would never come free."""
 _SERVERS = {"PREFECT_API_URL": "prefect-server", "MLFLOW_TRACKING_URI": "mlflow-server"}
 _MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _TOML = "prefect.toml"
@@ -52,8 +61,9 @@ def apply(checkout: Path = CHECKOUT) -> None:
     defaults = {
         "PREFECT_HOME": str(checkout / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
         **PATIENCE,
+        **HEARTBEAT,
         "DO_NOT_TRACK": "1",
         "GX_ANALYTICS_ENABLED": "false",
     }

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import httpx
 from prefect import get_run_logger, task
@@ -21,13 +20,14 @@ from prefect.tasks import Task, exponential_backoff
 
 from research_rl.errors import ServiceError
 from research_rl.pipeline.manifest import Manifest
-from research_rl.pipeline.run import run_stage
+from research_rl.pipeline.remaining import Remaining
+from research_rl.pipeline.run import run_stage, work_of
 from research_rl.pipeline.stages import STAGES, Context, Stage
-from tasks import quiet
+from tasks import limits, quiet
 from tasks.job import Job, StageOutcome, Stopped
 from tasks.tracking.track import StageRun
 
-__all__ = ["StageTask", "is_transient", "stage_task"]
+__all__ = ["StageTask", "is_transient", "retried", "stage_task"]
 
 # When the tasks are imported, before any run logs.
 quiet.install(quiet.WithoutTraceback)
@@ -36,30 +36,41 @@ BACKOFF_S = 2
 _UPDATE_S = 2.0
 _LOG_S = 20.0
 
+P = ParamSpec("P")
+R = TypeVar("R")
 StageTask = Task[[Job], State[Manifest]]
 After = Callable[[Job, Manifest, StageRun], None]
 Build = Callable[[Context, StageRun], None]
+Work = Callable[[Context], None]
 
 
-def stage_task(name: str, *, after: After | None = None, build: Build | None = None) -> StageTask:
-    """Return the task of stage `name`. `after` shows what stands; `build` does the stage's work where tracking takes part in it."""
-    stage = STAGES[name]
-
-    @task(
+def retried(name: str, description: str, *, jitter: float | None = None) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Return the decorator of a task that is tried again after what may pass; `jitter` spreads the tries by up to that share."""
+    return task(
         name=name,
         task_run_name=name,
-        description=stage.summary,
+        description=description,
         retries=RETRIES,
         retry_delay_seconds=exponential_backoff(BACKOFF_S),
-        retry_jitter_factor=0.5,
+        retry_jitter_factor=jitter,
         retry_condition_fn=is_transient,
-        # The manifest decides what is current; Prefect's cache would keep results whose files are gone.
+        # Manifests and cells decide what is current; Prefect's cache would keep results whose files are gone.
         cache_policy=NO_CACHE,
         persist_result=False,
     )
+
+
+def stage_task(name: str, *, after: After | None = None, build: Build | None = None, heavy: bool = False) -> StageTask:
+    """Return the task of stage `name`. `after` shows what stands; `build` does the stage's work where tracking takes part in it.
+
+    The work of a `heavy` stage holds a place in the limit of its pool.
+    """
+    stage = STAGES[name]
+
+    @retried(name, stage.summary, jitter=0.5)
     def run(job: Job) -> State[Manifest]:
         try:
-            return _ended(name, _outcome(stage, job, after, build))
+            return _ended(name, _outcome(stage, job, after, build, heavy))
         except Stopped as stopped:
             # Not failed: the stage that ended the run has the reason, and this one is not tried again.
             return Cancelled(message=f"{name}: {stopped}")
@@ -67,12 +78,13 @@ def stage_task(name: str, *, after: After | None = None, build: Build | None = N
     return run  # type: ignore[return-value]
 
 
-def _outcome(stage: Stage, job: Job, after: After | None, build: Build | None) -> StageOutcome:
+def _outcome(stage: Stage, job: Job, after: After | None, build: Build | None, heavy: bool) -> StageOutcome:
     """Run a stage under tracking, show what stands, and note how it ended."""
     progress = Progress(stage.name, get_run_logger().info, job.proceed)
     with job.tracker.stage(stage.name, job.config, stage.sections) as run:
         started = time.monotonic()
-        work = partial(build, run=run) if build else None
+        plain: Work | None = (lambda context: build(context, run)) if build else None
+        work = _in_its_place(plain or work_of(stage)) if heavy else plain
         manifest, built = run_stage(
             stage.name,
             job.config,
@@ -91,6 +103,16 @@ def _outcome(stage: Stage, job: Job, after: After | None, build: Build | None) -
     return outcome
 
 
+def _in_its_place(work: Work) -> Work:
+    """Return work that waits for its place. An artifact that is current takes none, since nothing is then built."""
+
+    def waiting(context: Context) -> None:
+        with limits.place():
+            work(context)
+
+    return waiting
+
+
 def _ended(name: str, outcome: StageOutcome) -> State[Manifest]:
     manifest = outcome.manifest
     if not outcome.built:
@@ -106,7 +128,7 @@ def is_transient(task: Any, run: Any, state: State[Any]) -> bool:
 
 
 class Progress:
-    """Progress of a stage as a Prefect progress artifact, made only once a stage takes longer than two seconds.
+    """Progress of a stage, with the time that is left, as a Prefect progress artifact, made once a stage takes longer than two seconds.
 
     An unreachable Prefect server ends the showing, never the stage. `proceed` is called first and may raise to end the stage.
     """
@@ -116,10 +138,12 @@ class Progress:
         self.started = self.updated = self.logged = time.monotonic()
         self.artifact: Any = None
         self.lost = False
+        self.remaining = Remaining()
 
     def __call__(self, text: str, share: float) -> None:
         self.proceed()
-        now = time.monotonic()
+        # Asked for every report: it learns the rate from those that are not shown, too.
+        text, now = text + self.remaining(share), time.monotonic()
         if now - self.logged > _LOG_S:
             self.logged = now
             self.log(f"{self.stage} {share:.0%}: {text}")

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prefect.events import emit_event
+from prefect.runtime import flow_run
+
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Context
+from research_rl.report.training import SERIES
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.rollouts import read_rollouts
 from research_rl.training.run.watch import Finding
@@ -19,6 +23,8 @@ from tasks.tracking.track import StageRun
 
 __all__ = ["Watcher", "export", "train"]
 
+_FIRST = {**SERIES, "seconds_per_step": "timing_s/step"}
+
 
 class Watcher(TrainHooks):
     """Passes the trainer's steps, episodes, checkpoints and attempts on to tracking; `traces` episodes of each step become traces."""
@@ -28,8 +34,9 @@ class Watcher(TrainHooks):
         self.attempts: dict[int, StageRun] = {}
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log a step's metrics under verl's names."""
-        self.run.metrics(metrics, step)
+        """Log a step's metrics under verl's names, and those that are read first under plain ones, which MLflow shows first."""
+        first = {name: metrics[metric] for name, metric in _FIRST.items() if metric in metrics}
+        self.run.metrics({**metrics, **first}, step)
 
     def on_rollouts(self, step: int, path: Path) -> None:
         """Upload a step's episodes, those on dev too, and show some of them as traces."""
@@ -43,13 +50,15 @@ class Watcher(TrainHooks):
         """Note the newest whole checkpoint."""
         self.run.tags({"checkpoint_step": str(step)})
 
-    def on_finding(self, finding: Finding, kept: Checkpoint | None) -> None:
+    def on_finding(self, finding: Finding, last_good: Checkpoint | None) -> None:
         """Show why the watch warned or stopped, and say it in tags."""
         tags = {f"watch.{finding.rule}": f"step {finding.step}: {finding.text}"}
         if finding.stops:
-            tags |= {"collapse": f"step {finding.step}: {finding.text}", "collapse.good_step": str(kept.step) if kept else "none"}
+            tags |= {"collapse": f"step {finding.step}: {finding.text}", "collapse.good_step": str(last_good.step) if last_good else "none"}
         self.run.tags(tags)
-        watch_note(finding, kept)
+        watch_note(finding, last_good)
+        if finding.stops:
+            _raise_event(finding, last_good)
 
     def on_attempt(self, number: int, resume: int) -> None:
         """Open a nested run for a start of the trainer."""
@@ -61,6 +70,14 @@ class Watcher(TrainHooks):
         if why:
             self.attempts[number].tags({"ended": why})
         self.attempts[number].end("FAILED" if why else "FINISHED")
+
+
+def _raise_event(finding: Finding, last_good: Checkpoint | None) -> None:
+    emit_event(
+        "research.training.collapsed",
+        resource={"prefect.resource.id": f"research.training.{flow_run.id or 'none'}"},
+        payload={"rule": finding.rule, "step": finding.step, "text": finding.text, "good_step": last_good.step if last_good else None},
+    )
 
 
 def sampled(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -88,5 +105,5 @@ def registered(job: Job, artifact: Manifest, run: StageRun) -> None:
         run.register(job.workspace.folder("export"), model, {MANIFEST: artifact.hash, "profile": job.config.profile, **lineage, **counts})
 
 
-train = stage_task("train", build=build)
+train = stage_task("train", build=build, heavy=True)
 export = stage_task("export", after=registered)

@@ -41,6 +41,10 @@ class Browser:
     async def open(self, address: str, expression: str) -> Any:
         """Open a page and return the value of an expression once it is true. Raises TimeoutError with what the page shows."""
         await self.call("Page.navigate", url=address)
+        return await self.until(expression)
+
+    async def until(self, expression: str) -> Any:
+        """Return the value of an expression once it is true. Raises TimeoutError with what the page shows."""
         try:
             async with asyncio.timeout(DEADLINE_S):
                 while not (found := await self.value(expression)):

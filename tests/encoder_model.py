@@ -1,8 +1,9 @@
-"""A small sentence-transformers folder with random weights, and texts of its words, for tests of the encoder."""
+"""Small sentence-transformers folders with random weights, an encoder and a cross-encoder, and texts of their words."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,20 +22,47 @@ def write_model(folder: Path, hidden: int = 32, layers: int = 2) -> Path:
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertModel, BertTokenizerFast
 
     bert = folder.parent / f"{folder.name}-bert"
-    bert.mkdir(parents=True)
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ":", "query", "passage", *letters[1:], *(f"##{x}" for x in letters)]
-    (bert / "vocab.txt").write_text("\n".join(dict.fromkeys(known)))
+    _write_vocabulary(bert)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=80, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 16, intermediate_size=2 * hidden
-    )
-    BertModel(config).save_pretrained(bert)
+    BertModel(_shape(hidden, layers)).save_pretrained(bert)
     BertTokenizerFast(str(bert / "vocab.txt")).save_pretrained(bert)
     SentenceTransformer(modules=[Transformer(str(bert)), Pooling(hidden)], device="cpu").save(str(folder))
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_text("unused")
     return folder
+
+
+def write_reranker(folder: Path, seed: int = 0, labels: int = 1) -> Path:
+    """Write a cross-encoder into `folder`; return it. Its scores lie some units apart, as those of a trained one do."""
+    import torch
+    from sentence_transformers import CrossEncoder
+    from transformers import BertForSequenceClassification, BertTokenizerFast
+
+    bert = folder.parent / f"{folder.name}-bert"
+    _write_vocabulary(bert)
+    torch.manual_seed(seed)
+    config = _shape(32, 2)
+    config.num_labels, config.initializer_range = labels, 0.3
+    BertForSequenceClassification(config).save_pretrained(bert)
+    BertTokenizerFast(str(bert / "vocab.txt"), model_max_length=96).save_pretrained(bert)
+    CrossEncoder(str(bert), device="cpu").save_pretrained(str(folder))
+    return folder
+
+
+def _write_vocabulary(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    digits = [*map(str, range(10)), *(f"##{n}" for n in range(10))]
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ":", "query", "passage", *letters[1:], *(f"##{x}" for x in letters)]
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys([*known, *digits])))
+
+
+def _shape(hidden: int, layers: int) -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=100, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 16, intermediate_size=2 * hidden
+    )

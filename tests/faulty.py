@@ -51,7 +51,10 @@ class Retriever:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Forwards to `target`; the next searches get the faults of `plan`, one each, and `injected` counts them."""
+    """Forwards to `target`; the next searches get the faults of `plan`, one each, and `injected` counts them.
+
+    `most_slow` is how many slow answers were under way at once.
+    """
 
     daemon_threads = True
     request_queue_size = 256
@@ -61,7 +64,7 @@ class Proxy(ThreadingHTTPServer):
         self.target, self.slow_s = target, slow_s
         self.plan: deque[str] = deque()
         self.injected: Counter[str] = Counter()
-        self.received = 0
+        self.received = self.slow = self.most_slow = 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -89,11 +92,19 @@ class _Handler(BaseHTTPRequestHandler):
             if fault:
                 self.server.injected[fault] += 1
         if fault == "slow":
-            time.sleep(self.server.slow_s)
+            self._wait()
         if fault in ("", "slow"):
             self._forward(body)
         else:
             self._reply(*_spoiled(fault))
+
+    def _wait(self) -> None:
+        with self.server.lock:
+            self.server.slow += 1
+            self.server.most_slow = max(self.server.most_slow, self.server.slow)
+        time.sleep(self.server.slow_s)
+        with self.server.lock:
+            self.server.slow -= 1
 
     def _forward(self, body: bytes) -> None:
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=30)

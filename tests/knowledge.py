@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,24 @@ def context(stage: str, root: Path, progress: Progress = silent, **tree: Any) ->
 
 def store(root: Path, rows: int = 250, **tree: Any) -> Workspace:
     """Build download, validate and corpus."""
+    return snapshot(root, passages(rows), **tree)
+
+
+def snapshot(root: Path, rows: Sequence[dict[str, str]], **tree: Any) -> Workspace:
+    """Build download, validate and corpus of these passages, over what stands."""
+    workspace = checked(root, rows)
+    corpus.run(context("corpus", root, corpus={"shard_rows": 100}, **tree))
+    return workspace
+
+
+def checked(root: Path, rows: Sequence[dict[str, str]]) -> Workspace:
+    """Build download and validate of these passages, over what stands."""
     workspace = Workspace(root)
     with manifest.publish(workspace.folder("download"), "download", "x", {}) as staging:
-        staging.counts["corpus"] = rows
-        (staging.path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages(rows)))
+        staging.counts["corpus"] = len(rows)
+        (staging.path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with manifest.publish(workspace.folder("validate"), "validate", "x", {"download": manifest.load(workspace.folder("download"))}):
         pass
-    corpus.run(context("corpus", root, corpus={"shard_rows": 100}, **tree))
     return workspace
 
 

@@ -1,6 +1,8 @@
 """Run the checks tier by tier, all of them even when one fails, and end with a table of what passed and how long it took.
 
-Usage: tests/run.py [--minutes N] [lint|unit|contract|fault|flow|long ...]   (all but long when none is named)
+Usage: tests/run.py [--minutes N] [lint|unit|contract|fault|flow|long|infra ...]   (all but long and infra when none is named)
+
+contract, fault and flow share one row of the table where they are named together: they run at the same time.
 
 With --minutes, what has not ended by then is stopped and named as not run; it counts neither as passed nor as failed.
 """
@@ -28,14 +30,19 @@ LINT = [
     [str(BIN / "lint-imports"), "--no-cache"],
 ]
 PYTEST = [PYTHON, "-m", "pytest", "--durations=10"]
-# The shortest tests come first: should the time not be enough for all, the most of them ran.
-# A unit test keeps one core busy at most; the tiers after it start processes of their own, which share the cores.
+# Two files at a time. A test that starts processes waits for them half of its time, which leaves a core to the other file.
+IN_PAIRS = [*PYTEST, "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+JOINED = ("flow", "contract", "fault")
+"""Tiers that one pytest runs when they are named together, the longest file first, so that neither core idles between them."""
+# The shortest come first: should the time not be enough for all, the most of them ran.
 TIERS: dict[str, list[list[str]]] = {
-    "unit": [[*PYTEST, "-n", "2", "--dist", "loadfile", "tests/unit"]],
-    **{tier: [[*PYTEST, f"tests/{tier}"]] for tier in ("contract", "fault", "flow")},
     "lint": LINT,
+    **{tier: [[*IN_PAIRS, f"tests/{tier}"]] for tier in ("unit", *JOINED)},
     "long": [[*PYTEST, "-m", "long", "tests"]],
+    "infra": [[*PYTEST, "-m", "infra", "tests/infra"]],
 }
+ON_DEMAND = ("long", "infra")
+"""Tiers that run only when they are named."""
 NO_TESTS = 5
 """pytest's exit code when it collected nothing."""
 CLOSING_S = 120
@@ -67,10 +74,17 @@ class Outcome:
         self.passed += total - skipped - failed if suites else int(code == 0)
 
 
-def run(tier: str, ends: float) -> Outcome:
-    """Run every command of a tier until `ends` (monotonic seconds); their output is shown as it comes."""
+def planned(tiers: list[str]) -> dict[str, list[list[str]]]:
+    """Return the commands by the name of their row in the table: one row a tier, one for those that are joined."""
+    joined = [tier for tier in JOINED if tier in tiers]
+    plan = {tier: TIERS[tier] for tier in tiers if tier not in joined}
+    return plan | ({"+".join(joined): [[*IN_PAIRS, *(f"tests/{tier}" for tier in joined)]]} if joined else {})
+
+
+def run(tier: str, commands: list[list[str]], ends: float) -> Outcome:
+    """Run the commands of a row of the table until `ends` (monotonic seconds); their output is shown as it comes."""
     outcome, started = Outcome(tier), time.monotonic()
-    for command in TIERS[tier]:
+    for command in commands:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             reporting = [f"--junitxml={report}"] if "pytest" in command else []
@@ -100,8 +114,8 @@ def exit_code(command: list[str], ends: float) -> int | None:
 def table(outcomes: list[Outcome]) -> str:
     """Return one line a tier and one for the whole, and one that names what the time was not enough for."""
     whole = Outcome("all", *(sum(getattr(outcome, name) for outcome in outcomes) for name in ("passed", "failed", "skipped", "seconds")))
-    rows = [f"{'tier':10}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
-    rows += [f"{o.tier:10}{o.passed:8}{o.failed:8}{o.skipped:9}{o.seconds:9.0f}" for o in (*outcomes, whole)]
+    rows = [f"{'tier':20}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
+    rows += [f"{o.tier:20}{o.passed:8}{o.failed:8}{o.skipped:9}{o.seconds:9.0f}" for o in (*outcomes, whole)]
     stopped = ", ".join(outcome.tier for outcome in outcomes if outcome.stopped)
     return "\n".join([*rows, *([f"the time was up: not run, or not to the end: {stopped}"] if stopped else [])])
 
@@ -109,7 +123,8 @@ def table(outcomes: list[Outcome]) -> str:
 def main(arguments: list[str]) -> int:
     """Run the named tiers, print the table; return 1 when anything failed, 2 for an unknown tier."""
     parser = argparse.ArgumentParser(prog="tests/run.py", description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("tiers", nargs="*", metavar="tier", help=f"of {', '.join(TIERS)}; all but long when none is named")
+    unnamed = f"all but {' and '.join(ON_DEMAND)} when none is named"
+    parser.add_argument("tiers", nargs="*", metavar="tier", help=f"of {', '.join(TIERS)}; {unnamed}")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop what has not ended by then")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.tiers if name not in TIERS]:
@@ -118,9 +133,9 @@ def main(arguments: list[str]) -> int:
     # A shell starts what runs in its background with interrupts ignored, which children inherit; they are stopped by one, see exit_code.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ends, outcomes = time.monotonic() + 60 * options.minutes, list[Outcome]()
-    for tier in options.tiers or [tier for tier in TIERS if tier != "long"]:
-        print(f"== {tier}", flush=True)
-        outcomes.append(run(tier, ends))
+    for name, commands in planned(options.tiers or [tier for tier in TIERS if tier not in ON_DEMAND]).items():
+        print(f"== {name}", flush=True)
+        outcomes.append(run(name, commands, ends))
     print(f"\n{table(outcomes)}", flush=True)
     return int(any(outcome.failed for outcome in outcomes))
 

@@ -15,24 +15,26 @@ import uvicorn
 from research_rl.config import RetrieverConfig
 from research_rl.episode.agent import Completion
 from research_rl.episode.trajectory import Passage
-from research_rl.retriever.app import Service
+from research_rl.retriever.app import RetrieverService
 from research_rl.retriever.retriever import Retriever
 
 Search = Callable[[Sequence[str], int], list[list[Passage]]]
 
 
 class Shelf:
-    """A retriever without an index: it answers as `search` says."""
+    """A retriever without an index: it answers as `search` says, and as `search.certified` where that is there."""
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, search: Search, facts: dict[str, Any]) -> None:
+        self.certified = getattr(search, "certified", None)
         self.search = search
-        self.facts: dict[str, Any] = {"rows": 1, "manifests": {"index": "i" * 64, "embed": "e" * 64, "corpus": "c" * 64}}
+        self.close = lambda: None
+        self.facts: dict[str, Any] = {"rows": 1, "manifests": {"index": "i" * 64, "embed": "e" * 64, "corpus": "c" * 64}, **facts}
 
 
 @contextmanager
-def served(search: Search, **config: Any) -> Generator[str]:
-    """Yield the address of a service that answers by `search`, in a thread of this process."""
-    service = Service(lambda: cast(Retriever, Shelf(search)), RetrieverConfig.model_validate(config))
+def served(search: Search, *, facts: dict[str, Any] | None = None, **config: Any) -> Generator[str]:
+    """Yield the address of a service that answers by `search` and adds `facts` to its own, in a thread of this process."""
+    service = RetrieverService(lambda: cast(Retriever, Shelf(search, facts or {})), RetrieverConfig.model_validate(config))
     server = uvicorn.Server(uvicorn.Config(service.gateway, port=0, log_level="warning", access_log=False, lifespan="on"))
     thread = threading.Thread(target=server.run)
     before = sys.getswitchinterval()

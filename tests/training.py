@@ -15,6 +15,25 @@ from research_rl.pipeline.run import run_stage
 from research_rl.pipeline.stages import Workspace
 from research_rl.training.run.metrics_log import MetricsLog
 
+SMALLEST: dict[str, Any] = {
+    "data.generated.entities": 60,
+    "data.generated.train_questions": 64,
+    "data.generated.dev_questions": 8,
+    "data.generated.test_questions": 16,
+    "policy.hidden": 64,
+    "policy.layers": 2,
+    "policy.warmup_steps": 60,
+    "train.steps": 3,
+    "train.prompts_per_step": 4,
+    "train.rollouts_per_prompt": 4,
+    "trainer.micro_batch": 8,
+    "trainer.save_every": 1,
+    "evaluation.rows": 8,
+    "evaluation.bootstrap": 100,
+    "episode.max_response_tokens": 128,
+    "episode.max_result_tokens": 64,
+}
+"""The whole chain of the laptop profile at the smallest size that still trains, saves and measures."""
 SMALL = (
     *(f"data.generated.{item}" for item in ("entities=60", "train_questions=512", "dev_questions=8", "test_questions=16")),
     *(f"episode.{item}" for item in ("max_response_tokens=96", "max_result_tokens=48")),

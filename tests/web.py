@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import socket
 import time
 import urllib.request
 from collections import deque
@@ -13,6 +14,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from typing import Any
+
+import pytest
+
+from research_rl.config import addresses
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
@@ -52,6 +57,18 @@ def serve(site: Site) -> Iterator[Site]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def localhost_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the resolver answer that localhost is a public host, so that its redirect to 127.0.0.1 leads from outside to inside."""
+    answer = socket.getaddrinfo
+
+    def resolver(host: str, *rest: Any, **named: Any) -> Any:
+        public = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("93.184.216.34", 0))]
+        # A port is named by the connection itself, which must reach the server of the test.
+        return public if host == "localhost" and not (rest and rest[0]) else answer(host, *rest, **named)
+
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", resolver)
 
 
 def settle(site: Site) -> None:
@@ -100,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = _RANGE.fullmatch(self.headers.get("Range", ""))
         probe = bool(wanted) and wanted[2] == "0"
         queue = self.site.faults.get(name, deque())
-        fault = queue.popleft() if queue and not probe else ("", None)
+        with self.site.lock:
+            fault = queue.popleft() if queue and not probe else ("", None)
         if fault[0] == "change":
             self.site.files[name] = fault[1]
         content = self.site.files[name]
@@ -116,8 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
         if not probe:
-            self.site.asked.append((name, start))
-            self.site.requested += stop - start
+            with self.site.lock:
+                self.site.asked.append((name, start))
+                self.site.requested += stop - start
         self._answer(name, fault, status, headers, content[start:stop], probe)
 
     def _answer(self, name: str, fault: tuple[str, Any], status: int, headers: dict[str, str], body: bytes, probe: bool) -> None:
@@ -138,7 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "long":
             length += value
         if not probe:
-            self.site.sent[name] = self.site.sent.get(name, 0) + len(body)
+            with self.site.lock:
+                self.site.sent[name] = self.site.sent.get(name, 0) + len(body)
         self._reply(status, {**headers, "Content-Length": str(length)}, body)
         if kind == "call":
             value[1]()

@@ -1,16 +1,23 @@
 # The retriever service. Build from the checkout: docker build -f infra/docker/retriever.Dockerfile -t research-rl/retriever:local .
+# LOCK=retriever serves indexes of words (BM25) and of the lexical encoder; LOCK=retriever-torch also sentence encoders and exact search.
 # The index is mounted at /workspace (artifacts/corpus, artifacts/embeddings, artifacts/index); nothing is written there.
+# Behind a package index of your own: --secret id=pip,src=/etc/pip.conf --secret id=certificates,src=FILE.pem; neither stays in the image.
 FROM python:3.11.14-slim-bookworm
 
 RUN useradd --create-home --uid 10001 research
 WORKDIR /app
 COPY requirements/ requirements/
-COPY research_rl/__init__.py research_rl/__init__.py
-COPY pyproject.toml README.md LICENSE ./
-RUN python requirements/install.py pipeline
+ARG LOCK=retriever
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=secret,id=certificates,target=/etc/ssl/certs/ca-certificates.crt \
+    python requirements/install.py ${LOCK} \
+  && rm -rf /root/.cache
 COPY research_rl/ research_rl/
 
-ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE RESEARCH_CACHE=/tmp/research
+ARG VERSION=local
+ARG COMMIT=unknown
+LABEL org.opencontainers.image.title=research-rl-retriever org.opencontainers.image.version=${VERSION} org.opencontainers.image.revision=${COMMIT}
+ENV PATH=/app/.venv-retriever/bin:$PATH PYTHONUNBUFFERED=1 PYTHONPATH=/app OMP_WAIT_POLICY=PASSIVE RESEARCH_CACHE=/tmp/research
 USER 10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM

@@ -1,5 +1,5 @@
 # SGLang 0.5.23: serves the trained policy on port 8000; what `serving.engine=sglang` starts on a GPU host.
-# Build from the checkout: docker build -f infra/docker/server.Dockerfile -t research-rl-server .
+# Build from the checkout: docker build -f infra/docker/server.Dockerfile -t research-rl/server:local .
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

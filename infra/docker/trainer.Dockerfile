@@ -1,5 +1,5 @@
-# verl 0.9.1 with vLLM (ENGINE=vllm) or SGLang (ENGINE=sglang) rollouts, and Ray: head and workers of infra/k8s/rayjob.yaml.
-# Build from the checkout: docker build -f infra/docker/trainer.Dockerfile --build-arg FLASH_ATTN_WHEEL=<url> -t research-rl-trainer .
+# verl 0.9.1 with vLLM (ENGINE=vllm) or SGLang (ENGINE=sglang) rollouts, and Ray: head and workers of infra/k8s/overlays/gpu/rayjob.yaml.
+# Build from the checkout: docker build -f infra/docker/trainer.Dockerfile --build-arg FLASH_ATTN_WHEEL=<url> -t research-rl/trainer:local .
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

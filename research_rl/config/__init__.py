@@ -18,6 +18,9 @@ from research_rl.config.files import (
     written,
 )
 from research_rl.config.sections import (
+    AgentConfig,
+    BenchConfig,
+    BenchModel,
     Config,
     CorpusConfig,
     DataConfig,
@@ -25,10 +28,13 @@ from research_rl.config.sections import (
     EncoderConfig,
     EncodingConfig,
     EncyclopediaConfig,
+    EvaluationConfig,
+    GateConfig,
     IndexConfig,
     JudgeConfig,
     PolicyConfig,
     PromptConfig,
+    RerankerConfig,
     RetrieverConfig,
     RewardConfig,
     RewardTerm,
@@ -43,6 +49,9 @@ from research_rl.config.sections import (
 )
 
 __all__ = [
+    "AgentConfig",
+    "BenchConfig",
+    "BenchModel",
     "Config",
     "CorpusConfig",
     "DataConfig",
@@ -50,10 +59,13 @@ __all__ = [
     "EncoderConfig",
     "EncodingConfig",
     "EncyclopediaConfig",
+    "EvaluationConfig",
+    "GateConfig",
     "IndexConfig",
     "JudgeConfig",
     "PolicyConfig",
     "PromptConfig",
+    "RerankerConfig",
     "RetrieverConfig",
     "RewardConfig",
     "RewardTerm",

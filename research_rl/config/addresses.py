@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from research_rl.config.redact import credentials
 from research_rl.errors import ConfigError
 
-__all__ = ["check", "is_internal"]
+__all__ = ["check", "is_internal", "public"]
 
 
 def check(address: str, remedy: str) -> None:
@@ -26,8 +26,14 @@ def check(address: str, remedy: str) -> None:
     except ValueError as error:
         # Not the address itself: a malformed one may still hold a password.
         raise ConfigError(f"{address.partition('://')[0]}://... is malformed ({error}); write scheme://host[:port]/path") from None
-    if found := credentials(address):
-        raise ConfigError(f"the address at {host or parts.scheme} carries {', '.join(found)}; parameters are recorded: {remedy}")
+    if secrets := credentials(address):
+        raise ConfigError(f"the address at {host or parts.scheme} carries {', '.join(secrets)}; parameters are recorded: {remedy}")
+
+
+def public(url: str) -> str:
+    """Return an address without credentials, query and fragment."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def is_internal(host: str) -> bool:

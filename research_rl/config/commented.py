@@ -27,6 +27,7 @@ def merged(text: str, tree: Mapping[str, Any]) -> str | None:
         before = yaml.safe_load(text)
         if not _is_block(root):
             return None
+        # From the end on, so that the places of the edits before it stay right.
         for start, end, new in sorted(_edits(root, before, tree, text), reverse=True):
             text = text[:start] + new + text[end:]
         return text if yaml.safe_load(text) == tree else None
@@ -54,7 +55,9 @@ def _edits(node: Any, before: Mapping[str, Any], after: Mapping[str, Any], text:
 
 def _replaced(key: Any, old: Any, value: Any, text: str) -> Iterator[Edit]:
     start, end = key.end_mark.index, _end(old)
+    # In flow style and as wide as it takes: one line, whatever the value holds.
     yield start, end, f": {yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**9).strip()[1:-1]}"
+    # A # within a scalar begins no comment, so scalars are painted over before comments are looked for.
     masked = text
     for first, last in _scalars(old):
         masked = masked[:first] + "x" * (last - first) + masked[last:]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -15,12 +16,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from research_rl.config.sections import Config
+from research_rl.terminal import say
 
 __all__ = ["DocumentedParameter", "describe", "page", "parameters"]
 
 _UNITS = {
     "_s": "seconds",
     "_gib": "GiB",
+    "_mib": "MiB",
+    "_kib": "KiB",
     "_mb": "MB",
     "_chars": "characters",
     "_tokens": "tokens",
@@ -31,6 +35,9 @@ _UNITS = {
     "_tokens_per_s": "tokens/s",
     "_per_gpu": "tokens",
     "_per_gpu_hour": "currency per GPU-hour",
+    "_per_core_hour": "currency per core-hour",
+    "_per_memory_gib_hour": "currency per GiB-hour",
+    "_ms": "milliseconds",
 }
 _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -48,7 +55,7 @@ class DocumentedParameter:
 
 def parameters() -> Iterator[DocumentedParameter]:
     """Yield sections and their parameters in the order of the tree."""
-    yield from _of(Config, "")
+    yield from _of(Config, "", Config())
 
 
 def describe() -> list[str]:
@@ -98,29 +105,43 @@ def _table(rows: list[DocumentedParameter]) -> list[str]:
     ]
 
 
-def _of(model: type[BaseModel], prefix: str) -> Iterator[DocumentedParameter]:
+def _of(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> Iterator[DocumentedParameter]:
+    """Yield what `model` holds; `defaults` is the section as it stands when nothing is set, and None for an item of a list."""
     # A section's own parameters come before its sections, so that each table stands under its heading.
     for name, field in sorted(model.model_fields.items(), key=lambda pair: _model(pair[1].annotation) is not None):
         if section := _model(field.annotation):
-            doc = (section.__doc__ or "").strip()
-            yield DocumentedParameter(
-                f"{prefix}{name}", "", "", "", doc if doc.startswith(field.description or "") else f"{field.description} {doc}"
-            )
-            yield from _of(section, f"{prefix}{name}.")
+            yield DocumentedParameter(f"{prefix}{name}", "", "", "", _purpose(section, field))
+            yield from _of(section, f"{prefix}{name}.", getattr(defaults, name, None))
             continue
-        yield DocumentedParameter(f"{prefix}{name}", _type(field), _default(field), _unit(name), field.description or "")
+        yield DocumentedParameter(f"{prefix}{name}", _type(field), _default(name, field, defaults), _unit(name), field.description or "")
         if items := next((_model(part) for part in get_args(field.annotation) if _model(part)), None):
-            yield from _of(items, f"{prefix}{name}[].")
+            yield from _of(items, f"{prefix}{name}{'[]' if get_origin(field.annotation) is tuple else ''}.")
+
+
+def _purpose(section: type[BaseModel], field: FieldInfo) -> str:
+    """Return what a section is for: what its class says, or its field where several sections are of one class."""
+    return field.description or "" if _places(Config)[section] > 1 else (section.__doc__ or "").strip()
+
+
+def _places(model: type[BaseModel]) -> Counter[type[BaseModel]]:
+    """Count in how many places of the tree each class of sections stands."""
+    counts = Counter[type[BaseModel]]()
+    for section in filter(None, (_model(field.annotation) for field in model.model_fields.values())):
+        counts[section] += 1
+        counts += _places(section)
+    return counts
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
+def _default(name: str, field: FieldInfo, defaults: BaseModel | None) -> str:
+    # A section may have values of its own for parameters to which its class gives none, as each rule of `watch` has.
+    if defaults is None and field.is_required():
         return ""
-    return json.dumps(field.get_default(call_default_factory=True), default=lambda item: item.model_dump(), ensure_ascii=False)
+    value = getattr(defaults, name) if defaults else field.get_default(call_default_factory=True)
+    return json.dumps(value, default=lambda item: item.model_dump(), ensure_ascii=False)
 
 
 def _unit(name: str) -> str:
@@ -149,4 +170,4 @@ def _named(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    say(page(), end="")

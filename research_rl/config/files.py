@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from research_rl.config import commented, template_text
 from research_rl.config.plain_yaml import MOST_BYTES, read_yaml
 from research_rl.config.redact import redact
-from research_rl.config.sections import Config
+from research_rl.config.sections import Config, leaves
 from research_rl.errors import ConfigError
 from research_rl.paths import PROFILES
 
@@ -117,6 +117,7 @@ def rendered(config: Config, path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, UnicodeDecodeError):
         return dump(config)
+    # Without a comment there is nothing to save, and a plain dump puts every parameter in its usual place.
     changed = commented.merged(text, config.model_dump(mode="json")) if "#" in text else None
     return dump(config) if changed is None else changed
 
@@ -136,11 +137,11 @@ class Written:
     """A params.yaml that says what runs; `keep` it as soon as something is built from it."""
 
     def __init__(self) -> None:
-        self.kept = False
+        self.stays = False
 
     def keep(self) -> None:
         """Leave the file as it is, whatever happens later: what was built, or begun, belongs to it."""
-        self.kept = True
+        self.stays = True
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def written(config: Config, path: Path, say: Callable[[str], None]) -> Generator
     try:
         yield state
     except BaseException:
-        if lines and not state.kept and path.is_file() and path.read_bytes() == ours:
+        if lines and not state.stays and path.is_file() and path.read_bytes() == ours:
             _put_back(path, before)
             say(f"{path.name} put back as it was: nothing was built")
         raise
@@ -171,6 +172,7 @@ def _put_back(path: Path, content: bytes | None) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
+    # By renaming, so that whoever reads meanwhile gets the old file or the new one, and never a part.
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
@@ -210,11 +212,13 @@ def dump(config: Config) -> str:
 def parameters(config: Config, sections: Iterable[str]) -> dict[str, Any]:
     """Return the values of the named sections or single parameters (`serving.dtype`) as they take effect.
 
-    No seed is empty, and a prompt file stands there by its content.
+    No seed is empty, a prompt file stands there by its content, and the service's memory only where the index is chosen by it.
     """
     tree = config.model_dump(mode="json")
     # An empty seed stands for the top-level one; hashed as empty, a change of that one would make nothing stale.
     tree["data"]["seed"], tree["train"]["seed"] = config.data_seed, config.train_seed
+    # Hashed in any case, it would make an index stale that it does not decide.
+    tree["retriever"]["memory_gib"] = config.retriever.memory_gib if config.index.factory == "auto" else None
     tree["prompt"] = template_text.by_content(tree["prompt"])
     return {name: _at(tree, name) for name in sorted(sections)}
 
@@ -238,6 +242,7 @@ def located(config: Config, workspace: Path) -> Config:
 
 def config_hash(config: Config, sections: Iterable[str]) -> str:
     """Return the sha256 of the named sections or parameters in canonical JSON."""
+    # Sorted and without spaces: the order of a file's lines and its layout must make nothing stale.
     text = json.dumps(parameters(config, sections), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -331,7 +336,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
     name = _brief(".".join(str(part) for part in problem["loc"]), bare=True)
     # Raised by our own validators, whose messages already hold value and remedy.
     if problem["type"] == "value_error":
-        return ": ".join(part for part in (name, str(problem["ctx"]["error"])) if part)
+        return ": ".join(part for part in (name, _cut(str(problem["ctx"]["error"]), problem["input"])) if part)
     # Written as train=x.jsonl, the commonest slip for a list of one.
     if problem["type"] == "tuple_type":
         return f"{name}={_brief(problem['input'])}: Input should be a list; write {name}=[{_brief(problem['input'], bare=True)}]"
@@ -353,6 +358,16 @@ def _brief(value: Any, *, bare: bool = False) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
+def _cut(message: str, value: Any) -> str:
+    """Return a message with the texts of the value that it complains of as `_brief` shows them."""
+    long = {leaf for leaf in leaves(value) if isinstance(leaf, str) and len(leaf) > _SHOWN}
+    # The longest first: a shorter text may be a part of it.
+    for text in sorted(long, key=len, reverse=True):
+        brief = _brief(text, bare=True)
+        message = message.replace(repr(text)[1:-1], brief).replace(text, brief)
+    return message
+
+
 def _nearest(location: tuple[Any, ...]) -> str:
     import difflib
 
@@ -363,6 +378,7 @@ def _nearest(location: tuple[Any, ...]) -> str:
         else:
             model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
     siblings = list(getattr(model, "model_fields", {}))
+    # Below difflib's usual 0.6: parameters have short names, and the message is an error in any case.
     close = difflib.get_close_matches(str(location[-1]), siblings, 1, 0.4)
     elsewhere = [f"{name}.{location[-1]}" for name in Config.model_fields if _has(name, location[-1])]
     # A right name in the wrong section is likelier than a misspelt one.

@@ -6,6 +6,7 @@ An alias can stand for as much as the text before it, so that a few lines become
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -32,11 +33,29 @@ class _Plain(_Loader):
         return super().construct_mapping(node, deep)
 
 
+# As YAML 1.2 reads them: 1.1, which PyYAML reads, takes off for false and 1:30 for 90. DVC writes 1.2, where both are texts without quotes.
+_KINDS = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": ("[-+]?0b[01_]+|[-+]?0[0-7_]+|[-+]?(?:0|[1-9][0-9_]*)|[-+]?0x[0-9a-fA-F_]+", "-+0123456789"),
+    "float": (
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+_TAGS = {kind: f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
+_Plain.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] not in _TAGS.values()] for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
+for _kind, (_pattern, _first) in _KINDS.items():
+    _Plain.add_implicit_resolver(_TAGS[_kind], re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
 def read_yaml(text: str) -> Any:
     """Return the value of a YAML text. Raises ConfigError; its message begins with a verb, for the caller to put the name before it."""
     if len(text) > MOST_BYTES:
         raise ConfigError(f"is longer than {MOST_BYTES:,} characters; parameters take a few thousand")
     try:
+        # Before anything is built: an alias is refused by its event, without what it stands for.
         _check_events(text)
         return yaml.load(text, _Plain)
     except ConfigError:

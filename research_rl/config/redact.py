@@ -16,6 +16,7 @@ HIDDEN = "***"
 # Up to the last @ before the path: a password may hold one.
 _USER = re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.\-]*://)[^\s/?#'\"<>@]*(?:@[^\s/?#'\"<>@]*)*@")
 _QUERY = re.compile(r"[?&;](?P<name>[^=&;#?\s'\"<>]+)=[^&;#\s'\"<>]+")
+# Whole names with or without a prefix: `api_key` and `X-Amz-Signature` are secrets, `monkey` and `keyword` are not.
 _NAME = re.compile(
     r"(?:[\w.\-]*[-_.])?(?:(?:access|auth|refresh|session|security|api|id|client|private|secret|shared)?[-_]?"
     r"(?:signature|sig|token|key|key[-_]?id|secret|password|passwd|pwd|auth|authorization|credentials?)|(?:aws|google)access(?:key)?id)",
@@ -31,13 +32,13 @@ def redact(text: str) -> str:
     return _QUERY.sub(_hidden, _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
 
 
-def _hidden(found: re.Match[str]) -> str:
-    return f"{found[0][0]}{found['name']}={HIDDEN}" if _secret(found) else found[0]
+def _hidden(parameter: re.Match[str]) -> str:
+    return f"{parameter[0][0]}{parameter['name']}={HIDDEN}" if _secret(parameter) else parameter[0]
 
 
-def _secret(found: re.Match[str]) -> bool:
+def _secret(parameter: re.Match[str]) -> bool:
     """Whether a parameter of a query is a secret; its name is read as a server decodes it."""
-    return _NAME.fullmatch(unquote(found["name"])) is not None
+    return _NAME.fullmatch(unquote(parameter["name"])) is not None
 
 
 def redact_tree(value: Any) -> Any:
@@ -56,4 +57,4 @@ def credentials(address: str) -> list[str]:
     if "://" not in address:
         return []
     user = ["a user or password"] if _USER.search(address) else []
-    return user + [f"{unquote(found['name'])} in its query" for found in _QUERY.finditer(address) if _secret(found)]
+    return user + [f"{unquote(parameter['name'])} in its query" for parameter in _QUERY.finditer(address) if _secret(parameter)]

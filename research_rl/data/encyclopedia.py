@@ -272,8 +272,8 @@ def generate(config: EncyclopediaConfig, seed: int, folder: Path) -> None:
     # Seeded by a text: other generators that start from the same number must not draw the same sequence.
     rng = random.Random(f"encyclopedia {seed}")
     world = build_world(config, rng, Side.ENCYCLOPEDIA)
-    wanted = {"train": config.train_questions, "dev": config.dev_questions, "test": config.test_questions}
-    drawn = {split: questions(world, split, number, config, rng) for split, number in wanted.items()}
+    sizes = {"train": config.train_questions, "dev": config.dev_questions, "test": config.test_questions}
+    drawn = {split: questions(world, split, number, config, rng) for split, number in sizes.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "corpus.jsonl", ({"id": str(row), "contents": text} for row, text in enumerate(world.passages)))
     for split, split_questions in drawn.items():

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from research_rl.data import columns_file
 from research_rl.data.compressed import LONGEST_LINE, lines, open_plain
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError
@@ -24,9 +25,6 @@ from research_rl.errors import DataError
 __all__ = ["Question", "read_passages", "read_questions", "supporting_ids", "to_line"]
 
 _SHOWN = 80
-_BATCH = 1024
-_MOST_GROUP_BYTES = 1 << 30
-"""Of one row group of a parquet file, uncompressed: it is read as a whole."""
 _SUPPORT = "supporting_passage_ids"
 _CORPUS_FORM = 'a passage is {"id": "...", "contents": "..."} or {"id": "...", "title": "...", "text": "..."}'
 _TABLE_FORM = "a passage is id, text and title between tabs, below a line that names these columns"
@@ -201,32 +199,11 @@ def _rows(path: Path, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:
 
 def _columns(path: Path, stream: BinaryIO, form: str) -> Iterator[tuple[_Where, dict[str, Any]]]:
     """Yield places (rows from 1) and rows of a parquet file in FlashRAG's columns, or verl's as Search-R1's scripts write them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number, first = 0, 1
-    try:
-        file = pq.ParquetFile(stream)
-        _require_small_groups(path, file.metadata)
-        for batch in file.iter_batches(batch_size=_BATCH):
-            for number, row in enumerate(batch.to_pylist(), first):
-                yield _Where(path, number, form), _question_row(row)
-            first = number + 1
-    # pyarrow raises OSError for damaged pages and headers, not for the disk alone.
-    except (pa.ArrowException, pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no whole parquet file ({' '.join(str(error).split())}); fetch or write it again") from None
+    number = 0
+    for number, row in enumerate(columns_file.rows(path, stream), 1):
+        yield _Where(path, number, form), _question_row(row)
     if not number:
         raise DataError(f"{path} holds no row; at least one is needed; {form}")
-
-
-def _require_small_groups(path: Path, metadata: Any) -> None:
-    """Raise DataError for a row group that takes too much memory: a few kilobytes of a file can stand for gigabytes."""
-    for number in range(metadata.num_row_groups):
-        if (size := metadata.row_group(number).total_byte_size) > _MOST_GROUP_BYTES:
-            raise DataError(
-                f"{path}: row group {number} takes {size:,} bytes when it is read, the limit is {_MOST_GROUP_BYTES:,}; "
-                "write the file with fewer rows in a group (row_group_size)"
-            )
 
 
 def _question_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The space of fictional names. Knows words and pairs; knows no facts, no questions.
 
-A name is two invented words drawn from two lists of its kind. Every name lies on one side of the space by its hash, so
-an encyclopedia and the traces a policy is warmed up on can share words but never a name.
+A name is two invented words drawn from two lists of its kind. A hash assigns each name either to encyclopedias or to the warm-up's
+traces, so the two can share words but never a name.
 """
 
 from __future__ import annotations

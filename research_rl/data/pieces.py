@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research_rl.data.sources import Remote, Source
+from research_rl.data.sources import FileSource, Remote
 from research_rl.pipeline.manifest import fsync
 
 __all__ = ["Fetched", "Located", "PartialFile", "Piece"]
@@ -29,7 +29,7 @@ class Located:
     """A configured name with what it stands for and the sha256 the configuration expects, None when it names none."""
 
     name: str
-    source: Source
+    source: FileSource
     remote: Remote
     sha256: str | None
 

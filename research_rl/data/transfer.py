@@ -17,7 +17,7 @@ from typing import Any
 
 from research_rl.config import TransferConfig
 from research_rl.data.pieces import Fetched, Located, PartialFile
-from research_rl.data.sources import Remote, Source, Sources, TransientError
+from research_rl.data.sources import FileSource, Remote, Sources, TransientError
 from research_rl.data.workers import Tell, Transfer, retrying
 from research_rl.errors import ConfigError, DataError
 
@@ -88,7 +88,7 @@ def _distinct(files: Sequence[Located]) -> list[Located]:
     return list(by_digest.values())
 
 
-def _locate(source: Source, name: str, limits: TransferConfig) -> Remote:
+def _locate(source: FileSource, name: str, limits: TransferConfig) -> Remote:
     try:
         return retrying(limits.attempts)(source.locate, name)
     except TransientError as error:

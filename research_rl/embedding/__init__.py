@@ -49,15 +49,15 @@ class Encoder(Protocol):
         ...
 
 
-def load_encoder(folder: Path, found: Manifest | None = None) -> Encoder:
+def load_encoder(folder: Path, artifact: Manifest | None = None) -> Encoder:
     """Return the encoder that built the embeddings artifact in `folder`, with its recorded prefixes and pooling.
 
     Raises ManifestError when the folder is no embeddings artifact or carries no encoder, and ModelError when its model is unusable.
     """
-    found = found or manifest.load(folder, verify=False)
-    if found.stage != "embed":
-        raise ManifestError(f"{folder} holds stage {found.stage}, not embeddings; name the folder artifacts/embeddings")
-    facts: dict[str, Any] = found.facts["encoder"]
+    artifact = artifact or manifest.load(folder, verify=False)
+    if artifact.stage != "embed":
+        raise ManifestError(f"{folder} holds stage {artifact.stage}, not embeddings; name the folder artifacts/embeddings")
+    facts: dict[str, Any] = artifact.facts["encoder"]
     if facts["kind"] == "none":
         raise ManifestError(
             f"{folder} carries no encoder (encoder.kind=none); set index.kind=bm25, or encoder.kind=lexical or sentence, and rerun"
@@ -74,6 +74,6 @@ def load_encoder(folder: Path, found: Manifest | None = None) -> Encoder:
     return SentenceEncoder.load(folder / ENCODER, facts, dtype="float32" if slow else None)
 
 
-def vector_shards(folder: Path, found: Manifest) -> list[Path]:
+def vector_shards(folder: Path, artifact: Manifest) -> list[Path]:
     """Return the vector files of an embeddings artifact in row order."""
-    return [folder / entry.path for entry in found.files if entry.path.startswith("vectors-")]
+    return [folder / entry.path for entry in artifact.files if entry.path.startswith("vectors-")]

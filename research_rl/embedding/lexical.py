@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from research_rl.embedding import Vectors
 from research_rl.errors import ModelError
+from research_rl.pipeline import arrays
 from research_rl.reward.words import terms
 
 __all__ = ["LexicalEncoder"]
@@ -60,7 +61,7 @@ class LexicalEncoder:
     def save(self, folder: Path) -> None:
         """Write the encoder into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / _FILE, self._idf)
+        arrays.save(folder / _FILE, self._idf)
         (folder / "dim").write_text(f"{self._dim}\n")
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:

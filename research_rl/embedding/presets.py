@@ -82,8 +82,8 @@ def _preset(model: str) -> _Preset | None:
 
 def _prompts(folder: Path) -> dict[str, str]:
     path = folder / "config_sentence_transformers.json"
-    told = read_object(path, ModelError, "download the model again").get("prompts") if path.is_file() else None
-    return {str(name): text for name, text in told.items() if isinstance(text, str)} if isinstance(told, dict) else {}
+    prompts = read_object(path, ModelError, "download the model again").get("prompts") if path.is_file() else None
+    return {str(name): text for name, text in prompts.items() if isinstance(text, str)} if isinstance(prompts, dict) else {}
 
 
 def _refuse_bare_e5(config: EncoderConfig, preset: _Preset | None, facts: dict[str, Any]) -> None:

@@ -1,61 +1,50 @@
 """The sentence encoder: a sentence-transformers or plain transformers folder. Knows batches and number formats; knows no shard.
 
-Texts are sorted by length and cut into batches so that padding costs less than another batch would. On a CPU each
-batch runs on one thread: threads inside one small matrix product wait for each other, and on a busy machine that costs
-several times the work. So vectors do not depend on how many threads there are. The transformer runs in bfloat16 where
-the processor has matrix instructions for it; pooling and normalisation are always float32.
+Queries are sorted by length and cut into batches so that padding costs less than another batch would. A passage is padded as its
+own length says, whatever it is encoded with: its vector is then the same, bit for bit, in a new index and in one that is brought up
+to date. On a CPU each batch runs on one thread: threads inside one small matrix product wait for each other, and on a busy machine
+that costs several times the work. So vectors do not depend on how many threads there are. The transformer runs in bfloat16 where the
+processor has matrix instructions for it; pooling and normalisation are always float32.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from research_rl.embedding import Encoded, Vectors
 from research_rl.embedding.models import MODULES
+from research_rl.embedding.threads import Threaded
 from research_rl.errors import ModelError
 
-__all__ = ["SentenceEncoder", "batches", "fast_bfloat16"]
+__all__ = ["SentenceEncoder", "batches", "convert", "fast_bfloat16", "number_format", "own_batches"]
 
 _BATCH_SHARE = 32
 """A further batch costs about as much as batch_tokens / 32 tokens (measured: 130 for 4,096 on e5-base's shape)."""
+_STEP = 8
+"""A passage is padded to the next multiple of it."""
 
 Progress = Callable[[int], None]
 Rows = npt.NDArray[np.int64]
 Batch = tuple[Rows, int]
 
 
-class SentenceEncoder:
-    """Encodes with a transformer and its pooling; see `load`. Holds threads until it is closed, or as a context manager left."""
+class SentenceEncoder(Threaded):
+    """Encodes with a transformer and its pooling; see `load`."""
 
     def __init__(self, model: Any, facts: dict[str, Any], threads: int = 0) -> None:
-        import torch
-
+        super().__init__(model.device, threads)
         self.facts = facts
         self._tokenizer, self._device = model.tokenizer, model.device
         self._pad = int(self._tokenizer.pad_token_id or 0)
         body, *head = model
         # Normalisation is ours, for it comes with a check that every vector has a finite length.
         self._body, self._head = body, [module for module in head if type(module).__name__ != "Normalize"]
-        self._threads = 1 if self._device.type != "cpu" else threads or os.cpu_count() or 1
-        # torch.set_num_threads holds for the calling thread, so every thread of the pool calls it.
-        self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the threads once they have done what they have begun; nothing can be encoded after it."""
-        self._pool.shutdown(cancel_futures=True)
 
     @property
     def dim(self) -> int:
@@ -81,22 +70,23 @@ class SentenceEncoder:
                     "leave encoder.pooling at auto, or run the embed stage again"
                 )
         normalises = any(type(module).__name__ == "Normalize" for module in model)
-        _convert(model, dtype or facts["dtype"])
+        convert(model, dtype or facts["dtype"])
         return cls(model, {**facts, **own, "normalised": facts["normalised"] or normalises}, threads)
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         """Return one vector a query, shape [len(texts), dim]. Raises ModelError when one has no finite length."""
-        return self._encode([self.facts["query_prefix"] + text for text in texts], None).vectors
+        return self._encode([self.facts["query_prefix"] + text for text in texts], batches, None).vectors
 
     def encode_passages(self, texts: Sequence[str], progress: Progress | None = None) -> Vectors:
-        """Return one vector a passage, shape [len(texts), dim]; `progress` hears how many are done."""
+        """Return one vector a passage, shape [len(texts), dim]; `progress` is called with how many are done."""
         return self.encode(texts, progress).vectors
 
     def encode(self, texts: Sequence[str], progress: Progress | None = None) -> Encoded:
         """Return the vectors of passages with what they cost."""
-        return self._encode([self.facts["passage_prefix"] + text for text in texts], progress)
+        cut = partial(own_batches, limit=self.facts["max_tokens"])
+        return self._encode([self.facts["passage_prefix"] + text for text in texts], cut, progress)
 
-    def _encode(self, texts: Sequence[str], progress: Progress | None) -> Encoded:
+    def _encode(self, texts: Sequence[str], cut: Callable[[Rows, int], Iterator[Batch]], progress: Progress | None) -> Encoded:
         if not texts:
             return Encoded(np.empty((0, self.dim), np.float32))
         ids: list[list[int]] = self._tokenizer(
@@ -108,7 +98,7 @@ class SentenceEncoder:
             return_token_type_ids=False,
         )["input_ids"]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        plan = list(batches(lengths, self.facts["batch_tokens"]))
+        plan = list(cut(lengths, self.facts["batch_tokens"]))
         vectors, done = np.empty((len(texts), self.dim), np.float32), 0
 
         def forward(batch: Batch) -> tuple[Rows, Vectors]:
@@ -163,11 +153,25 @@ def batches(lengths: npt.NDArray[np.int64], batch_tokens: int) -> Iterator[Batch
     steps, counts = np.unique(np.maximum(lengths, 1), return_counts=True)
     ends = np.concatenate([[0], np.cumsum(counts)])
     for first, last in _groups(steps, ends, batch_tokens):
-        rows, length = order[ends[first] : ends[last]], int(steps[last - 1])
-        size = max(1, batch_tokens // length)
-        # Equal parts: a last batch of a few texts would cost almost as much as a full one.
-        for part in np.array_split(rows, -(-len(rows) // size)):
-            yield part, length
+        yield from _parts(order[ends[first] : ends[last]], int(steps[last - 1]), batch_tokens)
+
+
+def own_batches(lengths: npt.NDArray[np.int64], batch_tokens: int, *, limit: int) -> Iterator[Batch]:
+    """Yield batches like `batches`, of texts that each their own length brings to the padded length; none is above `limit` tokens.
+
+    Every text has padding, but for those of `limit` tokens, which are by themselves: without any, attention is computed otherwise.
+    """
+    padded = np.where(lengths < limit, np.minimum((lengths // _STEP + 1) * _STEP, limit), limit)
+    groups = 2 * padded + (lengths >= limit)
+    for group in np.unique(groups).tolist():
+        yield from _parts(np.flatnonzero(groups == group), group // 2, batch_tokens)
+
+
+def _parts(rows: Rows, length: int, batch_tokens: int) -> Iterator[Batch]:
+    size = max(1, batch_tokens // length)
+    # Equal parts: a last batch of a few texts would cost almost as much as a full one.
+    for part in np.array_split(rows, -(-len(rows) // size)):
+        yield part, length
 
 
 def _groups(steps: Rows, ends: Rows, batch_tokens: int) -> list[tuple[int, int]]:
@@ -200,6 +204,11 @@ def fast_bfloat16() -> Literal["bfloat16", "float32"]:
     return "bfloat16" if " amx_bf16" in flags or " avx512_bf16" in flags else "float32"
 
 
+def number_format(chosen: str) -> str:
+    """Return the number format that `dtype` of a section asks for; `auto` is the faster one on this machine."""
+    return fast_bfloat16() if chosen == "auto" else chosen
+
+
 def _open(folder: Path, facts: dict[str, Any], device: str) -> Any:
     import torch
     from sentence_transformers import SentenceTransformer
@@ -218,7 +227,7 @@ def _open(folder: Path, facts: dict[str, Any], device: str) -> Any:
     return model.eval()
 
 
-def _convert(model: Any, dtype: str) -> None:
+def convert(model: Any, dtype: str) -> None:
     """Bring the transformer into the number format; what comes after it stays in float32."""
     import torch
 

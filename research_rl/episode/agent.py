@@ -1,24 +1,37 @@
 """The one implementation of reason-with-search. Knows token ids, an engine and a searcher; knows no verl, no HTTP.
 
-Training, evaluation and tests all drive `run_episode`. Invariants: (1) ids the engine produced are never decoded and
-encoded again; (2) a failed search becomes an observation and a record, never an exception; (3) every episode ends
-with exactly one StopReason; (4) the response never exceeds `max_response_tokens`; (5) time before a closed gate counts
-against no limit, and a search that failed while the gate closed is asked again after it.
+Training, evaluation and tests all drive `run_episode`; other ways of answering take the same steps through `recorded`.
+Invariants: (1) ids the engine produced are never decoded and encoded again; (2) a failed search becomes an observation and a record,
+never an exception; (3) every episode ends with exactly one StopReason; (4) the response never exceeds `max_response_tokens`; (5) time
+before a closed gate counts against no limit, and a search that failed while the gate closed is asked again after it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from research_rl.episode import protocol
-from research_rl.episode.trajectory import Author, Passage, SearchFault, SearchRecord, Segment, StopReason, Trajectory
+from research_rl.episode.events import Ended, Event, GrowingText, Observer, SearchBegan, SearchEnded, Shown, TextDelta, TurnEnded
+from research_rl.episode.trajectory import Author, Passage, Place, SearchFault, SearchRecord, Segment, StopReason, Trajectory
 
-__all__ = ["Completion", "Engine", "Gate", "Limits", "SearchFailure", "Searcher", "Tokenizer", "run_episode"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Limits",
+    "SearchFailure",
+    "SearchGate",
+    "Searcher",
+    "Steps",
+    "StreamingEngine",
+    "Tokenizer",
+    "recorded",
+    "run_episode",
+]
 
 _OPEN = f" {protocol.RESULT_OPEN}\n"
 _CLOSE = f"\n{protocol.RESULT_CLOSE}"
@@ -84,6 +97,17 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class StreamingEngine(Protocol):
+    """An engine that can also tell the ids of a turn while it generates them; the completion is that of `generate`."""
+
+    async def stream(
+        self, prompt_ids: Sequence[int], stop: Sequence[str], max_tokens: int, on_ids: Callable[[Sequence[int]], None]
+    ) -> Completion:
+        """Continue `prompt_ids` by at most `max_tokens` tokens; call `on_ids` with each new piece of the ids, in order."""
+        ...
+
+
 class Searcher(Protocol):
     """Finds passages; returns one list a query or a SearchFailure, and raises nothing on purpose."""
 
@@ -92,7 +116,7 @@ class Searcher(Protocol):
         ...
 
 
-class Gate(Protocol):
+class SearchGate(Protocol):
     """Stands before every search; closed while asking makes no sense, for a bounded time."""
 
     @property
@@ -118,18 +142,54 @@ class _Open:
 
 
 async def run_episode(
-    prompt_ids: Sequence[int], engine: Engine, searcher: Searcher, tokenizer: Tokenizer, limits: Limits, gate: Gate | None = None
+    prompt_ids: Sequence[int],
+    engine: Engine,
+    searcher: Searcher,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    gate: SearchGate | None = None,
+    *,
+    first_query: str | None = None,
+    observer: Observer | None = None,
 ) -> Trajectory:
-    """Let the model reason, search and answer; return what happened. Cancels cleanly, raises nothing of the engine's."""
-    trajectory = Trajectory(tuple(prompt_ids))
+    """Let the model reason, search and answer; return what happened. Cancels cleanly, raises nothing of the engine's.
+
+    The response begins with the result of `first_query` where one is given: the prompt then ends with that search. `observer` is told
+    what happens as it happens, a turn word by word where the engine streams.
+    """
+    return await recorded(
+        Trajectory(tuple(prompt_ids)),
+        lambda steps: _Episode(steps).run(first_query),
+        engine,
+        searcher,
+        tokenizer,
+        limits,
+        gate,
+        observer,
+    )
+
+
+async def recorded(
+    trajectory: Trajectory,
+    body: Callable[[Steps], Awaitable[StopReason]],
+    engine: Engine,
+    searcher: Searcher,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    gate: SearchGate | None = None,
+    observer: Observer | None = None,
+) -> Trajectory:
+    """Run `body`, which takes its steps through `Steps`, within `limits.wall_s`; return `trajectory`, filled, with one stop reason."""
     try:
         async with asyncio.timeout(limits.wall_s) as clock:
-            trajectory.stop = await _Episode(trajectory, engine, searcher, tokenizer, limits, gate or _Open(), clock).run()
+            trajectory.stop = await body(Steps(trajectory, engine, searcher, tokenizer, limits, gate or _Open(), clock, observer))
     except TimeoutError:
         trajectory.stop = StopReason.TIME_LIMIT
     except Exception as error:  # noqa: BLE001 - the boundary: whatever an engine raises costs this trajectory, not its group
         # Segments that were appended before stay: what the model wrote is logged, graded and counted.
         trajectory.stop, trajectory.error = StopReason.ENGINE_FAILURE, f"{type(error).__name__}: {error}"
+    if observer is not None:
+        observer(Ended(trajectory))
     return trajectory
 
 
@@ -140,58 +200,79 @@ def _brackets(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 @dataclass
-class _Episode:
+class Steps:
+    """What every way of answering is made of: turns of the engine, searches, and text that the model is shown. Each is recorded."""
+
     trajectory: Trajectory
     engine: Engine
     searcher: Searcher
     tokenizer: Tokenizer
     limits: Limits
-    gate: Gate
+    gate: SearchGate
     clock: asyncio.Timeout
-    context: list[int] = field(default_factory=list[int])
-    used: int = 0
+    observer: Observer | None = None
 
-    def __post_init__(self) -> None:
-        self.context += self.trajectory.prompt_ids
-
-    async def run(self) -> StopReason:
-        while self.used < self.limits.max_response_tokens:
-            completion, text = await self._turn()
-            if completion.finished_by == "eos":
-                self.trajectory.ended_by_eos = True
-                return StopReason.ANSWERED if self._answered() else StopReason.MALFORMED
-            if completion.finished_by == "length":
-                return StopReason.TOKEN_LIMIT
-            # Counted before the search is sent; an empty query has used one up, too.
-            if len(self.trajectory.searches) >= self.limits.max_searches:
-                return StopReason.SEARCH_LIMIT
-            self._observe(await self._search(protocol.last_query(text)))
-        return StopReason.TOKEN_LIMIT
-
-    async def _turn(self) -> tuple[Completion, str]:
+    async def turn(self, context: Sequence[int], stop: Sequence[str], max_tokens: int) -> tuple[Completion, str]:
+        """Let the engine continue `context`; return the completion and its text, special tokens shown."""
         started = time.perf_counter()
-        budget = self.limits.max_response_tokens - self.used
-        # The stop string only closes a search. `</answer>` is no stop: the model has to end its turn itself, and that is rewarded.
-        completion = await self.engine.generate(self.context, (protocol.SEARCH_CLOSE,), budget)
+        streamed = GrowingText(self.tokenizer.decode)
+        completion = await self._generate(context, stop, max_tokens, streamed)
         self.trajectory.engine_seconds += time.perf_counter() - started
         text = self.tokenizer.decode(completion.ids) if completion.text is None else completion.text
-        self._append(Author.MODEL, completion.ids, completion.logprobs, text)
+        self.trajectory.segments.append(Segment(Author.MODEL, completion.ids, completion.logprobs, text, len(context)))
+        self.trajectory.ended_by_eos = completion.finished_by == "eos"
+        # What was held back, or all of it where the engine does not stream.
+        if text.startswith(streamed.text) and (rest := text[len(streamed.text) :]):
+            self._tell(TextDelta(rest))
+        self._tell(TurnEnded(text, len(completion.ids)))
         return completion, text
 
-    async def _search(self, query: str | None) -> str:
+    async def _generate(self, context: Sequence[int], stop: Sequence[str], max_tokens: int, streamed: GrowingText) -> Completion:
+        if self.observer is None or not isinstance(self.engine, StreamingEngine):
+            return await self.engine.generate(context, stop, max_tokens)
+
+        def on_ids(ids: Sequence[int]) -> None:
+            if delta := streamed.add(ids):
+                self._tell(TextDelta(delta))
+
+        return await self.engine.stream(context, stop, max_tokens, on_ids)
+
+    def _tell(self, event: Event) -> None:
+        if self.observer is not None:
+            self.observer(event)
+
+    def show(self, ids: Sequence[int], text: str | None = None, passages: Sequence[Place] | None = None, *, message: bool = False) -> None:
+        """Record tokens that the model reads and did not write: what the last search found, or a `message` that answers no search.
+
+        `text` is what was encoded, for the caller that knows it; `passages` says which passage stands where in it.
+        """
+        text = self.tokenizer.decode(ids) if text is None else text
+        search = None if message else len(self.trajectory.searches) - 1
+        places = None if passages is None else tuple(passages)
+        shown = Segment(Author.SEARCH, tuple(ids), (0.0,) * len(ids), text, search=search, message=message, passages=places)
+        self.trajectory.segments.append(shown)
+        self._tell(Shown(text, len(ids)))
+
+    async def search(self, query: str | None) -> list[Passage]:
+        """Return what is found, best first; nothing when the search failed. The last of `trajectory.searches` says what happened."""
+        self._tell(SearchBegan(query or ""))
+        passages = await self._recorded(query)
+        self._tell(SearchEnded(self.trajectory.searches[-1], tuple(passages)))
+        return passages
+
+    async def _recorded(self, query: str | None) -> list[Passage]:
         if not query:
             self.trajectory.searches.append(SearchRecord("", (), 0.0, "empty query", SearchFault.EMPTY_QUERY))
-            return EMPTY_QUERY
+            return []
         before = self.trajectory.search_seconds
         reply = await self._find(query)
         seconds = self.trajectory.search_seconds - before
         if isinstance(reply, SearchFailure):
             self.trajectory.searches.append(SearchRecord(query, (), seconds, reply.reason, reply.fault))
-            return f"search failed: {reply.reason}"
-        text = "\n\n".join(passage.contents for passage in reply).strip()
-        fault = None if text else SearchFault.NOTHING
+            return []
+        fault = None if any(passage.contents.strip() for passage in reply) else SearchFault.NOTHING
         self.trajectory.searches.append(SearchRecord(query, tuple(passage.id for passage in reply), seconds, None, fault))
-        return text or NOTHING_FOUND
+        return reply
 
     async def _find(self, query: str) -> list[Passage] | SearchFailure:
         """Ask; ask again when the gate closed over a failure, so that an outage told nobody anything about the query."""
@@ -232,22 +313,61 @@ class _Episode:
         # One query was sent, so anything else than one list is a broken reply.
         return reply[0] if len(reply) == 1 else SearchFailure(f"{len(reply)} replies to 1 query", SearchFault.GARBAGE)
 
+
+@dataclass
+class _Episode:
+    steps: Steps
+    context: list[int] = field(default_factory=list[int])
+    used: int = 0
+
+    def __post_init__(self) -> None:
+        self.context += self.steps.trajectory.prompt_ids
+
+    async def run(self, first_query: str | None) -> StopReason:
+        limits, trajectory = self.steps.limits, self.steps.trajectory
+        if first_query is not None:
+            self._observe(await self._search(first_query))
+        while self.used < limits.max_response_tokens:
+            # The stop string only closes a search. `</answer>` is no stop: the model has to end its turn itself, and that is rewarded.
+            completion, text = await self.steps.turn(self.context, (protocol.SEARCH_CLOSE,), limits.max_response_tokens - self.used)
+            self._take(completion.ids)
+            if completion.finished_by == "eos":
+                return StopReason.ANSWERED if self._answered() else StopReason.MALFORMED
+            if completion.finished_by == "length":
+                return StopReason.TOKEN_LIMIT
+            # Counted before the search is sent; an empty query has used one up, too.
+            if len(trajectory.searches) >= limits.max_searches:
+                return StopReason.SEARCH_LIMIT
+            self._observe(await self._search(protocol.last_query(text)))
+        return StopReason.TOKEN_LIMIT
+
+    async def _search(self, query: str | None) -> str:
+        """Return what the model is told of a search."""
+        passages = await self.steps.search(query)
+        record = self.steps.trajectory.searches[-1]
+        if record.fault is SearchFault.EMPTY_QUERY:
+            return EMPTY_QUERY
+        if record.error is not None:
+            return f"search failed: {record.error}"
+        return "\n\n".join(passage.contents for passage in passages).strip() or NOTHING_FOUND
+
     def _observe(self, body: str) -> None:
         """Append one result block, its body cut to `max_result_tokens`, the whole cut to the response budget."""
-        body_ids = self.tokenizer.encode(protocol.neutralise(body))
+        limits, tokenizer = self.steps.limits, self.steps.tokenizer
+        body_ids = tokenizer.encode(protocol.neutralise(body))
         # The body alone is cut to its limit, so that the block is closed; only the end of the response can cut the closing tag off.
-        cut = body_ids[: self.limits.max_result_tokens]
-        opened, closed = _brackets(self.tokenizer)
+        cut = body_ids[: limits.max_result_tokens]
+        opened, closed = _brackets(tokenizer)
         ids = [*opened, *cut, *closed]
-        ids = ids[: self.limits.max_response_tokens - self.used]
-        self._append(Author.SEARCH, tuple(ids), (0.0,) * len(ids), self.tokenizer.decode(ids))
+        ids = ids[: limits.max_response_tokens - self.used]
+        self.steps.show(ids)
+        self._take(ids)
 
-    def _append(self, author: Author, ids: tuple[int, ...], logprobs: tuple[float, ...], text: str) -> None:
-        self.trajectory.segments.append(Segment(author, ids, logprobs, text))
+    def _take(self, ids: Sequence[int]) -> None:
         self.context += ids
         self.used += len(ids)
 
     def _answered(self) -> bool:
-        written = "".join(s.text for s in self.trajectory.segments if s.author is Author.MODEL)
+        written = "".join(s.text for s in self.steps.trajectory.segments if s.author is Author.MODEL)
         _, opened, answer = written.partition(protocol.ANSWER_OPEN)
         return bool(opened) and protocol.ANSWER_CLOSE in answer

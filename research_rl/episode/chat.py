@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from research_rl.errors import ModelError
+from research_rl.paths import PYTHON
 from research_rl.pipeline.json_files import read_object
 
 __all__ = ["ChatTemplate", "read_template", "special_tokens"]
@@ -42,6 +42,10 @@ class ChatTemplate:
     def render(self, system: str, question: str) -> str:
         """Return the prompt up to where the model's turn begins. Raises ModelError when the template cannot make one."""
         return self._answer(_messages(system, question, self.has_system_role))
+
+    def render_user(self, text: str) -> str:
+        """Return the prompt of a user's turn alone, without instructions of ours. Raises ModelError when the template cannot make one."""
+        return self._answer([{"role": "user", "content": text}])
 
     @cached_property
     def has_system_role(self) -> bool:
@@ -94,7 +98,7 @@ class ChatTemplate:
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-I", str(_RENDERER)],
+            [PYTHON, "-I", str(_RENDERER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

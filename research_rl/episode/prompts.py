@@ -68,6 +68,10 @@ class FolderTokenizer:
         """Return text with special tokens shown."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def plain(self, ids: Sequence[int]) -> str:
+        """Return text with special tokens left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
     def _require_known_tokens(self) -> None:
         """Raise ModelError for a named token that the vocabulary lacks."""
         if "eos_token" not in self._special_tokens:

@@ -11,7 +11,11 @@ from enum import StrEnum
 from itertools import chain
 from typing import Any
 
-__all__ = ["Author", "Passage", "SearchFault", "SearchRecord", "Segment", "StopReason", "Trajectory"]
+__all__ = ["Author", "Passage", "Place", "SearchFault", "SearchRecord", "Segment", "StopReason", "Trajectory"]
+
+
+Place = tuple[str, int, int]
+"""A passage's id, and from which to before which character it stands in a text."""
 
 
 class Author(StrEnum):
@@ -63,6 +67,8 @@ class SearchFault(StrEnum):
     """An answer that is not understood."""
     BROKEN = "broken"
     """The searcher raised."""
+    NOT_ON_TAPE = "not_on_tape"
+    """A tape is replayed in the index's place, and this search was not recorded."""
 
     @property
     def is_service(self) -> bool:
@@ -73,7 +79,7 @@ class SearchFault(StrEnum):
 
 @dataclass(frozen=True)
 class Passage:
-    """One retrieved passage; `score` is the inner product."""
+    """One retrieved passage; `score` is the inner product, or what a hybrid index or a reranker gives."""
 
     id: str
     contents: str
@@ -97,12 +103,33 @@ class SearchRecord:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive response tokens of one author. `logprobs` is as long as `ids`, 0.0 where unknown."""
+    """Consecutive response tokens of one author. `logprobs` is as long as `ids`, 0.0 where unknown.
+
+    `read` counts the tokens that the engine read for a turn of the model. `search` is the place, from 0, of the search whose result the
+    environment shows; a `message` answers no search. `passages` says which passage stands where in `text`, as (id, start,
+    end) in characters. None: not recorded.
+    """
 
     author: Author
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
+    read: int | None = None
+    search: int | None = None
+    message: bool = False
+    passages: tuple[Place, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready record without token ids; what is not recorded is left out."""
+        record: dict[str, Any] = {"author": self.author.value, "text": self.text, "tokens": len(self.ids)}
+        for name in ("read", "search"):
+            if getattr(self, name) is not None:
+                record[name] = getattr(self, name)
+        if self.message:
+            record["message"] = True
+        if self.passages is not None:
+            record["passages"] = [list(place) for place in self.passages]
+        return record
 
 
 @dataclass
@@ -145,7 +172,8 @@ class Trajectory:
         return {
             "stop": self.stop.value,
             "ended_by_eos": self.ended_by_eos,
-            "segments": [{"author": s.author.value, "text": s.text, "tokens": len(s.ids)} for s in self.segments],
+            "prompt_tokens": len(self.prompt_ids),
+            "segments": [segment.to_json() for segment in self.segments],
             "searches": [search.to_json() for search in self.searches],
             "engine_seconds": round(self.engine_seconds, 4),
             "search_seconds": round(self.search_seconds, 4),

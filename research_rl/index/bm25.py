@@ -25,6 +25,7 @@ from research_rl.embedding import Vectors
 from research_rl.errors import ManifestError
 from research_rl.index.budget import ENGLISH, Terms
 from research_rl.index.search import merged
+from research_rl.pipeline import arrays
 from research_rl.pipeline.stages import silent
 from research_rl.pipeline.work import Work
 from research_rl.reward.words import terms, unsegmented
@@ -135,15 +136,15 @@ def _count(store: CorpusTexts, progress: Progress, folder: Path) -> dict[str, An
     with (folder / _TOKENS).open("wb") as stream:
         for start, texts in store.batches(_BATCH):
             tokens, counts = _numbers(stems, texts)
-            tokens.tofile(stream)
+            arrays.append(stream, tokens)
             lengths[start : start + len(texts)] = counts
             # A passage counts once for each of its stems, however often it has it.
             pairs = np.unique(_pairs(tokens, counts))
             frequencies = _grown(frequencies, len(stems.numbers))
             frequencies += np.bincount(pairs & 0xFFFFFFFF, minlength=len(frequencies))
             progress(f"words of {start + len(texts):,} of {len(store):,} passages", 0.7 * (start + len(texts)) / max(len(store), 1))
-    np.save(folder / _LENGTHS, lengths)
-    np.save(folder / _FREQUENCIES, frequencies[: len(stems.numbers)])
+    arrays.save(folder / _LENGTHS, lengths)
+    arrays.save(folder / _FREQUENCIES, frequencies[: len(stems.numbers)])
     (folder / _VOCABULARY).write_text(json.dumps(stems.numbers, ensure_ascii=False), encoding="utf-8")
     return {"words": len(stems.numbers), "mean_length": float(lengths.mean()) if len(lengths) else 0.0}
 
@@ -201,7 +202,7 @@ def _score(words: Path, config: IndexConfig, number: int, start: int, stop: int,
     scores = (idf.astype(np.float32)[stem] * (tf / (config.k1 * longer[row] + tf))).astype(np.float32)
     starts = np.searchsorted(stem, np.arange(len(frequencies) + 1)).astype(np.int64)
     for part, values in zip(_PARTS, (scores, row, starts), strict=True):
-        np.save(folder / _file(number, part), values)
+        arrays.save(folder / _file(number, part), values)
     return {}
 
 

@@ -1,52 +1,89 @@
-"""Stage index: files of vectors, of words, or both, and the proof that they find what they hold.
+"""Stage index: files of vectors, of words, or both, the reranker, and the proof that they find what they hold.
 
-Knows which parts an index has and that it may be cut into files; leaves their making to `dense` and `bm25`.
+Knows which parts an index has and that it may be cut into files; leaves their making to `dense`, `bm25` and `reranking`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import IndexConfig
+from research_rl.config import EncoderConfig, IndexConfig
 from research_rl.corpus.store import PassageStore
-from research_rl.embedding import vector_shards
+from research_rl.embedding import models, vector_shards
 from research_rl.errors import ConfigError
-from research_rl.index import budget
-from research_rl.index.search import EXACT
+from research_rl.index import auto, budget
+from research_rl.index.kept import StandingFiles
+from research_rl.index.own_file import hashes, own_file
+from research_rl.index.standing import adopt, same_but_reranker
 from research_rl.index.text import IndexSearcher, open_files, ranges_of
+from research_rl.index.tiers import TwoTier
 from research_rl.index.vectors import VectorFiles
-from research_rl.pipeline.manifest import Staging
+from research_rl.pipeline.manifest import Manifest, Staging
 from research_rl.pipeline.stages import Context
 from research_rl.pipeline.work import Work
+from research_rl.reranking import RERANKER
+from research_rl.reranking import build as reranking
 
 __all__ = ["run"]
 
 _CANARY_NEAR = 5
-_SCAFFOLD = ("trained", "bm25-words")
-"""Units of work that only the build needs."""
+_CERTIFIED = 64
+"""Passages used as queries to see how many replies can be certified."""
+_NOT_LINKED = ("trained", "bm25-words", RERANKER)
+"""Units of work that only the build needs, and the model, which has a folder of its own."""
 
 
 def run(context: Context) -> None:
-    """Publish index-NNNNN.faiss or scan-NNNNN.bf16 and bm25-*; facts name the kind, a canary and an approximate index's recall.
+    """Publish index-NNNNN.faiss or scan-NNNNN.bf16, bm25-* and `reranker/`; facts name the kind, a canary, an approximate index's recall
+    and the reranker.
 
     Raises ConfigError for a factory that faiss refuses or that does not fit the vectors, and for a build that does not
-    fit `index.memory_gib`.
+    fit `index.memory_gib`; ModelError for a reranker that is none.
     """
-    config = context.config.index
+    own = hashes(context.config, context.workspace)
+    model = models.own_hashes(context.config.reranker, context.workspace)
+    # Before any work is begun: it would be removed as that of other parameters.
+    standing = context.standing()
+    same = same_but_reranker(context, standing, own)
+    work = Work(context, {**own, **{f"{RERANKER}/{name}": digest for name, digest in model.items()}})
+    facts = reranking.copied(context, work, model)
+    with _kept(context, same) if same else _built(context, work, own, standing) as staging:
+        if facts:
+            work.link(RERANKER, staging.path / RERANKER)
+        staging.facts |= facts
+        store = PassageStore(context.parent("corpus"), context.parents["corpus"])
+        staging.measured |= reranking.measured(staging.path, staging.facts, store)
+    work.remove()
+
+
+@contextmanager
+def _kept(context: Context, same: Manifest) -> Generator[Staging]:
+    """Open the publication of an index that differs from the standing one in its reranker alone."""
+    context.progress("the index stands; only its reranker is another", 0.0)
+    with context.publish() as staging:
+        adopt(context, same, staging)
+        yield staging
+
+
+@contextmanager
+def _built(context: Context, work: Work, own: dict[str, str], standing: Manifest | None) -> Generator[Staging]:
+    """Build the index, with the files of the one that stands where they serve it as they are, and open its publication."""
     store = PassageStore(context.parent("corpus"), context.parents["corpus"])
     vectors = VectorFiles(vector_shards(context.parent("embed"), context.parents["embed"]), context.parents["embed"].counts["dim"])
+    given = context.config
+    config = auto.settled(given.index, given.encoder, given.retriever.memory_gib, vectors.dim, len(store))
     _check(config, store, vectors)
     terms = _terms(config, store)
     # A prebuilt index stays one file, whatever the budget says.
     rows = max(len(store), 1) if config.prebuilt else budget.shard_rows(config, vectors.dim, len(store), terms)
     ranges = ranges_of(len(store), rows)
-    work = Work(context)
-    facts: dict[str, Any] = {"kind": config.kind}
+    facts: dict[str, Any] = {"kind": config.kind, **({"source_files": own} if own else {})}
     if config.kind != "bm25":
-        facts |= {"factory": config.factory, "exact": config.factory in ("Flat", EXACT)}
-        facts |= _vectors(context, work, vectors, ranges)
+        facts |= {"factory": config.factory, "exact": budget.exact(config)}
+        facts |= _vectors(context, config, work, vectors, ranges, standing)
     if config.kind != "dense":
         from research_rl.index import bm25
 
@@ -60,10 +97,10 @@ def run(context: Context) -> None:
         staging.facts |= facts
         staging.measured |= {
             "build_seconds": round(work.seconds, 2),
-            "planned_mib": round(budget.peak(config, vectors.dim, len(store), terms) / 2**20),
+            "planned_mib": round(budget.peak(config, vectors.dim, len(store), terms, given.encoder) / 2**20),
         }
-        _prove(context, staging, vectors)
-    work.remove()
+        _prove(context, config, staging, vectors)
+        yield staging
 
 
 def _terms(config: IndexConfig, store: PassageStore) -> budget.Terms:
@@ -85,43 +122,57 @@ def _check(config: IndexConfig, store: PassageStore, vectors: VectorFiles) -> No
         raise ConfigError("index.prebuilt needs the encoder of its vectors for queries, but encoder.kind=none; set encoder.kind")
 
 
-def _vectors(context: Context, work: Work, vectors: VectorFiles, ranges: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    config = context.config.index
-    if config.prebuilt:
+def _vectors(
+    context: Context,
+    config: IndexConfig,
+    work: Work,
+    vectors: VectorFiles,
+    ranges: Sequence[tuple[int, int]],
+    standing: Manifest | None,
+) -> dict[str, Any]:
+    if path := own_file(context.config, context.workspace):
         from research_rl.index.prebuilt import adopt
 
-        return adopt(work, Path(config.prebuilt), ranges[0][1], vectors.dim)
+        return adopt(work, path, ranges[0][1], vectors.dim)
     from research_rl.index import dense
 
-    return dense.build(work, config, vectors, ranges, context.progress)
+    embed = context.parents["embed"]
+    digests = {context.parent("embed") / entry.path: entry.sha256 for entry in embed.files}
+    reusable = StandingFiles.of(context.workspace.folder("index"), standing)
+    return dense.build(work, config, vectors, ranges, context.progress, digests, reusable)
 
 
 def _link(work: Work, target: Path) -> None:
     """Give the finished files their names in the artifact; what only the build needed stays behind."""
     for name in work.units():
-        if name not in _SCAFFOLD:
+        if name not in _NOT_LINKED:
             work.link(name, target)
 
 
-def _prove(context: Context, staging: Staging, vectors: VectorFiles) -> None:
+def _prove(context: Context, config: IndexConfig, staging: Staging, vectors: VectorFiles) -> None:
     """Find a canary, and measure an index that is not exact; one file open at a time. Raises ConfigError when none is found."""
     embed_folder, embed = context.parent("embed"), context.parents["embed"]
     searcher = open_files(staging.path, staging.facts, staging.counts, embed_folder, embed, keep=False)
-    staging.facts["canary"] = _canary(searcher, embed.facts["canaries"], context.config.index)
+    staging.facts["canary"] = _canary(searcher, embed.facts["canaries"], config)
     if staging.facts.get("exact", True) or not len(vectors):
         return
-    _measure(context.config.index, staging, vectors)
+    _measure(config, context.config.encoder, staging, vectors)
 
 
-def _measure(config: IndexConfig, staging: Staging, vectors: VectorFiles) -> None:
-    """State recall against exact search, and latency over as many files as the budget lets be open at once."""
+def _measure(config: IndexConfig, encoder: EncoderConfig, staging: Staging, vectors: VectorFiles) -> None:
+    """State recall against exact search, how many replies of two tiers can be certified, and latency.
+
+    Latency over as many files as the budget lets be open at once.
+    """
     from research_rl.index import report
     from research_rl.index.dense import open_vectors
 
     ranges = ranges_of(staging.counts["passages"], staging.counts["shard_rows"])
     whole = open_vectors(staging.path, staging.facts, vectors, ranges, numbers=range(len(ranges)), keep=False)
     staging.facts["recall"] = report.recall(whole, vectors, config.sample)
-    held = range(budget.files_held(config, vectors.dim, ranges))
+    if isinstance(whole, TwoTier):
+        staging.facts["certified"] = report.certified(whole, vectors.take(vectors.spread(min(config.sample, _CERTIFIED))))
+    held = range(budget.files_held(config, vectors.dim, ranges, encoder))
     served = open_vectors(staging.path, staging.facts, vectors, ranges, numbers=held)
     staging.measured["latency"] = report.latency(served, vectors.take(vectors.spread(config.sample)))
     staging.measured["latency_rows"] = served.rows

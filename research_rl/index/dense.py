@@ -1,42 +1,78 @@
 """Build and open the vector side of an index: files over ranges of rows, each in the memory planned for it.
 
-Knows faiss and the bf16 scan; knows no text. One training serves all files, so that an inverted file cut into several
+Knows faiss, the bf16 scan and the two tiers; knows no text. One training serves all files, so that an inverted file cut into several
 answers like one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import faiss
 
 from research_rl.config import IndexConfig
+from research_rl.embedding import Vectors
 from research_rl.errors import ConfigError
+from research_rl.index import bounds
+from research_rl.index.gather import Gather
+from research_rl.index.kept import StandingFiles, key
 from research_rl.index.search import EXACT, Joined, VectorIndex, VectorSearcher, file_name, threads_for
+from research_rl.index.tiers import TwoTier
 from research_rl.index.vectors import VectorFiles
+from research_rl.pipeline.manifest import file_sha256
 from research_rl.pipeline.work import Work
+from research_rl.process.cores import cores
 
 __all__ = ["build", "learn", "open_vectors", "row_bytes", "write"]
 
 _ADD = 4096
 """Vectors added at once."""
 _TRAINED = "trained"
+_CHUNK = 1 << 20
+"""Bytes that an index is written in at a time."""
 
 Progress = Callable[[str, float], None]
 Range = tuple[int, int]
 
 
-def build(work: Work, config: IndexConfig, vectors: VectorFiles, ranges: Sequence[Range], progress: Progress) -> dict[str, Any]:
-    """Build one file a range of rows as units of `work`; return the facts `open_vectors` needs. Raises ConfigError."""
+def build(
+    work: Work,
+    config: IndexConfig,
+    vectors: VectorFiles,
+    ranges: Sequence[Range],
+    progress: Progress,
+    digests: Mapping[Path, str],
+    standing: StandingFiles,
+) -> dict[str, Any]:
+    """Build one file a range of rows as units of `work`; return the facts `open_vectors` needs. Raises ConfigError.
+
+    `digests` has the sha256 of every vector file; a file of `standing` that was made from the very same is kept.
+    """
     empty = _trained(work, config, vectors)
+    trained = "" if empty is None else file_sha256(work.folder / _TRAINED / _TRAINED)
+    keys = [key(config, trained, vectors, digests, span) for span in ranges]
     records: list[dict[str, Any]] = []
     for number, (start, stop) in enumerate(ranges):
-        records.append(work.unit(unit(number), partial(write, config, empty, vectors, number, start, stop)))
+        name = keys[number]
+        make = (
+            partial(_keep, config, standing, name, number)
+            if name in standing
+            else partial(write, config, empty, vectors, number, start, stop)
+        )
+        records.append(work.unit(unit(number), make))
         progress(f"{stop:,} of {len(vectors):,} vectors", stop / max(len(vectors), 1))
-    return {"bounds": records} if config.factory == EXACT else {}
+    facts: dict[str, Any] = {"keys": keys}
+    facts |= {"bounds": records} if config.factory == EXACT or config.refine else {}
+    return facts | ({"candidates": config.candidates} if config.refine else {})
+
+
+def _keep(config: IndexConfig, standing: StandingFiles, name: str, number: int, folder: Path) -> dict[str, Any]:
+    from research_rl.index.exact import scan_name
+
+    return standing.take(name, folder / (scan_name if config.factory == EXACT else file_name)(number))
 
 
 def unit(number: int) -> str:
@@ -84,7 +120,7 @@ def _trained(work: Work, config: IndexConfig, vectors: VectorFiles) -> Any:
         return None
 
     def train(folder: Path) -> dict[str, Any]:
-        faiss.write_index(learn(config, vectors), str(folder / _TRAINED))
+        _save(learn(config, vectors), folder / _TRAINED)
         return {}
 
     work.unit(_TRAINED, train)
@@ -112,14 +148,36 @@ def write(config: IndexConfig, empty: Any, vectors: VectorFiles, number: int, st
 
         norm, error = write_scan((batch for _, batch in vectors.batches(start, stop, _ADD)), folder / scan_name(number))
         return {"norm": norm, "error": error}
-    index = faiss.clone_index(empty)
+    # Through bytes, because faiss clones no RaBitQ codes for FastScan.
+    index = faiss.deserialize_index(faiss.serialize_index(empty))
     _reserve(index, stop - start)
     index = _placed(config, index)
     faiss.omp_set_num_threads(threads_for((stop - start) * vectors.dim * 4))
-    for _, batch in vectors.batches(start, stop, _ADD):
+    # A GPU's index cannot be asked for its parts: its rows are measured by a second pass.
+    facts = _filled(index, vectors.batches(start, stop, _ADD), measure=bool(config.refine) and config.device == "cpu")
+    index = _returned(config, index)
+    _save(index, folder / file_name(number))
+    if config.refine and config.device != "cpu":
+        return bounds.measured(index, (batch for _, batch in vectors.batches(start, stop, _ADD)))
+    return facts
+
+
+def _filled(index: Any, batches: Iterator[tuple[int, Vectors]], *, measure: bool) -> dict[str, float]:
+    """Add batches of rows; return what is known of their codes' errors where it is to be measured."""
+    if measure:
+        return bounds.filled(index, (batch for _, batch in batches))
+    for _, batch in batches:
         index.add(batch)
-    faiss.write_index(_returned(config, index), str(folder / file_name(number)))
     return {}
+
+
+def _save(index: Any, path: Path) -> None:
+    """Write an index through Python: faiss's own writer only prints it when the last 4 KiB, which `fclose` writes, find no room.
+
+    Raises OSError.
+    """
+    with path.open("wb") as stream:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write, _CHUNK))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _reserve(index: Any, rows: int) -> None:
@@ -166,16 +224,22 @@ def open_vectors(
         for number in numbers
     ]
     rows = sum(ranges[number][1] - ranges[number][0] for number in numbers)
-    return Joined(openers, [ranges[number][0] for number in numbers], rows, vectors.dim, keep=keep)
+    # The exact scan has threads of its own.
+    side_by_side = 1 if scan else threads or threads_for(rows * vectors.dim * 4)
+    joined = Joined(openers, [ranges[number][0] for number in numbers], rows, vectors.dim, side_by_side, keep=keep)
+    if scan or "candidates" not in facts:
+        return joined
+    # One tier of vectors above all files of codes: the candidates of a query are the best of all of them.
+    return TwoTier(joined, Gather(vectors), facts["candidates"], cache(partial(_bound, joined, [facts["bounds"][n] for n in numbers])))
+
+
+def _bound(codes: Joined, records: Sequence[dict[str, float]]) -> bounds.Bound | None:
+    """Return the bound of some files' codes, which share their rotation and centre."""
+    first = codes.first()
+    return bounds.Bound.of(first.faiss_index, records, codes.rows) if isinstance(first, VectorIndex) else None
 
 
 def _open_scan(folder: Path, bounds: dict[str, float], vectors: VectorFiles, number: int, span: Range, threads: int) -> VectorSearcher:
-    import os
-
-    import torch
-
     from research_rl.index.exact import ExactScan, scan_name
 
-    # For all of torch in this process, the encoder of the queries included.
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    return ExactScan(folder / scan_name(number), vectors.mapped(*span), bounds["norm"], bounds["error"])
+    return ExactScan(folder / scan_name(number), vectors.mapped(*span), bounds["norm"], bounds["error"], threads or cores())

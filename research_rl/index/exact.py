@@ -17,6 +17,7 @@ import torch
 
 from research_rl.embedding import Vectors
 from research_rl.errors import DataError, ManifestError
+from research_rl.index.rescore import LONGEST, SUM, merge, require_finite
 
 __all__ = ["ExactScan", "scan_name", "write_scan"]
 
@@ -26,13 +27,8 @@ _SCORE_BYTES = 256 << 20
 """Most bytes of approximate scores held at once."""
 _ROUND = 2.0**-8
 """Bound on bf16's rounding of a score, relative to it; twice the unit roundoff."""
-_SUM = 1e-4
-"""Bound on float32 summation error, relative to the norms' product, up to some thousand dimensions."""
-
 _TINY = 1e-35
 """Bound on what is lost where products fall below float32's normal range and are taken for zero."""
-_LONGEST = 1e18
-"""Longest vector accepted: no product of two leaves float32's range."""
 _RESCORED = 1 << 14
 """Most candidates rescored at once: a query that scores all rows alike has all of them for candidates."""
 
@@ -55,8 +51,8 @@ def write_scan(shards: Iterable[Vectors], path: Path) -> tuple[float, float]:
             exact = torch.from_numpy(np.array(shard, np.float32))
             rounded = exact.to(torch.bfloat16)
             lengths = rounded.float().norm(dim=1)
-            if not bool((lengths <= _LONGEST).all()):  # false for NaN as well
-                raise DataError(f"a vector is longer than {_LONGEST:g} or holds NaN; encode the passages again, normalised")
+            if not bool((lengths <= LONGEST).all()):  # false for NaN as well
+                raise DataError(f"a vector is longer than {LONGEST:g} or holds NaN; encode the passages again, normalised")
             norm = max(norm, float(lengths.max()))
             error = max(error, float((exact - rounded.float()).norm(dim=1).max()))
             # NumPy has no bfloat16; the bits are the same.
@@ -65,9 +61,9 @@ def write_scan(shards: Iterable[Vectors], path: Path) -> tuple[float, float]:
 
 
 class ExactScan:
-    """Search over a scan file and the float32 shards it was made of; from one thread at a time."""
+    """Search over a scan file and the float32 shards it was made of; from one thread at a time. `threads` 0 leaves torch as it is."""
 
-    def __init__(self, path: Path, shards: Sequence[Vectors], norm: float, error: float) -> None:
+    def __init__(self, path: Path, shards: Sequence[Vectors], norm: float, error: float, threads: int = 0) -> None:
         self.dim = int(shards[0].shape[1])
         self.rows = sum(map(len, shards))
         if path.stat().st_size != self.rows * self.dim * 2:
@@ -77,14 +73,16 @@ class ExactScan:
             )
         self._shards = shards
         self._starts = np.cumsum([0, *map(len, shards)])
-        self._norm, self._error = norm, error
+        self._norm, self._error, self._threads = norm, error, threads
         size = self.rows * self.dim
         self._scan = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(self.rows, self.dim)
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows). Raises DataError for NaN."""
-        if not (np.linalg.norm(queries, axis=1) <= _LONGEST).all():
-            raise DataError(f"a query vector is longer than {_LONGEST:g} or holds NaN; encode the query again")
+        require_finite(queries)
+        if self._threads:
+            # Where the search runs: the threads that torch begins at this would keep a process that opens from being forked.
+            torch.set_num_threads(self._threads)
         k = min(top_k, self.rows)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
@@ -105,17 +103,13 @@ class ExactScan:
         """Return for each query the largest difference between an approximate score and the true one."""
         norm_Q = exact_Qd.norm(dim=1)
         rounding = (exact_Qd - rounded_Qd.float()).norm(dim=1) * self._norm + norm_Q * self._error
-        return rounding + norm_Q * (self._norm * (1 + _ROUND) * _ROUND + self._norm * _SUM) + _TINY * self.dim
+        return rounding + norm_Q * (self._norm * (1 + _ROUND) * _ROUND + self._norm * SUM) + _TINY * self.dim
 
     def _merge(self, query: Vectors, candidates: Rows, scores: Vectors, rows: Rows) -> None:
         """Rescore the candidates in float32 and keep the best of them and of what `scores` and `rows` hold."""
         for start in range(0, len(candidates), _RESCORED):
             some = candidates[start : start + _RESCORED]
-            # Row by row, unlike a matrix product: equal rows get equal scores wherever they stand.
-            all_scores = np.concatenate([scores, np.einsum("nd,d->n", self._vectors(some), query)])
-            all_rows = np.concatenate([rows, some])
-            best = np.lexsort((all_rows, -all_scores))[: len(scores)]
-            scores[:], rows[:] = all_scores[best], all_rows[best]
+            merge(query, self._vectors(some), some, scores, rows)
 
     def _vectors(self, rows: Rows) -> Vectors:
         if len(self._shards) == 1:
@@ -152,10 +146,10 @@ def _above(scores_QN: torch.Tensor, line_Q: torch.Tensor) -> list[Rows]:
     owners, groups = torch.nonzero(_maxima(scores_QN).float() >= line_Q[:, None], as_tuple=True)
     ends = np.searchsorted(owners.numpy(), np.arange(len(scores_QN) + 1))
     offsets = np.arange(_GROUP)
-    found: list[Rows] = []
+    above: list[Rows] = []
     for query in range(len(scores_QN)):
         columns = (groups.numpy()[ends[query] : ends[query + 1], None] * _GROUP + offsets).ravel()
         columns = columns[columns < scores_QN.shape[1]]
         keep = scores_QN[query][torch.from_numpy(columns)].float() >= line_Q[query]
-        found.append(columns[keep.numpy()])
-    return found
+        above.append(columns[keep.numpy()])
+    return above

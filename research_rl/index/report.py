@@ -1,4 +1,4 @@
-"""How good and how fast an approximate index is: recall against exact search, latency. Knows vectors; knows no text.
+"""How good and how fast an approximate index is: recall against exact search, certified replies, latency. Knows vectors; knows no text.
 
 Passages serve as queries, each left out of its own result. Exact search reads the vector files one after the other.
 """
@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import time
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from research_rl.embedding import Vectors
-from research_rl.index.search import VectorSearcher, merged
+from research_rl.index.bounds import KINDS, Kind
+from research_rl.index.search import VectorSearcher
+from research_rl.index.tiers import Certificate, TwoTier
 from research_rl.index.vectors import VectorFiles
 
-__all__ = ["latency", "recall"]
+__all__ = ["certified", "exact", "latency", "recall"]
 
 _AT = (1, 5, 10, 20)
 _BATCHES = (1, 32)
 _BLOCK = 8192
+_CERTIFIED_AT, _MOST = 5, 50
+"""Depth of the replies that are to be certified; the largest budget, times the index's own candidates."""
+_PROBES = 8
 _SECONDS = 2.0
 _TIMES = 200
 
@@ -31,9 +35,30 @@ def recall(index: VectorSearcher, vectors: VectorFiles, sample: int) -> dict[str
     own = vectors.spread(sample)
     queries = vectors.take(own)
     # One hit more than is compared: each query's own passage is taken out.
-    truth = _without(own, _exact(queries, vectors, max(_AT) + 1))
-    found = _without(own, index.search(queries, max(_AT) + 1)[1])
-    return {str(k): _share(truth[:, :k], found[:, :k]) for k in _AT if k <= truth.shape[1]}
+    truth = _without(own, exact(queries, vectors, max(_AT) + 1))
+    approximate = _without(own, index.search(queries, max(_AT) + 1)[1])
+    return {str(k): _share(truth[:, :k], approximate[:, :k]) for k in _AT if k <= truth.shape[1]}
+
+
+def certified(index: TwoTier, queries: Vectors) -> dict[str, dict[str, float]]:
+    """Return the share of replies, five passages each, that are certified within a number of candidates, by kind of bound and number.
+
+    A kind that certifies none of the first few queries is not asked of the others: each reads all candidates it may, for nothing.
+    """
+    shares: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        certificates = _certificates(index, queries[:_PROBES], kind)
+        if any(certificate.certified for certificate in certificates):
+            certificates += _certificates(index, queries[_PROBES:], kind)
+        looked_at = sorted({certificate.candidates for certificate in certificates})
+        shares[kind] = {
+            str(most): round(float(np.mean([item.certified and item.candidates <= most for item in certificates])), 4) for most in looked_at
+        }
+    return shares
+
+
+def _certificates(index: TwoTier, queries: Vectors, kind: Kind) -> list[Certificate]:
+    return index.certified(queries, _CERTIFIED_AT, kind, _MOST * index.candidates)[2]
 
 
 def latency(index: VectorSearcher, queries: Vectors, top_k: int = 5) -> dict[str, dict[str, float]]:
@@ -55,12 +80,19 @@ def _times(index: VectorSearcher, queries: Vectors, size: int, top_k: int) -> di
     return {"p50_ms": round(float(np.percentile(taken, 50)), 3), "p99_ms": round(float(np.percentile(taken, 99)), 3)}
 
 
-def _exact(queries: Vectors, vectors: VectorFiles, k: int) -> Rows:
-    scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+def exact(queries: Vectors, vectors: VectorFiles, k: int) -> Rows:
+    """Return the rows of the k largest products [queries, k], equal ones in row order; row -1 where there are fewer rows."""
+    scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
     for start, block in vectors.batches(0, len(vectors), _BLOCK):
-        block_scores, places = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        scores, rows = merged([scores, block_scores], [rows, places + start], k)
-    return rows
+        products = queries @ block.T
+        # After some blocks next to nothing is above the k-th so far, and a look at each product is all that is left to do.
+        above = products > scores[:, -1:]
+        for query in np.flatnonzero(above.any(axis=1)).tolist():
+            places = np.flatnonzero(above[query])
+            best_scores = np.concatenate([scores[query], products[query, places]])
+            order = np.argsort(-best_scores, kind="stable")[:k]
+            scores[query], rows[query] = best_scores[order], np.concatenate([rows[query], places + start])[order]
+    return rows[:, : min(k, len(vectors))]
 
 
 def _without(own: Rows, rows: Rows) -> Rows:
@@ -71,6 +103,6 @@ def _without(own: Rows, rows: Rows) -> Rows:
     return rows[keep].reshape(len(rows), -1)
 
 
-def _share(truth: Rows, found: Rows) -> float:
-    hits = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(truth, found, strict=True)]
+def _share(truth: Rows, approximate: Rows) -> float:
+    hits = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(truth, approximate, strict=True)]
     return round(float(np.sum(hits) / max(truth.size, 1)), 4)

@@ -7,8 +7,8 @@ below four queries the plain scan stays faster.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +18,15 @@ import numpy.typing as npt
 
 from research_rl.embedding import Vectors
 from research_rl.errors import ManifestError
+from research_rl.process.cores import cores
 
 __all__ = ["EXACT", "Joined", "VectorIndex", "VectorSearcher", "file_name"]
 
 _BLAS_FROM = 4
 """Smallest batch that is faster as a matrix product."""
 _SMALL_BYTES = 64 << 20
+_MANY = 1_000_000
+"""Vectors whose search takes so long that beginning a thread for it counts for nothing."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -56,7 +59,7 @@ def file_name(number: int) -> str:
 
 def threads_for(size: int) -> int:
     """Return the threads for work over `size` bytes of vectors: helpers that wait for each other cost more than they do."""
-    return 1 if size < _SMALL_BYTES else os.cpu_count() or 1
+    return 1 if size < _SMALL_BYTES else cores()
 
 
 class VectorIndex:
@@ -102,6 +105,11 @@ class VectorIndex:
         """faiss's number of what the index compares by."""
         return int(self._index.metric_type)
 
+    @property
+    def faiss_index(self) -> Any:
+        """The index itself."""
+        return self._index
+
     def identifiers(self) -> Iterator[npt.NDArray[np.int64]]:
         """Yield the ids that vectors were added under; nothing where they are numbered in order, as their kind does by itself."""
         inner = self._index
@@ -130,21 +138,35 @@ class Joined:
     """Several indexes over consecutive ranges of rows, searched as one.
 
     With `keep` off each is opened for every search and closed again: slow, but in the memory of the largest alone.
+    A query that comes alone is searched in up to `threads` of them side by side: faiss gives one query one thread.
     """
 
-    def __init__(self, openers: Sequence[Opener], starts: Sequence[int], rows: int, dim: int, *, keep: bool = True) -> None:
+    def __init__(
+        self, openers: Sequence[Opener], starts: Sequence[int], rows: int, dim: int, threads: int = 1, *, keep: bool = True
+    ) -> None:
         self.rows, self.dim = rows, dim
         self._starts = list(starts)
         self._openers: list[Opener] = [_constant(opener()) for opener in openers] if keep else list(openers)
+        self._threads = min(threads, len(openers)) if keep and rows >= _MANY else 1
+
+    def first(self) -> VectorSearcher:
+        """Return the first of the indexes."""
+        return self._openers[0]()
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         """Return scores and rows, each [len(queries), k], best first, k = min(top_k, rows); rows count from the corpus's first."""
-        hits = [self._one(opener, start, queries, top_k) for opener, start in zip(self._openers, self._starts, strict=True)]
-        return merged([scores for scores, _ in hits], [rows for _, rows in hits], min(top_k, self.rows))
 
-    def _one(self, opener: Opener, start: int, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
-        scores, rows = opener().search(queries, top_k)
-        return scores, np.where(rows < 0, -1, rows + start)
+        def one(opener: Opener, start: int) -> tuple[Vectors, Rows]:
+            scores, rows = opener().search(queries, top_k)
+            return scores, np.where(rows < 0, -1, rows + start)
+
+        if self._threads > 1 and len(queries) == 1:
+            # Threads of this search alone: a service may be forked after its first one, and threads do not come along.
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="files") as pool:
+                hits = list(pool.map(one, self._openers, self._starts))
+        else:
+            hits = list(map(one, self._openers, self._starts))
+        return merged([scores for scores, _ in hits], [rows for _, rows in hits], min(top_k, self.rows))
 
 
 def merged(scores: Sequence[Vectors], rows: Sequence[Rows], top_k: int) -> tuple[Vectors, Rows]:

@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from research_rl.embedding import Encoder, Vectors, load_encoder, vector_shards
 from research_rl.errors import ConfigError, ManifestError
+from research_rl.index.bounds import Kind
 from research_rl.index.search import VectorSearcher
+from research_rl.index.tiers import Certificate, TwoTier
 from research_rl.index.vectors import VectorFiles
 from research_rl.pipeline.manifest import Manifest
 
@@ -52,6 +54,12 @@ class Dense:
     def search(self, queries: Sequence[str], top_k: int) -> tuple[Vectors, Rows]:
         """Return inner products and rows, see `IndexSearcher`."""
         return self.vectors.search(self.encoder.encode_queries(queries), top_k)
+
+    def certified(self, queries: Sequence[str], top_k: int, kind: Kind, budget: int) -> tuple[Vectors, Rows, list[Certificate]]:
+        """Return what `search` returns and how sure each reply is, see `TwoTier.certified`; an index of one tier is not sure."""
+        if isinstance(self.vectors, TwoTier):
+            return self.vectors.certified(self.encoder.encode_queries(queries), top_k, kind, budget)
+        return *self.search(queries, top_k), [Certificate(False, self.rows, 0)] * len(queries)
 
 
 class Hybrid:
@@ -96,13 +104,13 @@ def _ranked(scores: Vectors, rows: Rows) -> list[list[int]]:
 
 
 def open_index(
-    folder: Path, found: Manifest, embed_folder: Path, embed: Manifest, threads: int = 0, *, part: Part = (0, 1)
+    folder: Path, index: Manifest, embed_folder: Path, embed: Manifest, threads: int = 0, *, part: Part = (0, 1)
 ) -> IndexSearcher:
     """Open the index artifact in `folder`, or the i-th of n parts of it (`part`, whole files each).
 
     Raises ManifestError for an artifact that cannot be opened and ConfigError for more parts than files.
     """
-    return open_files(folder, found.facts, found.counts, embed_folder, embed, threads, part=part)
+    return open_files(folder, index.facts, index.counts, embed_folder, embed, threads, part=part)
 
 
 def open_files(
@@ -133,9 +141,9 @@ def open_files(
     return sides[0] if len(sides) == 1 else Hybrid(sides, facts["depth"], facts["rank_offset"])
 
 
-def reads_vectors(found: Manifest) -> bool:
+def reads_vectors(index: Manifest) -> bool:
     """Return whether searching this index reads the passage vectors of the embeddings artifact."""
-    return "bounds" in found.facts
+    return "bounds" in index.facts or "candidates" in index.facts
 
 
 def ranges_of(rows: int, shard_rows: int) -> list[tuple[int, int]]:

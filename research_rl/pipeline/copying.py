@@ -35,10 +35,11 @@ def place(source: Path, target: Path) -> None:
     """Give a finished file a second name; a copy, on disk when this returns, where the file system has none (a folder of
     `artifacts` may be a symbolic link to another disk).
 
+    DVC may have put a symbolic link to its cache in the file's place: then the file itself gets the name.
     Raises FileExistsError where `target` exists.
     """
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise

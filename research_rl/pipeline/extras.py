@@ -20,6 +20,8 @@ EXTRAS: dict[str, str] = {
     "Stemmer": "retrieve",
     "faiss": "retrieve",
     "fastapi": "retrieve",
+    "fastapi_offline": "retrieve",
+    "h11": "retrieve",
     "prometheus_client": "retrieve",
     "starlette": "retrieve",
     "uvicorn": "retrieve",

@@ -2,11 +2,12 @@
 
 Invariants: (1) a record that could not be written whole is cut off again, so that the next one starts on its own line; (2) the torn
 last line of a killed writer is cut off, and said so in the log, before anything is appended; (3) a reader gets whole lines only, and
-a line that is not JSON costs itself alone. One process writes a file at a time; threads of it take a lock around `append`.
+a line that is not JSON costs itself alone; (4) threads and processes may append to one file at the same time.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 from research_rl.pipeline.json_files import parse
 
-__all__ = ["append", "own_file", "read"]
+__all__ = ["append", "own_file", "read", "to_line"]
 
 _BLOCK = 1 << 16
 logger = logging.getLogger(__name__)
@@ -29,15 +30,16 @@ def own_file(folder: Path) -> Path:
     return folder / f"{socket.gethostname()}-{os.getpid()}.jsonl"
 
 
-def append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None:
+def append(path: Path, record: Mapping[str, Any], *, sync: bool = False, private: bool = False) -> None:
     """Add one record; with `sync` it is on the disk, not only with the operating system, when this returns.
 
-    Makes missing folders. Raises OSError when the record does not fit; the file then ends with the record before it.
+    A file that is made here is for its owner alone where it is `private`. Makes missing folders.
+    Raises OSError when the record does not fit; the file then ends with the record before it.
     """
-    # JSON from elsewhere can hold half of a surrogate pair, for which UTF-8 has no bytes.
-    line = (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
-    handle = _open(path)
+    line, handle = to_line(record), _open(path, 0o600 if private else 0o644)
     try:
+        # Released with the handle. Without it a line that another writer has begun would be taken for a torn one.
+        fcntl.flock(handle, fcntl.LOCK_EX)
         # A killed writer's unfinished line would otherwise run together with this one and cost both.
         size = _mend(handle, path)
         _write_whole(handle, line, size)
@@ -45,6 +47,12 @@ def append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def to_line(record: Mapping[str, Any]) -> bytes:
+    """Return a record as its line."""
+    # JSON from elsewhere can hold half of a surrogate pair, for which UTF-8 has no bytes.
+    return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
 
 
 def read(path: Path, offset: int = 0) -> list[tuple[int, Any]]:
@@ -68,14 +76,14 @@ def read(path: Path, offset: int = 0) -> list[tuple[int, Any]]:
     return records
 
 
-def _open(path: Path) -> int:
+def _open(path: Path, mode: int) -> int:
     """Open for reading and appending; only the first record has to make the folder."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     try:
-        return os.open(path, flags, 0o644)
+        return os.open(path, flags, mode)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, flags, 0o644)
+        return os.open(path, flags, mode)
 
 
 def _mend(handle: int, path: Path) -> int:

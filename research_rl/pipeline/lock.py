@@ -24,13 +24,16 @@ _POLL_S = 0.2
 
 
 @contextmanager
-def locked(workspace: Workspace, wait_s: float, holder: str = "", on_wait: Callable[[str], None] | None = None) -> Generator[None]:
-    """Hold the workspace's lock for a block. `holder` says in a few words what this process does with the workspace.
+def locked(
+    workspace: Workspace, wait_s: float, holder: str = "", on_wait: Callable[[str], None] | None = None, *, name: str = _NAME
+) -> Generator[None]:
+    """Hold the workspace's lock for a block, or that of the part of it which `name` names.
 
+    `holder` says in a few words what this process does with the workspace.
     Another holder is waited for `wait_s` seconds (`math.inf`: as long as it takes); `on_wait` is called once, with its description.
     Raises ServiceError when it still holds the lock then, and StorageError when the lock file cannot be written.
     """
-    path = workspace.work("locks") / _NAME
+    path = workspace.work("locks") / name
     with _opened(path) as stream:
         _acquire(stream, path, workspace, wait_s, on_wait)
         # Only now: until the lock is ours the file names the other holder.

@@ -1,7 +1,7 @@
 """Publish and read artifacts so that a torn one is never accepted. Knows folders and hashes, no stage's meaning.
 
 Invariants: (1) a folder without a valid manifest.json does not exist for any reader; (2) the manifest is written
-last, after every file is on disk; (3) a manifest holds no time and no machine path, so equal inputs give equal bytes.
+last, after every file is on disk; (3) a manifest holds no time and no machine path, so equal files give equal bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from research_rl import __version__
 from research_rl.errors import ManifestError
 from research_rl.pipeline.json_files import parse
 
-__all__ = ["MANIFEST", "FileEntry", "Manifest", "Staging", "file_sha256", "fsync", "load", "publish", "sweep"]
+__all__ = ["MANIFEST", "FileEntry", "Manifest", "Staging", "file_sha256", "found", "fsync", "load", "publish", "read", "sweep"]
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
@@ -103,12 +103,18 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def publish(
-    target: Path, stage: str, config_hash: str, parents: Mapping[str, Manifest], parameters: Mapping[str, Any] | None = None
+    target: Path,
+    stage: str,
+    config_hash: str,
+    parents: Mapping[str, Manifest],
+    parameters: Mapping[str, Any] | None = None,
+    keep: Path | None = None,
 ) -> Generator[Staging]:
     """Fill a temporary folder beside `target`, then make it `target` in one rename.
 
     `parameters` are the values behind `config_hash`: with them a later change can be named.
-    A `target` that is a symbolic link stays one: the folder that it leads to is replaced.
+    A `target` that is a symbolic link stays one: the folder that it leads to is replaced. With `keep` the artifact that stood
+    there goes to that folder, in the place of what was kept before.
     An exception inside the block removes the temporary folder and leaves an older `target` as it was.
     """
     target = _real(target)
@@ -120,7 +126,7 @@ def publish(
     try:
         yield staging
         _seal(staging, stage, config_hash, {name: parent.hash for name, parent in sorted(parents.items())}, dict(parameters or {}))
-        _swap(staging.path, target)
+        _swap(staging.path, target, keep)
     # Also Ctrl-C and the cancellation of a flow.
     except BaseException:
         shutil.rmtree(staging.path, ignore_errors=True)
@@ -132,13 +138,22 @@ def load(folder: Path, *, verify: bool = True, hashed: Callable[[Path], str] = f
 
     `hashed` gives the sha256 of a file, for callers that remember it (`verified.Verified`).
     """
-    manifest = _read(folder)
+    manifest = read(folder)
     for entry in manifest.files:
         _check(folder, entry, hashed if verify else None)
     return manifest
 
 
-def _read(folder: Path) -> Manifest:
+def found(folder: Path, *, verify: bool = True) -> Manifest | None:
+    """Return what `load` does, None for a folder without a whole artifact."""
+    try:
+        return load(folder, verify=verify)
+    except ManifestError:
+        return None
+
+
+def read(folder: Path) -> Manifest:
+    """Return what a folder's manifest says; its files are not looked at. Raises ManifestError."""
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -199,13 +214,17 @@ def _seal(staging: Staging, stage: str, config_hash: str, parents: dict[str, str
         fsync(folder)
 
 
-def _swap(new: Path, target: Path) -> None:
+def _swap(new: Path, target: Path, keep: Path | None) -> None:
     # Two renames, because none replaces a folder that holds files; `sweep` finishes what a kill between them leaves.
     old = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
     if target.exists():
         target.rename(old)
     new.rename(target)
     fsync(target.parent)
+    if keep and old.exists():
+        shutil.rmtree(keep, ignore_errors=True)
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(old, keep)
     shutil.rmtree(old, ignore_errors=True)
 
 

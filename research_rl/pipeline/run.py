@@ -13,13 +13,13 @@ from typing import Any
 
 from research_rl.config import Config, config_hash, located
 from research_rl.errors import ConfigError, ManifestError, StorageError
-from research_rl.pipeline import manifest
+from research_rl.pipeline import manifest, taped
 from research_rl.pipeline.extras import missing_extras
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Progress, Stage, Workspace, silent
 from research_rl.pipeline.verified import Verified
 
-__all__ = ["current", "run_stage", "standing"]
+__all__ = ["current", "outside", "room", "run_stage", "standing", "work_of"]
 
 
 def current(name: str, config: Config, workspace: Workspace, *, verify: bool = True) -> Manifest | None:
@@ -31,7 +31,7 @@ def current(name: str, config: Config, workspace: Workspace, *, verify: bool = T
     try:
         artifact = manifest.load(workspace.folder(name), verify=verify, hashed=Verified(workspace.verified).sha256)
         # Which parents they are decides; their bytes are compared by the stage that reads them.
-        parents = {parent: manifest.load(workspace.folder(parent), verify=False).hash for parent in stage.parents}
+        parents = {parent: taped.loaded(parent, config, workspace).hash for parent in stage.parents}
     except ManifestError:
         return None
     fits = (
@@ -39,8 +39,13 @@ def current(name: str, config: Config, workspace: Workspace, *, verify: bool = T
         and artifact.config_hash == config_hash(located(config, workspace.root), stage.sections)
         and artifact.parents == parents
     )
-    # Last: what lies outside the workspace may have to be asked for over the network.
-    return artifact if fits and (not stage.fresh or _function(stage.fresh)(config, workspace, artifact)) else None
+    # Last: the user's own files may have to be read.
+    return artifact if fits and not outside(stage, config, workspace, artifact) else None
+
+
+def outside(stage: Stage, config: Config, workspace: Workspace, artifact: Manifest) -> list[str]:
+    """Return in what the user's own files, from which an artifact was built, are others now, one line a file."""
+    return _function(stage.outside)(config, workspace, artifact) if stage.outside else []
 
 
 def standing(name: str, config: Config, workspace: Workspace) -> Manifest | None:
@@ -73,22 +78,27 @@ def run_stage(
         raise ConfigError(f"stage={name!r} is not one of {list(STAGES)}")
     # The lock comes before `sweep`, which would remove the unfinished folder of another builder, and before `current`: the process
     # that was waited for may have built the artifact.
-    with _alone(name, workspace, progress), _room(name, workspace), missing_extras():
+    with _alone(name, workspace, progress), room(f"stage {name}", workspace), missing_extras():
         manifest.sweep(workspace.folder(name))
         stage = STAGES[name]
         artifact = None if force else current(name, config, workspace)
         if artifact and not (refresh and _newer(stage, config, workspace, artifact, progress)):
             return artifact, False
         parents = {parent: _parent(name, parent, config, workspace) for parent in stage.parents}
-        work = function or _function(stage.function)
+        work = function or work_of(stage)
         on_build()
         work(Context(stage, config, workspace, parents, progress, force))
         return manifest.load(workspace.folder(name), verify=False), True
 
 
-def _newer(stage: Stage, config: Config, workspace: Workspace, found: Manifest, progress: Progress) -> bool:
+def work_of(stage: Stage) -> Callable[[Context], None]:
+    """Return what does a stage's work."""
+    return _function(stage.function)
+
+
+def _newer(stage: Stage, config: Config, workspace: Workspace, artifact: Manifest, progress: Progress) -> bool:
     """Return whether other machines hold something newer than an artifact, and tell each reason."""
-    reasons: list[str] = _function(stage.newer)(config, workspace, found, progress) if stage.newer else []
+    reasons: list[str] = _function(stage.newer)(config, workspace, artifact, progress) if stage.newer else []
     for reason in reasons:
         progress(reason, 0.0)
     return bool(reasons)
@@ -109,7 +119,7 @@ def _alone(name: str, workspace: Workspace, progress: Progress) -> Generator[Non
 
 
 @contextmanager
-def _room(name: str, workspace: Workspace) -> Generator[None]:
+def room(what: str, workspace: Workspace) -> Generator[None]:
     """Turn what libraries raise when a write does not fit into one StorageError."""
     try:
         yield
@@ -118,7 +128,7 @@ def _room(name: str, workspace: Workspace) -> Generator[None]:
             raise
         disk = shutil.disk_usage(workspace.root)
         raise StorageError(
-            f"stage {name} could not write all it has to below {workspace.root}: {' '.join(str(error).split())}; with its unfinished files "
+            f"{what} could not write all it has to below {workspace.root}: {' '.join(str(error).split())}; with its unfinished files "
             f"gone, {disk.free / 1e6:,.1f} of {disk.total / 1e6:,.1f} MB free; make room, raise the limit on file sizes (ulimit -f) or "
             "use another disk, then rerun: finished shards are kept"
         ) from error
@@ -133,7 +143,8 @@ def _is_full(error: OSError | RuntimeError) -> bool:
 
 
 def _parent(stage: str, parent: str, config: Config, workspace: Workspace) -> Manifest:
-    artifact = current(parent, config, workspace)
+    # A tape that is replayed holds the manifest of an index that is not here.
+    artifact = taped.replaced(parent, config, workspace) or current(parent, config, workspace)
     if artifact is None:
         raise ManifestError(
             f"stage {stage} needs {workspace.folder(parent)}, which is missing, torn or built from other parameters; "

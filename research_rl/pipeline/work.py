@@ -1,7 +1,7 @@
 """Unfinished work that survives a kill, in units. Knows folders, hashes and seconds; knows no index.
 
 Invariants: (1) a unit counts as finished only with its record, written after its files, whose sha256 they fit; (2) a
-killed run redoes at most the unit it was in; (3) work begun for other parameters or other parents is never taken up.
+killed run redoes at most the unit it was in; (3) work begun for other parameters, parents or own files is never taken up.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ Record = dict[str, Any]
 
 
 class Work:
-    """The work folder of one stage with these parameters and parents."""
+    """The work folder of one stage with these parameters and parents, and these sha256 of the user's own files."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, own_files: Mapping[str, str] = {}) -> None:
         parents = [parent.hash for _, parent in sorted(context.parents.items())]
-        key = sha256("/".join([context.config_hash, *parents]).encode()).hexdigest()[:16]
+        own = [f"{name}:{digest}" for name, digest in sorted(own_files.items())]
+        key = sha256("/".join([context.config_hash, *parents, *own]).encode()).hexdigest()[:16]
         self.folder = context.workspace.work(f"{context.stage.name}-{key}")
         for stale in self.folder.parent.glob(f"{context.stage.name}-*"):
             if stale != self.folder:

@@ -12,21 +12,41 @@ import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from research_rl.config import Config, EncoderConfig
+from research_rl.config import Config, EncoderConfig, IndexConfig
 from research_rl.corpus import build, store
 from research_rl.errors import ManifestError, ModelError
 from research_rl.paths import cache_folder
+from research_rl.pipeline import arrays
 from research_rl.pipeline.manifest import file_sha256
 from research_rl.pipeline.stages import Workspace
 
-__all__ = ["by_shape", "machine", "measure", "shaped", "texts", "verified", "width"]
+if TYPE_CHECKING:
+    from research_rl.embedding.sentence import SentenceEncoder
+    from research_rl.index.vectors import VectorFiles
+
+__all__ = [
+    "by_shape",
+    "by_shape_query",
+    "known",
+    "machine",
+    "measure",
+    "operations",
+    "sentence_encoder",
+    "shaped",
+    "texts",
+    "verified",
+    "width",
+]
 
 # Enough rows to outweigh what a call costs, few enough for a plan in seconds.
 _SAMPLE = 4000
 _VECTORS = 30_000
+_DEEPEST = 21
+"""Hits a query that the index stage compares."""
 _WORDS = 100
 _TOKENS_A_WORD = 1.35
 _START_S = 1.5
@@ -84,21 +104,25 @@ def _embed(config: Config, sample: list[str], folder: Path) -> float:
     def work() -> None:
         encoder = LexicalEncoder.fit([sample[start : start + 1000] for start in range(0, len(sample), 1000)], config.encoder.dim)
         for start in range(0, len(sample), 1000):
-            np.save(folder / f"{start}.npy", encoder.encode_passages(sample[start : start + 1000]))
+            arrays.save(folder / f"{start}.npy", encoder.encode_passages(sample[start : start + 1000]))
         _hash_all(folder)
         _hash_all(folder)
 
     return _seconds(work) / len(sample)
 
 
-def _sentence(config: Config, sample: list[str]) -> float:
+def sentence_encoder(config: Config, threads: int = 0) -> SentenceEncoder:
+    """Return the configuration's sentence encoder, opened as the stage embed opens it; `threads` 0 takes all cores. Raises ModelError."""
     from research_rl.embedding import models, presets
-    from research_rl.embedding.sentence import SentenceEncoder, fast_bfloat16
+    from research_rl.embedding.sentence import SentenceEncoder, number_format
 
-    dtype = config.encoder.dtype
-    source = models.resolve(config.encoder, config.transfer, cache_folder())
-    facts = {**presets.settle(config.encoder, source), "dtype": fast_bfloat16() if dtype == "auto" else dtype}
-    with SentenceEncoder.load(source, facts) as encoder:
+    source = models.resolve(config.encoder, config.transfer, cache_folder(), Path())
+    facts = {**presets.settle(config.encoder, source), "dtype": number_format(config.encoder.dtype)}
+    return SentenceEncoder.load(source, facts, threads=threads)
+
+
+def _sentence(config: Config, sample: list[str]) -> float:
+    with sentence_encoder(config) as encoder:
         # The first batch also pays for thread pools and kernels that are chosen once.
         encoder.encode_passages(sample[:16])
         return _seconds(lambda: encoder.encode_passages(sample)) / len(sample)
@@ -124,20 +148,23 @@ class _Texts:
     def __len__(self) -> int:
         return len(self._texts)
 
+    def texts(self, start: int, stop: int) -> list[str]:
+        return self._texts[start:stop]
+
     def batches(self, size: int) -> Iterator[tuple[int, list[str]]]:
         for start in range(0, len(self._texts), size):
             yield start, self._texts[start : start + size]
 
 
 def _dense(config: Config, folder: Path) -> float:
-    """Build one file of random vectors as the index stage would; training, done once, is left out."""
+    """Build one file of random vectors as the index stage would, and prove it; training, done once, is left out."""
     from research_rl.index.dense import learn, write
     from research_rl.index.search import EXACT
     from research_rl.index.vectors import VectorFiles
 
     generator, dim = np.random.default_rng(0), width(config.encoder)
     vectors = generator.standard_normal((_VECTORS, dim), dtype=np.float32)
-    np.save(folder / "vectors.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    arrays.save(folder / "vectors.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     files = VectorFiles([folder / "vectors.npy"], dim)
     (folder / "made").mkdir()
     empty = None if config.index.factory == EXACT else learn(config.index, files)
@@ -147,7 +174,20 @@ def _dense(config: Config, folder: Path) -> float:
         for _ in range(2):  # once for the unit of work, once for the manifest
             _hash_all(folder / "made")
 
-    return _seconds(work) / _VECTORS
+    return (_seconds(work) + _proved(config.index, files, folder / "made")) / _VECTORS
+
+
+def _proved(config: IndexConfig, files: VectorFiles, folder: Path) -> float:
+    """Return the CPU-seconds of comparing the replies of an index with exact ones; an exact index is not compared."""
+    from research_rl.index import budget, report
+    from research_rl.index.dense import open_vectors
+
+    if budget.exact(config):
+        return 0.0
+    queries = files.take(files.spread(config.sample))
+    # Without what rescoring takes, which does not grow with the index.
+    codes = open_vectors(folder, {"factory": config.factory}, files, [(0, len(files))], 1, numbers=[0])
+    return _seconds(lambda: (report.exact(queries, files, _DEEPEST), codes.search(queries, config.candidates)))
 
 
 def shaped(config: EncoderConfig, stage: str) -> bool:
@@ -164,14 +204,29 @@ def shaped(config: EncoderConfig, stage: str) -> bool:
 
 
 def by_shape(config: EncoderConfig) -> float:
-    """Return the CPU-seconds a passage of 100 words takes in an encoder of this shape at the machine's bf16 matrix rate."""
+    """Return the CPU-seconds a passage of 100 words takes in an encoder of this shape at the machine's matrix rate."""
+    return operations(config, _WORDS * _TOKENS_A_WORD) / _matrix_rate()
+
+
+def by_shape_query(config: EncoderConfig, words: int) -> float:
+    """Return the CPU-seconds that a query of so many words takes, reckoned as in `by_shape`."""
+    return operations(config, words * _TOKENS_A_WORD) / _matrix_rate()
+
+
+def operations(config: EncoderConfig, tokens: float = _WORDS * _TOKENS_A_WORD) -> float:
+    """Return the operations that a text, a passage of 100 words when left out, takes in an encoder of a known shape. Raises ModelError."""
     shape = _shape(config)
     if shape is None:
         raise ModelError(f"encoder.model={config.model} is not among {list(SHAPES)}; give a folder")
     layers, width = shape
-    tokens = min(config.max_tokens or np.inf, _WORDS * _TOKENS_A_WORD)
+    tokens = min(config.max_tokens or np.inf, tokens)
     # 12 width^2 weights a layer (attention 4, MLP 8) and the two products of attention, each 2 operations a weight and token.
-    return 2 * tokens * layers * (12 * width**2 + 2 * tokens * width) / _matrix_rate()
+    return 2 * tokens * layers * (12 * width**2 + 2 * tokens * width)
+
+
+def known(config: EncoderConfig) -> bool:
+    """Return whether the encoder's shape is known by its name."""
+    return config.kind == "sentence" and _shape(config) is not None
 
 
 def width(config: EncoderConfig) -> int:
@@ -185,13 +240,22 @@ def _shape(config: EncoderConfig) -> tuple[int, int] | None:
 
 
 def _matrix_rate() -> float:
-    """Return bf16 operations per CPU-second of a matrix product of an encoder's size."""
+    """Return operations per CPU-second of a matrix product of an encoder's size, in the number format that it would take here."""
     import torch
 
-    a, b = torch.randn(2048, 768).bfloat16(), torch.randn(768, 3072).bfloat16()
-    # Not timed: the first product sets up the library.
-    _ = a @ b
-    return 2 * 2048 * 768 * 3072 * 20 / _seconds(lambda: [a @ b for _ in range(20)])
+    from research_rl.embedding.sentence import fast_bfloat16
+
+    # Where the processor has no instructions for it, bfloat16 is emulated, and the encoder takes float32.
+    kind, threads = getattr(torch, fast_bfloat16()), torch.get_num_threads()
+    a, b = torch.randn(2048, 768).to(kind), torch.randn(768, 3072).to(kind)
+    # On a busy machine threads that wait for each other would count as work.
+    torch.set_num_threads(1)
+    try:
+        # Not timed: the first product sets up the library.
+        _ = a @ b
+        return 2 * 2048 * 768 * 3072 * 4 / _seconds(lambda: [a @ b for _ in range(4)])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def verified(size: float) -> float:

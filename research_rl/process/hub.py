@@ -12,6 +12,7 @@ from pathlib import Path
 from research_rl.config import TransferConfig
 from research_rl.errors import ServiceError
 from research_rl.process.proxies import httpx_options
+from research_rl.process.redirects import stay_outside
 
 __all__ = ["cached", "connect", "snapshot"]
 
@@ -21,10 +22,14 @@ _PUBLIC = "https://huggingface.co"
 def connect(transfer: TransferConfig) -> str:
     """Have huggingface_hub send its requests as `transfer` says; return the hub's address."""
     import httpx
-    from huggingface_hub import set_client_factory
+    from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
+    # hf-xet fetches large files by a client of its own, which goes through the proxy of HTTPS_PROXY and can be given no other.
+    constants.HF_HUB_DISABLE_XET = True
     hooks = default_client_factory().event_hooks
+    # The library also goes to an address that a reply only named, without the client's redirects; so each reply is looked at.
+    hooks = {**hooks, "response": [*hooks.get("response", []), stay_outside]}
     set_client_factory(lambda: httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=None, **httpx_options(transfer.proxy)))
     return (transfer.hub_endpoint or os.environ.get("HF_ENDPOINT") or _PUBLIC).rstrip("/")
 

@@ -1,13 +1,19 @@
-"""Which proxy a request goes through: a configured one or none, never one that the environment names. Sends nothing. Standard library only.
+"""Which proxy a request goes through, and whose certificates it trusts: a configured proxy or none, never one that the environment names.
+
+Sends nothing.
 
 HTTP_PROXY and its like belong to a shell, not to a run, and the proxy of a plain http request reads its headers, tokens included. So every
 client of this package takes its options here. Libraries with clients of their own (Prefect, MLflow, DVC) read the environment; for
-them traffic to this machine is kept away from any proxy.
+them traffic to this machine is kept away from any proxy. The certificates of SSL_CERT_FILE or SSL_CERT_DIR count for all: a service behind
+a proxy with TLS often has one of the house's own authority.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
+import ssl
 import urllib.request
 from collections.abc import Mapping
 from typing import TypedDict
@@ -20,20 +26,31 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class HttpxOptions(TypedDict):
-    """The options of an httpx client or request that decide its proxy."""
+    """The options of an httpx client or request that decide its proxy and its certificates."""
 
     trust_env: bool
     proxy: str | None
+    verify: ssl.SSLContext | bool
 
 
-def httpx_options(proxy: str | None = None) -> HttpxOptions:
-    """Return the options for httpx: through `proxy`, else straight to the server."""
-    return {"trust_env": False, "proxy": proxy}
+def httpx_options(proxy: str | None = None, *, url: str = "https:") -> HttpxOptions:
+    """Return the options for httpx: through `proxy`, else straight to the server. With a plain http `url` no certificates are read."""
+    encrypted = "https:" in url.lower() or proxy is not None
+    names = (os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"))
+    return {"trust_env": False, "proxy": proxy, "verify": _trusted(*names) if encrypted else False}
+
+
+@functools.cache
+def _trusted(file: str | None, folder: str | None) -> ssl.SSLContext:
+    """Return one context for all clients: reading the system's certificates takes as long as a hundred searches."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 def environment_options() -> HttpxOptions:
     """Return the options for httpx by which a library's own client goes, to ask without a token whether it will reach its server."""
-    return {"trust_env": True, "proxy": None}
+    return {"trust_env": True, "proxy": None, "verify": True}
 
 
 def botocore_options(proxy: str | None = None) -> dict[str, dict[str, str]]:

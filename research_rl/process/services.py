@@ -13,12 +13,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +25,7 @@ import httpx
 import psutil
 
 from research_rl.errors import ServiceError
+from research_rl.paths import PYTHON
 from research_rl.process.identity import Identity
 from research_rl.process.private import write_private
 from research_rl.process.proxies import bypass_loopback, httpx_options
@@ -39,6 +39,7 @@ __all__ = [
     "find",
     "free_port",
     "guarded",
+    "listening",
     "reap",
     "require_free",
     "running",
@@ -56,15 +57,6 @@ _KILL_AFTER_S = 10.0
 _ANY = ("", "0.0.0.0", "::")
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a service answers: base address, bearer token, and the served model's name where there is one."""
-
-    url: str
-    token: str | None = None
-    model: str | None = None
-
-
 class Watched(Protocol):
     """A process whose end and log can be read."""
 
@@ -78,6 +70,20 @@ class Watched(Protocol):
     def tail(self, lines: int = 20) -> str:
         """Return the last lines of the log."""
         ...
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a service answers: base address, bearer token, and of a served model its name and the number of its tokens, where known.
+
+    `process` is what runs behind it where this process started that.
+    """
+
+    url: str
+    token: str | None = None
+    model: str | None = None
+    vocabulary: int | None = None
+    process: Watched | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -128,6 +134,12 @@ class Recorded:
         """Return -1 once it has ended, None while running."""
         return None if self.identity.alive() else -1
 
+    def terminate(self) -> None:
+        """Ask it to end, if it still runs."""
+        if self.identity.alive():
+            with suppress(ProcessLookupError):
+                os.kill(self.identity.pid, signal.SIGTERM)
+
     def tail(self, lines: int = 20) -> str:
         """Return the last lines of the log."""
         return _tail(self.log, lines)
@@ -154,13 +166,10 @@ def spawn(
     if find(folder, name):
         raise ServiceError(f"{name} already runs ({pid_file}); stop it with `make down` or use another workspace")
     marker, log = uuid.uuid4().hex, log or folder / f"{name}.log"
-    whole_env = {**os.environ, **(env or {}), _MARKER: marker}
-    grace_s = float(whole_env.get(_GRACE, _GRACE_S)) if grace_s is None else grace_s
-    # A detached command has no guardian; the grace period would go to guardians that it starts for other commands.
-    whole_env |= bypass_loopback(whole_env) | ({} if detached else {_GRACE: str(grace_s)})
+    whole_env, grace_s = _environment(env or {}, marker, grace_s, detached)
     with log.open("ab") as output:
         popen = subprocess.Popen(
-            command if detached else [sys.executable, "-I", "-S", str(_GUARDIAN), *command],
+            command if detached else [PYTHON, "-I", "-S", str(_GUARDIAN), *command],
             # Nothing is ever written to the pipe: it closes when this process ends, however that happens, and the guardian waits for that.
             stdin=subprocess.DEVNULL if detached else subprocess.PIPE,
             stdout=output,
@@ -176,6 +185,14 @@ def spawn(
     record = {**started.to_json(), "marker": marker, "grace_s": grace_s, "owner": owner, "command": list(command)}
     write_private(pid_file, json.dumps(record))
     return Process(name, popen, log, pid_file, grace_s)
+
+
+def _environment(env: Mapping[str, str], marker: str, grace_s: float | None, detached: bool) -> tuple[dict[str, str], float]:
+    """Return the environment of a command and its grace period, in seconds."""
+    whole = {**os.environ, **env, _MARKER: marker}
+    grace_s = float(whole.get(_GRACE, _GRACE_S)) if grace_s is None else grace_s
+    # A detached command has no guardian; the grace period would go to guardians that it starts for other commands.
+    return whole | bypass_loopback(whole) | ({} if detached else {_GRACE: str(grace_s)}), grace_s
 
 
 @contextmanager
@@ -245,6 +262,22 @@ def require_free(host: str, port: int, setting: str) -> int:
         return int(probe.getsockname()[1])
 
 
+@contextmanager
+def listening(host: str, port: int, setting: str) -> Generator[socket.socket]:
+    """Hold a port for the block, so that one in use is told before a long start. Raises ServiceError."""
+    # asyncio switches off Nagle's delay (40 ms a reply) only where the protocol is named.
+    with socket.socket(_family(host), socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise ServiceError(
+                f"{setting}={port} on {host} cannot be bound ({error.strerror}); "
+                f"set {setting} to a free port or to 0, or stop what listens there"
+            ) from None
+        yield listener
+
+
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
@@ -278,7 +311,7 @@ def reap(folder: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Record:
+class _PidRecord:
     """A pid file: the guardian or detached command, the marker of all its descendants, and who answers for it."""
 
     process: Identity
@@ -291,12 +324,12 @@ class _Record:
         return self.owner is not None and self.owner.alive() and self.process.alive()
 
 
-def _read(pid_file: Path) -> _Record | None:
+def _read(pid_file: Path) -> _PidRecord | None:
     """Return what a pid file says, None when it is absent or torn."""
     try:
         record = json.loads(pid_file.read_text())
         owner = Identity.from_json(record["owner"]) if record.get("owner") else None
-        return _Record(Identity.from_json(record), str(record["marker"]), float(record.get("grace_s", _GRACE_S)), owner)
+        return _PidRecord(Identity.from_json(record), str(record["marker"]), float(record.get("grace_s", _GRACE_S)), owner)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -305,7 +338,7 @@ def _tail(log: Path, lines: int) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.is_file() else ""
 
 
-def _end(record: _Record) -> bool:
+def _end(record: _PidRecord) -> bool:
     """Ask a guardian and all processes that carry its marker or descend from it to end, then kill; return whether any ran."""
     members = _members(record)
     for process in members:
@@ -317,7 +350,7 @@ def _end(record: _Record) -> bool:
     return bool(members)
 
 
-def _members(record: _Record) -> list[psutil.Process]:
+def _members(record: _PidRecord) -> list[psutil.Process]:
     members: dict[int, psutil.Process] = {}
     # The tree below the guardian is not enough: a killed guardian's orphans are children of init and known by their marker alone.
     for process in psutil.process_iter():

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from research_rl.episode.trajectory import StopReason
+from research_rl.evaluation.comparison import Comparison, Pair, PairedMetric, by_group, compare_results, outcome
 from research_rl.evaluation.results import read_results
 from research_rl.pipeline.stages import Context
 from research_rl.report import figure, html, provenance
 from research_rl.report.files import CURVES, HEADLINE
 from research_rl.report.format import difference_rows, left_out, metric_head, verdict
-from research_rl.report.html import Cell
-from research_rl.report.pairs import Matched, Pair, PairedMetric, by_group, compare_metrics, match, outcome
+from research_rl.report.html import ColouredCell
 from research_rl.report.parameters import public
 from research_rl.report.training import Curves, read_curves
 from research_rl.report.viewer import evaluated, rolled_out, spread, validated, viewer
@@ -28,10 +28,9 @@ Links = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class _Findings:
-    """What the page and metrics.json say: paired metrics over all questions and by number of supporting passages."""
+    """What the page and metrics.json say: the comparison over all questions and by number of supporting passages."""
 
-    matched: Matched
-    metrics: list[PairedMetric]
+    compared: Comparison
     hops: dict[str, list[PairedMetric]]
     curves: Curves
 
@@ -48,12 +47,12 @@ def run(context: Context, links: Links = ()) -> None:
         figure.draw(findings.curves, staging.path / "training.png", title)
         dark = figure.render(findings.curves, title, dark=True)
         _write(staging.path / "metrics.json", json.dumps(_numbers(findings), indent=1, sort_keys=True) + "\n")
-        _write(staging.path / HEADLINE, json.dumps(_headline(findings.metrics, findings.curves), indent=1) + "\n")
+        _write(staging.path / HEADLINE, json.dumps(_headline(findings.compared.metrics, findings.curves), indent=1) + "\n")
         _write(staging.path / CURVES, findings.curves.to_csv())
         _write(staging.path / "report.html", _page(context, findings, (staging.path / "training.png").read_bytes(), dark, links))
-        groups = evaluated(findings.matched.everything) + validated(_sampled(train, "dev")) + rolled_out(_sampled(train, ""))
+        groups = evaluated(findings.compared.matched.everything) + validated(_sampled(train, "dev")) + rolled_out(_sampled(train, ""))
         _write(staging.path / "trajectories.html", viewer(groups, "Trajectories"))
-        pairs = findings.matched.everything
+        pairs = findings.compared.matched.everything
         staging.counts |= {"questions": len(pairs), "steps": findings.curves.steps, **_outcomes(pairs)}
         # The manifest alone answers what a run brought, without reading the pages.
         staging.facts |= _numbers(findings)
@@ -61,10 +60,10 @@ def run(context: Context, links: Links = ()) -> None:
 
 def _findings(context: Context) -> _Findings:
     settings = context.config.evaluation
-    matched = match(read_results(context.parent("baseline")), read_results(context.parent("evaluate")))
-    metrics = compare_metrics(matched.pairs, settings.bootstrap, settings.seed)
-    hops = by_group(matched.pairs, lambda result: str(result.hops), settings.bootstrap, settings.seed)
-    return _Findings(matched, metrics, hops, read_curves(context.parent("train")))
+    before, after = read_results(context.parent("baseline")), read_results(context.parent("evaluate"))
+    compared = compare_results(before, after, settings.bootstrap, settings.seed)
+    hops = by_group(compared.matched.pairs, lambda result: str(result.hops), settings.bootstrap, settings.seed)
+    return _Findings(compared, hops, read_curves(context.parent("train")))
 
 
 def _sampled(train: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -80,7 +79,7 @@ def _outcomes(pairs: Sequence[Pair]) -> dict[str, int]:
 
 
 def _numbers(findings: _Findings) -> dict[str, Any]:
-    metrics, curves = findings.metrics, findings.curves
+    metrics, curves = findings.compared.metrics, findings.curves
     first, last = curves.ends("reward")
     return {
         "before": {metric.name: round(metric.before, 6) for metric in metrics},
@@ -102,7 +101,7 @@ def _headline(metrics: Sequence[PairedMetric], curves: Curves) -> dict[str, Any]
 
 
 def _page(context: Context, findings: _Findings, png: bytes, dark_png: bytes, links: Links) -> str:
-    matched, stages = findings.matched, provenance.stage_facts(context)
+    matched, metrics, stages = findings.compared.matched, findings.compared.metrics, provenance.stage_facts(context)
     first, last = findings.curves.ends("reward")
     return html.render(
         "report.html.j2",
@@ -111,12 +110,12 @@ def _page(context: Context, findings: _Findings, png: bytes, dark_png: bytes, li
         questions=len(matched.everything),
         steps=findings.curves.steps,
         facts=provenance.headline(context, stages),
-        verdict=verdict(findings.metrics, "f1"),
-        left_out=left_out(matched.lost, len(matched.everything)),
+        verdict=verdict(metrics, "f1"),
+        left_out=left_out(matched),
         # Pages are shared: no credentials in an address, and no scheme that a browser would run.
         links=[(text, public(address)) for text, address in links if address.startswith(("http://", "https://"))],
         metric_head=metric_head("before", "after"),
-        metrics=difference_rows(findings.metrics),
+        metrics=difference_rows(metrics),
         hop_head=("passages", *metric_head("before", "after")[1:]),
         hops=_hop_rows(findings.hops),
         stops=_stop_rows(matched.everything),
@@ -129,8 +128,8 @@ def _page(context: Context, findings: _Findings, png: bytes, dark_png: bytes, li
     )
 
 
-def _hop_rows(hops: dict[str, list[PairedMetric]]) -> list[list[str | Cell]]:
-    rows: list[list[str | Cell]] = []
+def _hop_rows(hops: dict[str, list[PairedMetric]]) -> list[list[str | ColouredCell]]:
+    rows: list[list[str | ColouredCell]] = []
     for group, metrics in hops.items():
         chosen = [metric for metric in metrics if metric.name in {"f1", "searches", "recall"}]
         rows += [[f"{group}: {row[0]}", *row[1:]] for row in difference_rows(chosen)]

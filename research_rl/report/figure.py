@@ -26,7 +26,7 @@ _PANELS = (
     ("Response length", "tokens written by the model", (("tokens", "tokens", "#7d8794"),)),
 )
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -34,7 +34,7 @@ _STYLE: dict[str, Any] = {
     "grid.alpha": 0.25,
 }
 _INK, _PAPER = "#dfe5ec", "#1b2129"
-_DARK: dict[str, Any] = {
+_DARK: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK),
     "grid.alpha": 0.12,
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), _PAPER),

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from research_rl.evaluation.comparison import Matched, PairedMetric
 from research_rl.evaluation.intervals import FEWEST, Difference
 from research_rl.evaluation.summary import BETTER_HIGH
-from research_rl.report.html import Cell
-from research_rl.report.pairs import Pair, PairedMetric
+from research_rl.report.html import ColouredCell
 
-__all__ = ["LABELS", "difference_cells", "difference_rows", "left_out", "metric_head", "verdict"]
+__all__ = ["LABELS", "difference_cells", "difference_rows", "left_out", "metric_head", "p_value", "verdict"]
 
 LABELS = {
     "em": "exact match",
     "f1": "F1",
+    "acc": "gold answer in the answer",
+    "token_precision": "token precision",
+    "token_recall": "token recall",
     "format": "right format",
     "reward": "reward as trained",
     "reward_repository": "reward (repository)",
     "reward_paper": "reward (paper)",
     "searches": "searches per question",
     "recall": "retrieval recall",
+    "answer_in_results": "answer in the results",
+    "first_answer_search": "search that showed the answer",
+    "searches_after_answer": "searches after the answer",
+    "redundant_queries": "queries asked before",
+    "right_without_search": "right without a search",
     "tokens": "tokens by the model",
     "response_tokens": "tokens in all",
+    "seconds": "seconds",
     "failed_searches": "failed searches",
     "suspect": "suspect answers",
     "judge_failed": "judge without a verdict",
 }
-_COUNTS = frozenset({"searches", "tokens", "response_tokens", "failed_searches"})
+_COUNTS = frozenset({"searches", "first_answer_search", "searches_after_answer", "tokens", "response_tokens", "seconds", "failed_searches"})
 
 
 def metric_head(before: str, after: str) -> tuple[str, ...]:
@@ -43,26 +52,32 @@ def difference_cells(metric: PairedMetric) -> list[str]:
     return [label, number(metric.before), number(metric.after), signed(d.mean), interval, str(d.wins), str(d.losses), str(d.ties), str(d.n)]
 
 
-def difference_rows(metrics: Sequence[PairedMetric]) -> list[list[str | Cell]]:
+def difference_rows(metrics: Sequence[PairedMetric]) -> list[list[str | ColouredCell]]:
     """Return one table row a metric; a difference whose interval leaves out 0 is coloured where a direction is better."""
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | ColouredCell]] = []
     for metric in metrics:
-        cells: list[str | Cell] = [*difference_cells(metric)]
+        cells: list[str | ColouredCell] = [*difference_cells(metric)]
         if kind := _kind(metric):
-            cells[3] = Cell(difference_cells(metric)[3], kind)
+            cells[3] = ColouredCell(difference_cells(metric)[3], kind)
         rows.append(cells)
     return rows
 
 
-def left_out(lost: Sequence[Pair], total: int, before: str = "before", after: str = "after") -> str:
+def left_out(matched: Matched, before: str = "before", after: str = "after") -> str:
     """Return a sentence on the questions that are in no difference; empty when there are none."""
-    if not lost:
+    if not matched.lost:
         return ""
-    first, second = (sum(pair[side].lost for pair in lost) for side in (0, 1))
+    first, second = matched.lost_sides
     return (
-        f"{len(lost)} of {total} questions are in no difference, because the model server or the retriever failed in their episodes: "
+        f"{len(matched.lost)} of {len(matched.everything)} questions are in no difference, "
+        "because the model server or the retriever failed in their episodes: "
         f"{first} {before}, {second} {after}."
     )
+
+
+def p_value(p: float) -> str:
+    """Return a p-value with three digits; one that rounds to 0 is none, and is said to be below the least shown."""
+    return f"{p:.3f}" if p >= 0.0005 else "<0.001"
 
 
 def verdict(metrics: Sequence[PairedMetric], name: str, before: str = "before", after: str = "after") -> str:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Cell", "png_address", "render"]
+__all__ = ["ColouredCell", "png_address", "render"]
 
 _FOLDER = Path(__file__).parent
 _TEMPLATES = _FOLDER / "templates"
 
 
 @dataclass(frozen=True)
-class Cell:
+class ColouredCell:
     """A table cell of a class that style.css knows, for example `good` or `bad`."""
 
     text: str

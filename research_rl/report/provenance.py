@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from research_rl import config
 from research_rl.errors import ConfigError
 from research_rl.pipeline import manifest
+from research_rl.pipeline.meter import duration, moment
 from research_rl.pipeline.stages import STAGES, Context, measured
 from research_rl.report import parameters
 from research_rl.report.parameters import Row
@@ -46,19 +47,20 @@ def headline(context: Context, stages: list[StageFacts]) -> list[str]:
     # ISO times in UTC sort as text.
     finished = max((facts.finished for facts in stages), default="")
     seconds = sum(facts.seconds or 0.0 for facts in stages)
-    facts = [f"finished {_time(finished)} UTC"] if finished else []
-    return [*facts, f"seed {context.config.seed}", _code(stages), *([f"{_duration(seconds)} over all stages"] if seconds else [])]
+    facts = [f"finished {moment(finished)} UTC"] if finished else []
+    return [*facts, f"seed {context.config.seed}", _code(stages), *([f"{duration(seconds)} over all stages"] if seconds else [])]
 
 
 def changed(context: Context) -> list[Row] | None:
     """Return (name, in the profile, in this run) of the deciding parameters that differ; None when the profile is unknown here."""
     deciding = parameters.read(context.parent("evaluate"))
     try:
-        profile = config.load_profile(context.config.profile).model_dump(mode="json")
+        profile = config.load_profile(context.config.profile)
     # A workspace outlives the profile that it came from.
     except ConfigError:
         return None
-    return parameters.differences({name: profile[name] for name in deciding if name in profile}, deciding)
+    # As they take effect, since the evaluation recorded them so: a seed that is left empty is another one's value, a prompt its content.
+    return parameters.differences(config.parameters(profile, deciding), deciding)
 
 
 def stage_rows(stages: list[StageFacts]) -> list[list[str]]:
@@ -66,8 +68,8 @@ def stage_rows(stages: list[StageFacts]) -> list[list[str]]:
     return [
         [
             facts.stage,
-            _time(facts.finished) if facts.finished else _DASH,
-            _DASH if facts.seconds is None else _duration(facts.seconds),
+            moment(facts.finished) if facts.finished else _DASH,
+            _DASH if facts.seconds is None else duration(facts.seconds),
             _DASH if facts.peak_mib is None else f"{facts.peak_mib:,.0f} MiB",
             facts.hash[:12],
         ]
@@ -92,14 +94,3 @@ def _code(stages: list[StageFacts]) -> str:
     if checkout is None:
         return f"research-rl {versions}"
     return f"research-rl {versions}, commit {checkout.hash[:12]}{' with uncommitted changes' if checkout.changed else ''}"
-
-
-def _time(iso: str) -> str:
-    return iso[:16].replace("T", " ")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, remainder = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {remainder} s"

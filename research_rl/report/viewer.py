@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from research_rl.evaluation.comparison import Pair, outcome
 from research_rl.evaluation.results import Result
 from research_rl.report import html
-from research_rl.report.pairs import Pair, outcome
 
 __all__ = ["evaluated", "rolled_out", "spread", "validated", "viewer"]
 

@@ -1,9 +1,10 @@
-"""The HTTP application of the retriever. Knows requests, limits and replies; leaves searching to the batcher's thread.
+"""The HTTP application of the retriever. Knows requests, limits and replies; leaves searching to the batcher's thread, and the exchange
+of the index to `edition`.
 
 Invariants: (1) /health never waits for a search; (2) a request past a limit is refused with value, limit and remedy
 before any work; (3) the only answer of 5xx is a deliberate 503 with Retry-After; (4) what was accepted before the service
 drains is answered; (5) one blank or overlong query costs the others of its request nothing; (6) whatever keeps the index from
-opening, /health says that the service failed and why.
+opening at the start, /health says that the service failed and why; (7) while the index is exchanged no request waits for it or is lost.
 """
 
 from __future__ import annotations
@@ -24,35 +25,52 @@ from research_rl import __version__
 from research_rl.config import RetrieverConfig
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import ManifestError, ResearchError, ServiceError
+from research_rl.index.bounds import Kind
+from research_rl.index.tiers import Certificate
 from research_rl.pipeline.extras import missing_extras
 from research_rl.retriever import wire
-from research_rl.retriever.batching import Busy, Late, MicroBatcher
-from research_rl.retriever.cache import ResultCache
+from research_rl.retriever.batching import Busy, Late, Search
+from research_rl.retriever.docs import documented
+from research_rl.retriever.edition import Edition, Follower
 from research_rl.retriever.gateway import Gateway, refusal
-from research_rl.retriever.observe import Metrics, Seen
+from research_rl.retriever.observe import RetrieverMetrics, Seen
 from research_rl.retriever.retriever import Retriever
+from research_rl.retriever.whole import Whole
 from research_rl.retriever.wire import BatchSearchRequest, RetrieveRequest, SearchRequest
 
-__all__ = ["Service"]
+__all__ = ["RetrieverService"]
 
 _RETRY_AFTER_S = 1
 Found = list[list[Passage]]
 Asked = SearchRequest | BatchSearchRequest | RetrieveRequest
 
 
-class Service:
-    """The application and its state: opening, ready, draining. `app` is what a server runs."""
+class RetrieverService:
+    """The application and its state: opening, ready, draining. `app` is what a server runs.
 
-    def __init__(self, open_retriever: Callable[[], Retriever], config: RetrieverConfig, token: str | None = None) -> None:
+    `standing` returns the hash of the index that `open_retriever` would open now, None where it could open none: when it is another
+    than the one that is served, the service opens it and answers with it. Where this is one of several workers, `whole` tells of all.
+    """
+
+    def __init__(
+        self,
+        open_retriever: Callable[[], Retriever],
+        config: RetrieverConfig,
+        token: str | None = None,
+        standing: Callable[[], str | None] = lambda: None,
+        whole: Whole | None = None,
+    ) -> None:
         self.config = config
-        self.retriever: Retriever | None = None
+        self.whole = whole
+        self.edition: Edition | None = None
         self.failure: ResearchError | None = None
         self.draining = False
         self._open = open_retriever
-        self._batcher: MicroBatcher | None = None
-        self._cache = ResultCache(0)
-        self.metrics = Metrics(lambda: self._batcher.waiting if self._batcher else 0, lambda: self.gateway.active, lambda: self.ready)
-        self.app = FastAPI(title="research-rl retriever", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None)
+        self.follower = Follower(config.follow_s, standing, lambda: self.edition and self.edition.index, self._opened, self._hand_over)
+        self._exchange = whole or self.follower
+        self.metrics = RetrieverMetrics(self._waiting, lambda: self.gateway.active, lambda: self.ready, whole)
+        self.metrics.watch_switches(lambda: self._exchange.switches, lambda: self._exchange.failures)
+        self.app = documented(title="research-rl retriever", version=__version__, lifespan=self._lifespan)
         self.app.exception_handler(RequestValidationError)(_invalid)
         self.gateway = Gateway(self.app, config, token, self.metrics)
         _add_status(self.app, self)
@@ -66,22 +84,70 @@ class Service:
     @property
     def idle(self) -> bool:
         """Whether no search runs or waits."""
-        return self._batcher is not None and self._batcher.idle
+        return self.edition is not None and self.edition.batcher.idle
 
     def searchable(self, text: str) -> bool:
         """Whether a text holds anything to search for."""
         return bool(self._query(text))
 
+    def _waiting(self) -> int:
+        return self.edition.batcher.waiting if self.edition else 0
+
+    def open_now(self, within: Callable[[Callable[[], Edition]], Edition], since: str) -> None:
+        """Open the index before the application starts, so that no request finds it closed; `since` is what /info says of when.
+
+        `within` calls a function and returns what that returned. Raises whatever keeps the index from opening.
+        """
+        self.edition = within(self._opened)
+        self.edition.since = since
+
+    def leave(self) -> None:
+        """Answer what comes, and let no connection last: others serve in this one's place."""
+        self.gateway.leaving = True
+
     def close(self) -> None:
         """Finish what waits and end the search thread."""
-        if self._batcher:
-            self._batcher.close()
+        self.follower.end()
+        if self.edition:
+            self.edition.close()
 
     async def search(self, seen: Seen, texts: Sequence[str], top_k: int, timeout_s: float | None) -> Found:
         """Return passages for each text, held or searched; none for a text without anything to search for.
 
         Raises HTTPException for a request past a limit, a full queue, or one that waited too long.
         """
+        edition, queries = self._accepted(seen, texts, top_k)
+        # Equal texts of a request are searched once.
+        distinct = dict.fromkeys(query for query in queries if query)
+        results = {query: passages for query in distinct if (passages := edition.cache.get(query, top_k)) is not None}
+        seen.cached = sum(query in results for query in queries)
+        missing = [query for query in distinct if query not in results]
+        results |= await self._searched(edition, seen, missing, top_k, timeout_s)
+        # A text without anything to search for was not searched and has no entry.
+        return [results.get(query, []) for query in queries]
+
+    async def certified(
+        self, seen: Seen, texts: Sequence[str], top_k: int, timeout_s: float | None, kind: Kind
+    ) -> tuple[Found, list[Certificate]]:
+        """Return what `search` returns and how sure each reply is; a text without anything to search for has a sure, empty one.
+
+        Every text is searched: held results say nothing of how sure they are. Nor is any of these held, as they may be
+        better than those of a search that was not asked to be sure.
+        """
+        edition, queries = self._accepted(seen, texts, top_k)
+        sure = dict[str, Certificate]()
+
+        def alone(some: Sequence[str], k: int) -> Found:
+            passages, certificates = edition.retriever.certified(some, k, kind, self.config.certify_candidates)
+            sure.update(zip(some, certificates, strict=True))
+            return passages
+
+        distinct = list(dict.fromkeys(query for query in queries if query))
+        results = await self._searched(edition, seen, distinct, top_k, timeout_s, alone)
+        return [results.get(query, []) for query in queries], [sure.get(query, Certificate(True, 0, 0)) for query in queries]
+
+    def _accepted(self, seen: Seen, texts: Sequence[str], top_k: int) -> tuple[Edition, list[str]]:
+        """Return in what is searched, and what is searched for each text. Raises HTTPException for a request that is refused."""
         _check(self.config, len(texts), top_k)
         queries = [self._query(text) for text in texts]
         seen.queries, seen.top_k = len(queries), top_k
@@ -89,16 +155,9 @@ class Service:
             seen.texts = queries
         if seen.late:
             raise self._away("draining", "the service ends")
-        if self._batcher is None:
+        if self.edition is None:
             raise self._away("starting", "the index is being opened")
-        # Equal texts of a request are searched once.
-        distinct = dict.fromkeys(query for query in queries if query)
-        results = {query: passages for query in distinct if (passages := self._cache.get(query, top_k)) is not None}
-        seen.cached = sum(query in results for query in queries)
-        missing = [query for query in distinct if query not in results]
-        results |= await self._searched(self._batcher, seen, missing, top_k, timeout_s)
-        # A text without anything to search for was not searched and has no entry.
-        return [results.get(query, []) for query in queries]
+        return self.edition, queries
 
     def _query(self, text: str) -> str:
         """Return what is searched for a text: one line, cut to the limit; empty when it holds nothing to search for."""
@@ -113,9 +172,18 @@ class Service:
         return query if query.isascii() or _searchable(query) else ""
 
     async def _searched(
-        self, batcher: MicroBatcher, seen: Seen, queries: Sequence[str], top_k: int, timeout_s: float | None
+        self, edition: Edition, seen: Seen, queries: Sequence[str], top_k: int, timeout_s: float | None, alone: Search | None = None
     ) -> dict[str, list[Passage]]:
-        """Search `max_batch` queries at a time, so that the searches of others go between the pieces of a large request."""
+        """Search `max_batch` queries at a time, so that the searches of others go between the pieces of a large request.
+
+        What another function (`alone`) finds is not held.
+        """
+        with edition.held():
+            return await self._pieces(edition, seen, queries, top_k, timeout_s, alone)
+
+    async def _pieces(
+        self, edition: Edition, seen: Seen, queries: Sequence[str], top_k: int, timeout_s: float | None, alone: Search | None
+    ) -> dict[str, list[Passage]]:
         size = min(self.config.max_batch, self.config.max_queue)
         until = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
         results: dict[str, list[Passage]] = {}
@@ -124,14 +192,15 @@ class Service:
             # Set for each piece: how long a piece may wait does not depend on how many pieces came before it.
             deadline = min(until, time.monotonic() + self.config.max_deadline_s)
             try:
-                answers, seen.batch = await batcher.search(piece, top_k, deadline, admitted=start > 0)
+                answers, seen.batch = await edition.batcher.search(piece, top_k, deadline, admitted=start > 0, alone=alone)
             except Busy as error:
                 raise self._away("full", f"{error}, the limit is retriever.max_queue={self.config.max_queue}") from None
             except Late as error:
                 raise self._away("deadline", f"the request waited {error}; ask for a later X-Deadline-Ms or add replicas") from None
             for query, passages in zip(piece, answers, strict=True):
                 results[query] = passages
-                self._cache.put(query, top_k, passages)
+                if alone is None:
+                    edition.cache.put(query, top_k, passages)
         return results
 
     def _away(self, reason: str, detail: str) -> HTTPException:
@@ -142,35 +211,58 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncGenerator[None]:
         """Open the index while the server already answers /health and /readyz."""
-        # A daemon: opening cannot be interrupted, and must not hold up an end that is asked for meanwhile.
-        threading.Thread(target=self._start, name="opening", daemon=True).start()
+        self._loop = asyncio.get_running_loop()
+        if self.edition is None:
+            # A daemon: opening cannot be interrupted, and must not hold up an end that is asked for meanwhile.
+            threading.Thread(target=self._start, name="opening", daemon=True).start()
         yield
         await asyncio.to_thread(self.close)
 
     def _start(self) -> None:
         try:
-            with missing_extras():
-                retriever = self._open()
+            # Last, because it is what makes `state` say that searches are answered.
+            self.edition = self._opened()
         except ResearchError as error:
             self.failure = error
-            return
         except Exception as error:  # noqa: BLE001  (the boundary of this thread: the server ends with the reason, whatever it is)
             self.failure = ServiceError(f"the index cannot be opened ({type(error).__name__}: {error}); mend that and start again")
             self.failure.__cause__ = error
-            return
-        self._cache = ResultCache(self.config.cache_entries)
-        self._batcher = MicroBatcher(retriever.search, self.config.max_batch, self.config.max_queue, self.metrics.batch)
-        # Last, because it is what makes `state` say that searches are answered.
-        self.retriever = retriever
+        else:
+            self.follower.start()
 
-    def check_files(self) -> None:
-        """Note a failure, which ends the server, when a file that is served was cut short."""
+    def _opened(self) -> Edition:
+        with missing_extras():
+            retriever = self._open()
+        self.metrics.serves(retriever.facts["manifests"]["index"])
+        return Edition(retriever, self.config, self.metrics.batch)
+
+    def _hand_over(self, edition: Edition) -> None:
+        """Answer with `edition` from the next request on."""
+
+        def exchange() -> None:
+            before, self.edition = self.edition, edition
+            if before:
+                before.retire()
+
         try:
-            if self.retriever is not None:
-                self.retriever.check_files()
+            # In the loop's thread, between two requests' steps: none can take the old edition after it was retired.
+            self._loop.call_soon_threadsafe(exchange)
+        except RuntimeError:  # the service ended while the index was opened
+            edition.close()
+
+    def drain(self) -> None:
+        """Refuse new searches from now on."""
+        self.draining = self.gateway.closing = True
+
+    def check_files(self) -> bool:
+        """Return whether the service failed, which ends the server; so it does when a file that is served was cut short."""
+        try:
+            if self.edition is not None:
+                self.edition.retriever.check_files()
         except ManifestError as error:
             # The first failure is the one to tell.
             self.failure = self.failure or error
+        return self.failure is not None
 
     @property
     def state(self) -> str:
@@ -179,7 +271,15 @@ class Service:
             return "failed"
         if self.draining:
             return "draining"
-        return "starting" if self.retriever is None else "healthy"
+        return "starting" if self.edition is None else "healthy"
+
+    @property
+    def info(self) -> dict[str, Any] | None:
+        """What /info says: the facts of what is served, since when, and how the exchange of the index goes; None before it is open."""
+        if self.edition is None:
+            return None
+        follows = {"since": self.edition.since, "switches": self._exchange.switches, "failed": self._exchange.failed}
+        return {**self.edition.retriever.facts, **follows}
 
 
 def _check(config: RetrieverConfig, queries: int, top_k: int) -> None:
@@ -197,14 +297,14 @@ def _searchable(query: str) -> bool:
     return any(unicodedata.category(character)[0] in "LNPS" for character in query)
 
 
-def _add_status(app: FastAPI, service: Service) -> None:
+def _add_status(app: FastAPI, service: RetrieverService) -> None:
     @app.get("/health")
     async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
         """Whether the service runs, and whether its searcher is free; 503 until the index is open."""
         # While it drains the service is healthy all the same: a restart would lose what it still answers.
-        serves = service.retriever is not None and service.failure is None
+        serves = service.edition is not None and service.failure is None
         content: dict[str, Any] = {"status": "healthy" if serves else service.state}
-        content["retrievers"] = {"total": 1, "available": int(service.idle)}
+        content["retrievers"] = service.whole.retrievers() if service.whole else {"total": 1, "available": int(service.idle)}
         if service.failure is not None:
             content["detail"] = str(service.failure)
         return _json(content) if serves else refusal(503, service.state, content=content)
@@ -223,34 +323,35 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
     @app.get("/info")
     async def info() -> Response:  # pyright: ignore[reportUnusedFunction]
-        """What is served: rows, dimension, encoder and the hashes of corpus, embeddings and index."""
-        return _json(service.retriever.facts) if service.retriever else refusal(503, "starting")
+        """What is served and since when: rows, dimension, encoder and the hashes of corpus, embeddings and index."""
+        return _json(info) if (info := service.info) else refusal(503, "starting")
 
 
-def _add_searches(app: FastAPI, service: Service) -> None:
-    async def search(request: Request, queries: Sequence[str], body: Asked) -> Found:
+def _add_searches(app: FastAPI, service: RetrieverService) -> None:
+    async def answer(request: Request, queries: Sequence[str], body: Asked, reply: Callable[[Found], Any]) -> Response:
         timeout_s = _timeout(request.headers.get("x-deadline-ms"), body.timeout_s)
-        return await service.search(request.scope["seen"], queries, body.passages, timeout_s)
+        seen = request.scope["seen"]
+        if body.certify is None:
+            return _json(reply(await service.search(seen, queries, body.passages, timeout_s)))
+        results, certificates = await service.certified(seen, queries, body.passages, timeout_s, body.certify)
+        return _json(wire.certified_reply(reply(results), certificates))
 
     @app.post("/search", responses=_ANSWERS)
     async def one(request: Request, body: SearchRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
         """Passages for one query."""
         if not service.searchable(body.query):
             raise HTTPException(400, f"the query is blank ({body.query[:80]!r}); send text to search for")
-        results = await search(request, [body.query], body)
-        return _json(wire.search_reply(results[0], body.return_score))
+        return await answer(request, [body.query], body, lambda results: wire.search_reply(results[0], body.return_score))
 
     @app.post("/batch_search", responses=_ANSWERS)
     async def several(request: Request, body: BatchSearchRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
         """Passages for several queries; a blank one gets none."""
-        results = await search(request, body.query, body)
-        return _json(wire.batch_reply(results, body.return_score))
+        return await answer(request, body.query, body, lambda results: wire.batch_reply(results, body.return_score))
 
     @app.post("/retrieve", responses=_ANSWERS)
     async def retrieve(request: Request, body: RetrieveRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
         """Passages for several queries, as Search-R1 asks; a blank one gets none."""
-        results = await search(request, body.texts, body)
-        return _json(wire.retrieve_reply(results, body.return_score))
+        return await answer(request, body.texts, body, lambda results: wire.retrieve_reply(results, body.return_score))
 
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {

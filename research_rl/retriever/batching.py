@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from research_rl.episode.trajectory import Passage
 
-__all__ = ["Busy", "Late", "MicroBatcher"]
+__all__ = ["Busy", "Late", "MicroBatcher", "Search"]
 
 Found = list[list[Passage]]
 Search = Callable[[Sequence[str], int], Found]
@@ -38,6 +38,7 @@ class _Job:
     deadline: float
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[tuple[Found, int]]
+    alone: Search | None
 
 
 class MicroBatcher:
@@ -64,15 +65,16 @@ class MicroBatcher:
         return self._waiting
 
     async def search(
-        self, queries: Sequence[str], top_k: int, deadline: float = float("inf"), *, admitted: bool = False
+        self, queries: Sequence[str], top_k: int, deadline: float = float("inf"), *, admitted: bool = False, alone: Search | None = None
     ) -> tuple[Found, int]:
         """Return what `search` returns for these queries, and how many queries its batch held.
 
         `deadline` is a time of `time.monotonic()`. A later piece of a request whose first piece was accepted is `admitted`: it may
-        wait in a full queue. Raises Busy, Late, or whatever `search` raised.
+        wait in a full queue. With `alone` this function searches them instead,
+        joined with no others. Raises Busy, Late, or whatever `search` raised.
         """
         loop = asyncio.get_running_loop()
-        job = _Job(queries, top_k, deadline, loop, loop.create_future())
+        job = _Job(queries, top_k, deadline, loop, loop.create_future(), alone)
         with self._changed:
             if self._closed or (not admitted and self._waiting + len(queries) > self._max_queue):
                 raise Busy(f"{self._waiting} queries wait")
@@ -107,19 +109,23 @@ class MicroBatcher:
             taken: list[_Job] = []
             size = 0
             # The first job is taken whatever its size; one above `max_batch` would wait for ever.
-            while self._jobs and (not taken or size + len(self._jobs[0].queries) <= self._max_batch):
+            while self._jobs and (not taken or self._joins(taken[0], self._jobs[0], size)):
                 taken.append(self._jobs.popleft())
                 size += len(taken[-1].queries)
             self._waiting -= size
             self._working = bool(taken)
             return taken
 
+    def _joins(self, first: _Job, job: _Job, size: int) -> bool:
+        return first.alone is None and job.alone is None and size + len(job.queries) <= self._max_batch
+
     def _run(self, jobs: list[_Job]) -> None:
         queries = list(dict.fromkeys(query for job in jobs for query in job.queries))
         started = time.perf_counter()
         try:
             # As many as the most demanding caller asked for; the others take the beginning of the same list.
-            results = dict(zip(queries, self._search(queries, max(job.top_k for job in jobs)), strict=True))
+            search = jobs[0].alone or self._search
+            results = dict(zip(queries, search(queries, max(job.top_k for job in jobs)), strict=True))
         except Exception as error:  # noqa: BLE001  (the boundary: a failed batch is told to its callers, the worker lives on)
             for job in jobs:
                 _settle(job, error)

@@ -23,7 +23,7 @@ from research_rl.episode.agent import SearchFailure
 from research_rl.episode.trajectory import SearchFault
 from research_rl.process.proxies import httpx_options
 from research_rl.retriever import replies
-from research_rl.retriever.fleet import Part, ReplicaError, parts
+from research_rl.retriever.fleet import IndexPart, ReplicaError, parts
 from research_rl.retriever.replies import Dialect, Passages
 
 __all__ = ["RetrieverClient", "merged"]
@@ -50,7 +50,7 @@ class RetrieverClient:
 
     def __init__(self, url: str, token: str | None = None, timeout_s: float = 20.0, *, connections: int = 32) -> None:
         self.url, self.timeout_s, self._connections = url.rstrip("/"), timeout_s, connections
-        self._parts: list[Part[Passages | SearchFailure]] = [Part(urls, self._healthy) for urls in parts(url)]
+        self._parts: list[IndexPart[Passages | SearchFailure]] = [IndexPart(urls, self._healthy) for urls in parts(url)]
         self._pools = _pools(url, token, connections)
         # One entry a connection, by the pool it belongs to. Last in, first out, so that a quiet client keeps few connections in use.
         self._free: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
@@ -263,9 +263,7 @@ def _pools(url: str, token: str | None, connections: int) -> list[httpx.AsyncCli
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     # `_free` limits the connections. In httpx's own queue the time of waiting would count as a replica's.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S)
-    # One context for all pools: reading the system's certificates takes as long as a hundred searches.
-    verify = httpx.create_ssl_context() if "https:" in url.lower() else False
-    return [httpx.AsyncClient(headers=headers, limits=limits, verify=verify, **httpx_options()) for _ in range(0, connections, _POOL)]
+    return [httpx.AsyncClient(headers=headers, limits=limits, **httpx_options(url=url)) for _ in range(0, connections, _POOL)]
 
 
 def _pause(state: RetryCallState) -> float:

@@ -9,9 +9,9 @@ import argparse
 import asyncio
 import logging
 import os
-import socket
 import sys
-from collections.abc import Generator, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,33 @@ from research_rl.config import Config, RetrieverConfig, load
 from research_rl.episode.agent import SearchFailure
 from research_rl.episode.trajectory import Passage, SearchFault
 from research_rl.errors import ConfigError, ResearchError, ServiceError
-from research_rl.paths import python_path
+from research_rl.paths import PYTHON, python_path
 from research_rl.pipeline import manifest
 from research_rl.pipeline.extras import missing_extras
 from research_rl.pipeline.stages import Workspace
 from research_rl.process import services
+from research_rl.process.forks import require_forks
 from research_rl.process.services import Endpoint
-from research_rl.process.tokens import checked_token, token_from
-from research_rl.retriever import LOOPBACK, TOKEN, fleet
+from research_rl.process.tokens import checked_token, require_token_outside, token_from
+from research_rl.retriever import TOKEN, fleet
 from research_rl.retriever.client import RetrieverClient
+from research_rl.terminal import guard_logs, say
 
-__all__ = ["TOKEN", "launch", "main", "require_same_index", "running", "serve"]
+__all__ = ["TAPE", "TOKEN", "launch", "main", "require_same_index", "running", "serve", "standing_index"]
 
-_ANSWER_S = 10.0
+TAPE = "tape:"
+"""How the address of a tape that is replayed begins."""
+_ANSWER_S = 30.0
 _CLOSE_S = 5.0
 """What a retriever needs after `retriever.drain_s` to close its index and end."""
 _LOG = logging.getLogger("research_rl.retriever")
 
 
 @contextmanager
-def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
+def running(config: Config, workspace: Workspace, *, folder: Path | None = None) -> Generator[Endpoint]:
     """Yield a retriever for the workspace's index: the one of `retriever.url`, else one started for this block.
+
+    `folder` gets its pid file and log; the one of the workspace's services when left out.
 
     Raises ServiceError when the given one does not answer a search or serves another index than the workspace's, or when the
     started one does not answer within `retriever.start_deadline_s`.
@@ -55,29 +61,39 @@ def running(config: Config, workspace: Workspace) -> Generator[Endpoint]:
         yield endpoint
         return
     port = services.require_free(retriever.host, retriever.port, "retriever.port")
-    process = launch(config, workspace, port, folder=workspace.services)
+    # It serves what this block began with: whoever is in it would else be answered by two indexes.
+    fixed = config.model_copy(update={"retriever": retriever.model_copy(update={"follow_s": 0.0})})
+    process = launch(fixed, workspace, port, folder=folder or workspace.services)
     try:
         url = services.base_url(retriever.host, port)
         services.wait_healthy(process, f"{url}/readyz", retriever.start_deadline_s)
-        yield Endpoint(url, token)
+        yield Endpoint(url, token, process=process)
     finally:
         process.stop()
 
 
 def launch(config: Config, workspace: Workspace, port: int, *, folder: Path, part: str = "1/1") -> services.Process:
     """Start the retriever of a workspace on `port` as a guarded process; `folder` gets its pid file and log. Raises ServiceError."""
-    command = [sys.executable, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--port", str(port)]
+    command = [PYTHON, "-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--port", str(port)]
     command += ["--part", part, "--config", config.retriever.model_dump_json()]
     env = python_path(os.environ.get("PYTHONPATH"))
     return services.spawn("retriever", command, folder=folder, env=env, grace_s=config.retriever.drain_s + _CLOSE_S)
 
 
-def require_same_index(endpoint: Endpoint, workspace: Workspace) -> None:
-    """Return when every replica that answers serves the index and the corpus of this workspace.
+def standing_index(workspace: Workspace) -> dict[str, str]:
+    """Return the hashes of the index and the corpus that stand in a workspace, as far as they do."""
+    return {name: hash for name in ("index", "corpus") if (hash := _hash(workspace.folder(name)))}
 
-    One that does not say what it serves (Search-R1's) is only warned of. Raises ServiceError with both hashes.
+
+def require_same_index(endpoint: Endpoint, workspace: Workspace, expected: Mapping[str, str] | None = None) -> None:
+    """Return when every replica that answers serves the index and the corpus of this workspace, or those that are `expected`.
+
+    One that does not say what it serves (Search-R1's) is only warned of, and a tape was compared when it was opened. Raises ServiceError
+    with both hashes.
     """
-    expected = {name: hash for name in ("index", "corpus") if (hash := _hash(workspace.folder(name)))}
+    if endpoint.url.startswith(TAPE):
+        return
+    expected = standing_index(workspace) if expected is None else expected
     if not expected:
         return
     for url, info in asyncio.run(_info(endpoint)).items():
@@ -90,7 +106,7 @@ def require_same_index(endpoint: Endpoint, workspace: Workspace) -> None:
         for name, hash in expected.items():
             if (other := served.get(name, "unknown")) != hash:
                 raise ServiceError(
-                    f"the retriever at {url} serves {name} {other[:12]}, but {workspace.folder(name)} is {hash[:12]}; "
+                    f"the retriever at {url} serves {name} {other[:12]}, but {workspace.folder(name)} of this run is {hash[:12]}; "
                     "restart it on this workspace, or clear retriever.url to have one started"
                 )
 
@@ -129,36 +145,44 @@ def serve(config: Config, workspace: Workspace, part: str = "1/1") -> None:
 def _part(text: str) -> tuple[int, int]:
     """Read `2/4` as the second of four parts, counted from 0."""
     number, _, count = text.partition("/")
-    if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise ConfigError(f"--part={text} is not of the form i/n with 1 <= i <= n; an example: 2/4")
+    # Python reads no number of thousands of digits.
+    whole = len(text) < 40 and text.isascii() and number.isdigit() and count.isdigit()
+    if not (whole and 1 <= int(number) <= int(count)):
+        raise ConfigError(f"--part={text:.80} is not of the form i/n with 1 <= i <= n; an example: 2/4")
     return int(number) - 1, int(count)
 
 
 def _serve(config: RetrieverConfig, workspace: Workspace, token: str | None, part: tuple[int, int]) -> None:
-    _require_access(config, token)
+    require_token_outside("retriever", config, token, TOKEN)
     # Before faiss and torch are imported: OpenMP reads its variables when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work must not spin on a shared machine
-    with _bound(config) as listener:
-        from research_rl.retriever.server import run
-
+    with services.listening(config.host, config.port, "retriever.port") as listener:
+        run = _runner(config)
         host, port = listener.getsockname()[:2]
         run(listener, f"http://{f'[{host}]' if ':' in host else host}:{port}", config, workspace, token, part)
 
 
-def _require_access(config: RetrieverConfig, token: str | None) -> None:
-    if config.host in LOOPBACK or (config.auth == "token" and token):
-        return
-    if config.auth == "token":
-        raise ConfigError(
-            f"retriever.host={config.host} is reachable from outside but no token is set; set {TOKEN}, or bind 127.0.0.1, "
-            "or let in who cannot send a token by retriever.auth=none and retriever.allow"
-        )
-    who = f"the networks {', '.join(config.allow)}" if config.allow else "whoever reaches it; limit that by retriever.allow"
-    print(f"retriever: warning: retriever.auth=none: {config.host} answers {who}", file=sys.stderr, flush=True)
+def _runner(config: RetrieverConfig) -> Callable[..., None]:
+    """Return what serves: in this process, or in several forks of one. Raises ConfigError where there are no forks."""
+    if config.workers == 1:
+        from research_rl.retriever.server import run
+
+        return run
+    require_forks(f"retriever.workers={config.workers}")
+    # Before NumPy, Arrow and prometheus_client are imported, which read them then: threads of their own would stand in the way of forks,
+    # and counts in files are those of all workers.
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    # In memory where there is such a place: a count in a file of a disk would wait now and then for that file to be written.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="retriever-", dir=memory)
+    from research_rl.retriever import workers
+
+    return workers.run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service from the command line; return the exit code."""
+    guard_logs()
     arguments = _parser().parse_args(argv)
     try:
         config = _config(arguments)
@@ -167,10 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with missing_extras():
             _serve(config, Workspace(arguments.workspace.resolve()), token, _part(arguments.part))
     except ResearchError as error:
-        print(f"retriever: {error}", file=sys.stderr)
+        say(f"retriever: {error}", sys.stderr)
         return 1
     except OSError as error:
-        print(f"retriever: {error.filename}: {error.strerror}", file=sys.stderr)
+        say(f"retriever: {error.filename}: {error.strerror}", sys.stderr)
         return 1
     return 0
 
@@ -195,23 +219,6 @@ def _config(arguments: argparse.Namespace) -> RetrieverConfig:
     given = {name: getattr(arguments, name) for name in ("host", "port") if getattr(arguments, name) is not None}
     # Validated anew: `model_copy` would take any value.
     return RetrieverConfig.model_validate({**config.model_dump(), **given})
-
-
-@contextmanager
-def _bound(config: RetrieverConfig) -> Generator[socket.socket]:
-    """Take the port before the long start, so that a port in use is told at once."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # asyncio switches off Nagle's delay (40 ms a reply) only where the protocol is named.
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((config.host, config.port))
-        except OSError as error:
-            raise ServiceError(
-                f"retriever.port={config.port} on {config.host} cannot be bound ({error.strerror}); "
-                "set retriever.port to a free port or to 0, or stop what listens there"
-            ) from None
-        yield listener
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from research_rl.episode.trajectory import SearchFault
 
-__all__ = ["Part", "Replica", "ReplicaError", "address", "parts"]
+__all__ = ["IndexPart", "Replica", "ReplicaError", "address", "parts"]
 
 _OPEN_AFTER = 3
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 30.0
@@ -124,7 +124,7 @@ class Replica:
         self._rest = min(2 * self._rest, _LONGEST_REST_S)
 
 
-class Part(Generic[T]):
+class IndexPart(Generic[T]):
     """The replicas that hold one part of the index. `probe(url)` says whether a replica that failed answers again."""
 
     def __init__(self, urls: Sequence[str], probe: Callable[[str], Awaitable[bool]]) -> None:

@@ -48,7 +48,7 @@ class Note:
 
 
 class PauseGate:
-    """A `Gate`; for one event loop. `probe` says whether searching works again and may take its time; `note` must not raise."""
+    """A `SearchGate`; for one event loop. `probe` says whether searching works again and may take its time; `note` must not raise."""
 
     def __init__(self, probe: Callable[[], Awaitable[bool]], patience: Patience, note: Callable[[Note], None]) -> None:
         self._probe, self._patience, self._note = probe, patience, note

@@ -20,8 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from research_rl.config import RetrieverConfig
 from research_rl.process.access import Access, bearer
-from research_rl.retriever import LOOPBACK, TOKEN
-from research_rl.retriever.observe import ROUTES, Metrics, RequestLog, Seen
+from research_rl.retriever import LOOPBACK, TOKEN, docs
+from research_rl.retriever.observe import ROUTES, RequestLog, RetrieverMetrics, Seen
 
 __all__ = ["Gateway", "access", "refusal"]
 
@@ -39,14 +39,14 @@ def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None, 
 def access(config: RetrieverConfig, token: str | None) -> Access:
     """Return who may ask a retriever. `token` is what clients must send, unless `retriever.auth` is none.
 
-    /health and /readyz need neither token nor network, and say nothing about what is served.
+    /health, /readyz and the page /docs need neither token nor network, and say nothing about what is served.
     """
     return Access(
         (config.host, *config.hosts),
         outside=config.host not in LOOPBACK,
         networks=[ipaddress.ip_network(network, strict=False) for network in config.allow],
         authorization=bearer(token) if token and config.auth == "token" else None,
-        open_paths=("/health", "/readyz"),
+        open_paths=("/health", "/readyz", *docs.OPEN),
         remedies={
             "host": "add it to retriever.hosts or use its address",
             "network": "add its network to retriever.allow",
@@ -56,11 +56,14 @@ def access(config: RetrieverConfig, token: str | None) -> Access:
 
 
 class Gateway:
-    """The outermost ASGI application; `active` counts the requests being answered."""
+    """The outermost ASGI application; `active` counts the requests being answered.
 
-    def __init__(self, app: ASGIApp, config: RetrieverConfig, token: str | None, metrics: Metrics) -> None:
+    `closing`: the service ends, and what comes now is late. `leaving`: others serve in its place, and each answer ends its connection.
+    """
+
+    def __init__(self, app: ASGIApp, config: RetrieverConfig, token: str | None, metrics: RetrieverMetrics) -> None:
         self.active = 0
-        self.closing = False
+        self.closing = self.leaving = False
         self.request_log: RequestLog | None = None
         self._app, self._metrics = app, metrics
         self._access = access(config, token)
@@ -80,7 +83,7 @@ class Gateway:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 # A draining server ends soon: a client must not send its next request on this connection.
-                if self.closing:
+                if self.closing or self.leaving:
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 

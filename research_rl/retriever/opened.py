@@ -41,4 +41,4 @@ class OpenedFiles:
         """Close the files."""
         for _, handle in self._files:
             os.close(handle)
-        self._files = []
+        self._files, self._sizes = [], []

@@ -7,25 +7,32 @@ Every route takes the other's names too, and a number written as text or with a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from research_rl.episode.trajectory import Passage
+from research_rl.index.tiers import Certificate
 
-__all__ = ["BatchSearchRequest", "RetrieveRequest", "SearchRequest", "batch_reply", "retrieve_reply", "search_reply"]
+__all__ = ["BatchSearchRequest", "RetrieveRequest", "SearchRequest", "batch_reply", "certified_reply", "retrieve_reply", "search_reply"]
 
 _COUNTS = ("top_n", "topk", "top_k")
 _SPELLINGS = (("query", "queries"), _COUNTS, ("return_score", "return_scores"))
 
 
-class _Request(BaseModel):
+class _SearchBody(BaseModel):
     # A number must not pass for a query; where a text may stand for a number, `_count` says so.
     model_config = ConfigDict(strict=True)
     default_top_n: ClassVar[int] = 10
     top_n: int | None = Field(default=None, ge=1, description="Passages for each query; `topk` and `top_k` are other names.")
     return_score: bool = Field(default=False, strict=False, description="Also return the scores; `return_scores` is another name.")
     timeout_s: float | None = Field(default=None, gt=0, description="Longest wait before the search, in seconds.")
+    certify: Literal["proven", "probable"] | None = Field(
+        default=None,
+        description="Also say how sure each reply is, and look at more rows to be sure: by a bound that always holds (`true` means this), "
+        "or by one that fails once in a million. The reply is then {result, certified}.",
+    )
 
     @property
     def passages(self) -> int:
@@ -47,6 +54,8 @@ class _Request(BaseModel):
                 raise ValueError(f"{' and '.join(name for name, _ in given)} differ; send one of them")
             if values:
                 plain[spellings[0]] = values[0]
+        if isinstance(plain.get("certify"), bool):
+            plain["certify"] = "proven" if plain["certify"] else None
         return plain
 
 
@@ -64,19 +73,19 @@ def _count(name: str, value: Any) -> int:
     return value
 
 
-class SearchRequest(_Request):
+class SearchRequest(_SearchBody):
     """One query."""
 
     query: str = Field(description="Text to search for.")
 
 
-class BatchSearchRequest(_Request):
+class BatchSearchRequest(_SearchBody):
     """Several queries; one without searchable text gets no passages."""
 
     query: list[str] = Field(description="Texts to search for; `queries` is another name.")
 
 
-class RetrieveRequest(_Request):
+class RetrieveRequest(_SearchBody):
     """Several queries, or one, in Search-R1's names; 3 passages each when `topk` is left out."""
 
     default_top_n: ClassVar[int] = 3
@@ -111,6 +120,12 @@ def retrieve_reply(results: Sequence[Sequence[Passage]], scores: bool) -> Any:
     if not scores:
         return {"result": batch_reply(results, False)}
     return {"result": [[{"document": _document(passage), "score": passage.score} for passage in passages] for passages in results]}
+
+
+def certified_reply(reply: Any, certificates: Sequence[Certificate]) -> Any:
+    """Return `{"result": reply, "certified": [{certified, open, candidates}]}`; a reply that has `result` already keeps it."""
+    result = reply if isinstance(reply, dict) else {"result": reply}
+    return {**result, "certified": [asdict(certificate) for certificate in certificates]}
 
 
 def _document(passage: Passage) -> dict[str, str]:

@@ -19,7 +19,8 @@ from research_rl.config import JudgeConfig, RewardConfig, RewardTerm
 from research_rl.episode.trajectory import Author, Trajectory
 from research_rl.process.tokens import token_from
 from research_rl.reward import hacking, rules
-from research_rl.reward.judge import TOKEN, Judge, Verdict
+from research_rl.reward.chat import TOKEN
+from research_rl.reward.judge import Judge, Verdict
 from research_rl.reward.metrics import contains, normalize, recall
 from research_rl.reward.rules import Grade
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from research_rl.config import StrictConfig
 from research_rl.episode import protocol
-from research_rl.reward.metrics import normalize
+from research_rl.reward.metrics import normalize, shares_words
 
 __all__ = ["plain", "suspicion"]
 
@@ -71,6 +71,4 @@ def _stuffed(prediction: str, golds: Sequence[str], allowed: int) -> bool:
 def _pasted(words: Sequence[str], results: Sequence[str], allowed: int) -> bool:
     """Whether more than `allowed` consecutive words of the answer stand in one result."""
     # One word more than allowed is enough: a longer run contains such a one.
-    runs = {" ".join(words[start : start + allowed + 1]) for start in range(len(words) - allowed)}
-    texts = (f" {normalize(result)} " for result in results) if runs else ()
-    return any(f" {run} " in text for text in texts for run in runs)
+    return shares_words(words, allowed + 1, results)

@@ -14,7 +14,7 @@ import unicodedata
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["UNSEGMENTED", "characters", "marks", "terms", "unsegmented", "words"]
+__all__ = ["INVISIBLE", "UNSEGMENTED", "characters", "marks", "terms", "unsegmented", "words"]
 
 # Han with its radicals, iteration marks and extensions; kana with bopomofo; both with their half-width and compatibility forms.
 _IDEOGRAPHS = "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -27,12 +27,14 @@ _HANGUL = "\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3"
 UNSEGMENTED = _IDEOGRAPHS + _KANA + _SOUTH_EAST_ASIAN
 """Letters of the scripts without spaces between words, as the inside of a character class of a regular expression."""
 
+INVISIBLE = "\u00ad\u0640\u064b-\u0652\u0670\u200c\u200d\u2060\ufeff"
+"""Characters that only shape a word, as above: zero-width joiners, the soft hyphen, the Arabic vowel signs and lengthening stroke."""
+
 # Lengths of the n-grams of `terms`.
 _SIZES = {"cjk": (1, 2), "south_east_asian": (2, 3)}
 _WORD = re.compile(r"\w+")
 _ANY = re.compile(f"[{UNSEGMENTED}]")
-# Characters that only shape a word: zero-width joiners, the soft hyphen, the Arabic vowel signs and lengthening stroke.
-_INVISIBLE = re.compile("[\u00ad\u0640\u064b-\u0652\u0670\u200c\u200d\u2060\ufeff]")
+_UNSEEN = re.compile(f"[{INVISIBLE}]")
 
 
 def words(text: str) -> list[str]:
@@ -77,7 +79,7 @@ def _ngrams(run: list[str], sizes: tuple[int, ...]) -> list[str]:
 
 def _plain(text: str) -> str:
     """Return a text in lower case, in compatibility form (NFKC), without signs that only shape a word."""
-    return unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).lower()
+    return unicodedata.normalize("NFKC", _UNSEEN.sub("", text)).lower()
 
 
 @lru_cache(1)

@@ -7,7 +7,7 @@ environment, SGLang from a file of options.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -15,9 +15,13 @@ import yaml
 from research_rl.config import ServingConfig
 from research_rl.serving.model import ModelFolder
 
-__all__ = ["HEALTH_PATH", "Launch", "render", "threads"]
+__all__ = ["CPU_CACHE_TOKENS", "HEALTH_PATH", "RESERVED", "Launch", "render", "threads"]
 
 HEALTH_PATH = "/health"
+RESERVED = {"vllm": 0, "sglang": 2}
+"""Tokens of a sequence that a server keeps for itself, by engine: of 100 SGLang 0.5.23 takes requests of 98."""
+CPU_CACHE_TOKENS = 65_536
+"""Tokens that SGLang's cache holds on a CPU."""
 # With the tiny policy and 32 sequences one thread decodes 3,535 to 4,098 tokens/s, two 2,612 to 3,406 (docs/experiments.md).
 SMALL_BYTES = 64 << 20
 # The folder is checked and complete: nothing has to be asked of the hub, and no usage is reported.
@@ -34,11 +38,24 @@ class Launch:
 
 
 def render(
-    config: ServingConfig, model: ModelFolder, *, served_name: str, interpreter: str, port: int, token: str, context: int, secrets: Path
+    config: ServingConfig,
+    model: ModelFolder,
+    *,
+    served_name: str,
+    interpreter: str,
+    port: int,
+    token: str,
+    context: int,
+    secrets: Path,
+    seeded: bool = False,
 ) -> Launch:
-    """Return how to serve `model` with `context` tokens per sequence; `secrets` is a folder for files of options."""
+    """Return how to serve `model` with `context` tokens per sequence; `secrets` is a folder for files of options.
+
+    `seeded` says that drawn tokens must follow the seed of each request, which SGLang ignores unless it is told at its start.
+    """
     if config.engine == "sglang":
-        return _sglang(config, model, served_name, interpreter, port, token, context, secrets)
+        launched = _sglang(config, model, served_name, interpreter, port, token, context, secrets)
+        return replace(launched, command=[*launched.command, "--enable-deterministic-inference"]) if seeded else launched
     return _vllm(config, model, served_name, interpreter, port, token, context)
 
 
@@ -94,11 +111,27 @@ def _sglang(
         *("--host", config.host),
         *("--port", str(port)),
         *("--dtype", config.dtype),
-        *("--context-length", str(context)),
+        *("--context-length", str(context + RESERVED["sglang"])),
         *("--max-running-requests", str(config.max_sequences)),
         *("--tp-size", str(config.tensor_parallel)),
         *("--log-level", "warning"),
+        # Else every piece of a stream repeats the log-probabilities of all tokens before it.
+        "--incremental-streaming-output",
     ]
-    hardware = ["--device", "cpu"] if config.hardware == "cpu" else ["--mem-fraction-static", str(config.gpu_memory_utilization)]
-    eager = ["--disable-cuda-graph"] if config.eager else []
-    return Launch([*command, *hardware, *eager], dict(_OFFLINE), {options: yaml.safe_dump({"api-key": token})})
+    files = {options: yaml.safe_dump({"api-key": token})}
+    if config.hardware == "cpu":
+        return Launch([*command, *_sglang_cpu(context)], _OFFLINE | _sglang_cpu_threads(config, model), files)
+    eager = ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"] if config.eager else []
+    return Launch([*command, *eager, "--mem-fraction-static", str(config.gpu_memory_utilization)], dict(_OFFLINE), files)
+
+
+def _sglang_cpu(context: int) -> list[str]:
+    """Keep memory and cores for others: else the cache takes 70 % of the machine, and an idle server spins."""
+    return ["--device", "cpu", "--max-total-tokens", str(max(CPU_CACHE_TOKENS, context + RESERVED["sglang"])), "--sleep-on-idle"]
+
+
+def _sglang_cpu_threads(config: ServingConfig, model: ModelFolder) -> dict[str, str]:
+    count = threads(config.threads, model.weight_bytes)
+    # Its own variable names the cores; of a few free ones SGLang would take none but those it binds.
+    cores = sorted(os.sched_getaffinity(0))[-count:]
+    return {"OMP_NUM_THREADS": str(count), "SGLANG_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}

@@ -7,23 +7,26 @@ weights, in safetensors files that are whole.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
 from research_rl.episode.prompts import FolderTokenizer
-from research_rl.errors import ManifestError, ModelError
+from research_rl.errors import ModelError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.json_files import read_object
-from research_rl.serving.tensors import LFS_POINTER, tensors, weight_bytes
+from research_rl.serving.tensors import LFS_POINTER, Tensor, tensors, weight_bytes
 
-__all__ = ["ModelFolder", "check", "inspect", "served_name"]
+__all__ = ["ModelFolder", "check", "inspect", "served_name", "stated_rows"]
 
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 """The number of a layer in a tensor's name, as transformers' decoder models write it."""
 _HEAD = re.compile(r"lm_head|embed_out|output")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
+"""The table of a decoder's input embeddings, a row a token."""
 
 
 _AGAIN = "download or export the model again"
@@ -46,7 +49,10 @@ class _Described(BaseModel):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A usable model folder: architecture, size of its weights in bytes, longest sequence (None when it states none), tokens."""
+    """A usable model folder: architecture, size of its weights in bytes, longest sequence (None when it states none), tokens.
+
+    `vocabulary` counts the tokenizer's tokens, `rows` those that the model can read, which may be more; None where nothing tells.
+    """
 
     path: Path
     architecture: str
@@ -54,6 +60,7 @@ class ModelFolder:
     positions: int | None
     vocabulary: int = 0
     pad_token: str | None = None
+    rows: int | None = None
 
 
 def inspect(folder: Path) -> ModelFolder:
@@ -62,23 +69,34 @@ def inspect(folder: Path) -> ModelFolder:
     config = _described(folder / "config.json")
     if not config.architectures:
         raise ModelError(f"{folder / 'config.json'} names no architectures; export the model with save_pretrained")
-    size = weight_bytes(folder)
-    _require_weights(folder, config)
+    size, present = weight_bytes(folder), tensors(folder)
+    _require_weights(folder, config, present)
     tokenizer = FolderTokenizer(folder)
-    _require_rows(folder, config, len(tokenizer))
-    return ModelFolder(folder, config.architectures[0], size, config.language.max_position_embeddings, len(tokenizer), tokenizer.pad_token)
+    said = config.language
+    rows = _embedding_rows(present) if said.vocab_size is None else said.vocab_size
+    # Fewer tokens are usual: models pad their rows to a multiple that suits the hardware.
+    if rows is not None and len(tokenizer) > rows:
+        raise ModelError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows; they belong to different models"
+        )
+    known = (config.architectures[0], size, said.max_position_embeddings)
+    return ModelFolder(folder, *known, len(tokenizer), tokenizer.pad_token, rows)
 
 
-def check(folder: Path, context: int) -> ModelFolder:
-    """Return what `folder` holds. Raises ModelError when it cannot be served with `context` tokens per sequence."""
+def check(folder: Path, context: int, reserved: int = 0) -> ModelFolder:
+    """Return what `folder` holds. Raises ModelError when it cannot be served with `context` tokens per sequence.
+
+    `reserved` is how many tokens more the server needs for itself.
+    """
     if not folder.is_dir():
         raise ModelError(
             f"model folder {folder} does not exist; build it with `research run policy` or `research run export`, or name another folder"
         )
     model = inspect(folder)
-    if model.positions is not None and model.positions < context:
+    if model.positions is not None and model.positions < context + reserved:
+        reserve = f" and the server keeps {reserved} for itself" if reserved else ""
         raise ModelError(
-            f"{folder} reads {model.positions} tokens, prompt.max_tokens + episode.max_response_tokens = {context}; "
+            f"{folder} reads {model.positions} tokens, prompt.max_tokens + episode.max_response_tokens = {context}{reserve}; "
             "lower one of them or take a model with a longer context"
         )
     return model
@@ -86,11 +104,18 @@ def check(folder: Path, context: int) -> ModelFolder:
 
 def served_name(folder: Path) -> str:
     """Return the name under which a model is served: it carries the hash of the artifact, so that two cannot be confused."""
-    try:
-        return f"policy-{manifest.load(folder, verify=False).hash[:12]}"
-    except ManifestError:
-        # A folder of the user's own has no manifest.
-        return f"policy-{folder.resolve().name}"
+    artifact = manifest.found(folder, verify=False)
+    # A folder of the user's own has no manifest.
+    return f"policy-{artifact.hash[:12] if artifact else folder.resolve().name}"
+
+
+def stated_rows(folder: Path) -> int | None:
+    """Return how many tokens the model of a folder can read, by its config.json; None where that is not there or does not say it.
+
+    The folder may hold nothing else, as that of a tokenizer alone. Raises ModelError for a config.json that cannot be read.
+    """
+    path = folder / "config.json"
+    return _described(path).language.vocab_size if path.is_file() else None
 
 
 def _require_files(folder: Path) -> None:
@@ -106,9 +131,9 @@ def _require_files(folder: Path) -> None:
                 raise ModelError(f"{folder / name} is a Git LFS pointer and not the file itself; run `git lfs pull` in {folder}")
 
 
-def _require_weights(folder: Path, config: _Described) -> None:
+def _require_weights(folder: Path, config: _Described, present: Mapping[str, Tensor]) -> None:
     """Raise ModelError unless the tensors that index and configuration name are in the files."""
-    present, index = tensors(folder), folder / "model.safetensors.index.json"
+    index = folder / "model.safetensors.index.json"
     listed: dict[str, str] = read_object(index, ModelError, _AGAIN)["weight_map"] if index.is_file() else {}
     lost = sorted(name for name, file in listed.items() if name not in present or present[name].file.name != file)
     if lost:
@@ -127,11 +152,9 @@ def _require_weights(folder: Path, config: _Described) -> None:
         raise ModelError(f"{folder} has no output weights (lm_head) and its config.json ties none; download the model again")
 
 
-def _require_rows(folder: Path, config: _Described, vocabulary: int) -> None:
-    rows = config.language.vocab_size or 0
-    # Fewer are usual: models pad their rows to a multiple that suits the hardware.
-    if vocabulary > rows:
-        raise ModelError(f"{folder}: the tokenizer has {vocabulary} tokens, the model only {rows} rows; they belong to different models")
+def _embedding_rows(present: Mapping[str, Tensor]) -> int | None:
+    """Return the rows of the input embeddings; config.json may leave their number to its architecture's default, as Gemma 3's do."""
+    return max((tensor.shape[0] for name, tensor in present.items() if _EMBEDDING.search(name) and tensor.shape), default=None)
 
 
 def _described(path: Path) -> _Described:

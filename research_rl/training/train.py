@@ -20,7 +20,8 @@ from research_rl.errors import ConfigError, ServiceError
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Progress
 from research_rl.process.services import Endpoint
-from research_rl.retriever.command import require_same_index, running
+from research_rl.retriever.command import require_same_index
+from research_rl.retriever.source import searching
 from research_rl.training.run import overrides
 from research_rl.training.run.checkpoints import link
 from research_rl.training.run.metrics_log import MetricsLog
@@ -52,8 +53,9 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
     dev, _ = _fitting(config, model, prepared / "dev.parquet", work / "dev.parquet")
     _require_rows(config, train)
     paths = overrides.Paths(model, train, dev, work, ray_folder(work))
-    with running(config, context.workspace) as endpoint:
-        training = Run(_with_own_prompt(config, work), paths, context.workspace.services / "train", endpoint.url, endpoint.token, store)
+    with searching(config, context.workspace) as source:
+        endpoint, services = source.endpoint, context.workspace.services / "train"
+        training = Run(_with_own_prompt(config, work), paths, services, endpoint.url, endpoint.token, store, source.taping)
         outcome = supervise(training, hooks, context.progress)
         _require_same_index(context, endpoint, work)
     publish(context, training, outcome, dropped)
@@ -62,9 +64,10 @@ def run_with(context: Context, hooks: TrainHooks) -> None:
 
 
 def _require_same_index(context: Context, retriever: Endpoint, work: Path) -> None:
-    """Set the run aside when a retriever that was restarted meanwhile serves another index. Raises ServiceError."""
+    """Set the run aside when a retriever came to another index meanwhile. Raises ServiceError."""
+    began = {name: parent.hash for name, parent in context.parents.items() if name in ("index", "corpus")}
     try:
-        require_same_index(retriever, context.workspace)
+        require_same_index(retriever, context.workspace, began)
     except ServiceError as error:
         upload = f" once the checkpoints of {work.name} are gone from trainer.upload" if context.config.trainer.upload else ""
         raise ServiceError(

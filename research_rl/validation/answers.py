@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from research_rl.validation.columns import Bits, Words, keys, phrase_keys, phrases
+from research_rl.validation.columns import Bits, RowWords, keys, phrase_keys, phrases
 
 __all__ = ["Sought"]
 
@@ -45,7 +45,7 @@ class Sought:
             by_size[size] = (np.array([key for key, _ in pairs], np.uint64), np.array([slot for _, slot in pairs], np.int64))
         return cls(np.unique(keys(pa.array(list(ids), pa.large_string()))), by_size, len(place), slots)
 
-    def find(self, text: Words) -> npt.NDArray[np.bool_]:
+    def find(self, text: RowWords) -> npt.NDArray[np.bool_]:
         """Return a mask of the phrases that stand within a row of `text`."""
         present = np.zeros(self.phrases, dtype=bool)
         # Words left in the row from each word on: a phrase must end in the row in which it begins.

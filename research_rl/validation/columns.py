@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from research_rl.reward.words import UNSEGMENTED
+from research_rl.reward.words import INVISIBLE, UNSEGMENTED
 
-__all__ = ["ENCODING_DEFECTS", "Bits", "Words", "encoding_defects", "keys", "phrase_keys", "phrases", "words"]
+__all__ = ["ENCODING_DEFECTS", "Bits", "RowWords", "encoding_defects", "keys", "phrase_keys", "phrases", "words"]
 
 pc: Any = import_module("pyarrow.compute")
 """Its functions are made when it is imported, where no type checker sees them."""
@@ -51,7 +51,7 @@ _SPACED = bytes.maketrans(_BREAKS + bytes(range(65, 91)), b" " * len(_BREAKS) + 
 
 
 @dataclass(frozen=True)
-class Words:
+class RowWords:
     """The words of all rows in order: a 64-bit key each, and where each row's words start (rows + 1 entries)."""
 
     keys: Bits
@@ -70,7 +70,7 @@ class Words:
         return _mixed((sums[self.starts[1:]] - sums[self.starts[:-1]]) ^ self.counts.astype(np.uint64) * _B)
 
 
-def words(texts: Any) -> Words:
+def words(texts: Any) -> RowWords:
     """Return the words of a string array without nulls; different words all but never share a key."""
     # With a space behind each row, so that no word goes on into the next one.
     lowered = pc.binary_join_element_wise(_plain(texts), _EMPTY, _SPACE)
@@ -80,7 +80,7 @@ def words(texts: Any) -> Words:
     gaps = np.frombuffer(spaced, np.uint8) == 32
     begins = np.flatnonzero(gaps[:-1] & ~gaps[1:])
     ends = np.flatnonzero(~gaps[:-1] & gaps[1:])
-    return Words(_keys_of(spaced[1:], begins, ends - begins), np.searchsorted(begins, offsets))
+    return RowWords(_keys_of(spaced[1:], begins, ends - begins), np.searchsorted(begins, offsets))
 
 
 def _plain(texts: Any) -> Any:
@@ -88,9 +88,12 @@ def _plain(texts: Any) -> Any:
     foreign = _foreign(texts)
     if not foreign.any():
         return texts
+    visible = pc.replace_substring_regex(texts.filter(pa.array(foreign)), f"[{INVISIBLE}]", "")
     # The normal form only has to be the same everywhere; pyarrow has the decomposed one.
-    lowered = pc.utf8_lower(pc.utf8_normalize(texts.filter(pa.array(foreign)), "NFKD"))
+    lowered = pc.utf8_lower(pc.utf8_normalize(visible, "NFKD"))
     split = pc.replace_substring_regex(lowered, _NO_WORD, " ")
+    # An accent that stands by itself, as in Xi´an, becomes a space and a mark, and no word begins with a mark.
+    split = pc.replace_substring_regex(split, r"(^| )\pM+", " ")
     if pc.any(pc.match_substring_regex(split, f"[{UNSEGMENTED}]")).as_py():
         split = pc.replace_substring_regex(split, f"[{UNSEGMENTED}]\\pM*", r" \0 ")
     return pc.replace_with_mask(texts, pa.array(foreign), split)
@@ -129,7 +132,7 @@ def keys(texts: Any) -> Bits:
     return _keys_of(raw, offsets[:-1], sizes)
 
 
-def phrases(text: Words, size: int) -> Bits:
+def phrases(text: RowWords, size: int) -> Bits:
     """Return a key for the `size` words that begin at each word, without regard to rows."""
     total = max(0, len(text.keys) - size + 1)
     key = np.full(total, np.uint64(size), dtype=np.uint64)

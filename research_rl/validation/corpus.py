@@ -27,8 +27,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.json
 
+from research_rl.pipeline import arrays
 from research_rl.validation.answers import Sought
-from research_rl.validation.columns import Bits, Words, encoding_defects, keys, words
+from research_rl.validation.columns import Bits, RowWords, encoding_defects, keys, words
 
 __all__ = ["CorpusStatistics", "Example", "measure_corpus", "parse_lines", "repeated"]
 
@@ -63,7 +64,7 @@ class CorpusStatistics:
     sample: list[tuple[int, str, str]] = field(default_factory=list[tuple[int, str, str]])
     chars: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(LONGEST + 1, np.int64))
     words: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(LONGEST + 1, np.int64))
-    found: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    present: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     known: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     shards: list[dict[str, int]] = field(default_factory=list[dict[str, int]])
 
@@ -74,8 +75,8 @@ class CorpusStatistics:
     def note(self, defect: str, count: int, examples: Sequence[Example]) -> None:
         """Add `count` rows with a defect, of which `examples` are the first."""
         self.defects[defect] = self.defects.get(defect, 0) + count
-        kept = self.examples.setdefault(defect, [])
-        kept += examples[: EXAMPLES - len(kept)]
+        shown = self.examples.setdefault(defect, [])
+        shown += examples[: EXAMPLES - len(shown)]
 
     def merge(self, other: CorpusStatistics) -> None:
         """Take in the range that follows this one; its line numbers begin at 1."""
@@ -87,7 +88,7 @@ class CorpusStatistics:
         # The rows with the smallest keys: chance enough for a sample, and the same rows however the file was cut.
         self.sample = heapq.nsmallest(SAMPLE_ROWS, self.sample + other.sample)
         self.chars, self.words = self.chars + other.chars, self.words + other.words
-        self.found, self.known = self.found | other.found, self.known | other.known
+        self.present, self.known = self.present | other.present, self.known | other.known
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class _Keys:
 
 def measure_corpus(path: Path, sought: Sought, max_chars: int, scratch: Path, seen: Rows) -> CorpusStatistics:
     """Read the corpus once. A malformed line is counted, not raised; duplicates are sought among all rows afterwards."""
-    total = CorpusStatistics(found=np.zeros(sought.phrases, bool), known=np.zeros(len(sought.ids), bool))
+    total = CorpusStatistics(present=np.zeros(sought.phrases, bool), known=np.zeros(len(sought.ids), bool))
     ranges = _ranges(path)
     scratch.mkdir(parents=True, exist_ok=True)
     spilled = {name: scratch / f"{name}.u64" for name in ("contents", "ids")}
@@ -108,8 +109,8 @@ def measure_corpus(path: Path, sought: Sought, max_chars: int, scratch: Path, se
         for part, part_keys in _shards(path, ranges, sought, max_chars):
             total.merge(part)
             total.shards.append({"shard": len(total.shards), "rows": part.rows, "longest": part.longest, **part.defects})
-            part_keys.contents.tofile(contents)
-            part_keys.ids.tofile(ids)
+            arrays.append(contents, part_keys.contents)
+            arrays.append(ids, part_keys.ids)
             seen(total.rows)
     for defect, name in (("repeated_contents", "contents"), ("repeated_ids", "ids")):
         _note_repeated(total, defect, spilled[name], path, ranges)
@@ -169,7 +170,7 @@ def _follow(parent: int) -> None:
 
 def measure_range(path: Path, sought: Sought, max_chars: int, place: tuple[int, int]) -> tuple[CorpusStatistics, _Keys]:
     """Measure the lines of one byte range, block by block."""
-    total = CorpusStatistics(found=np.zeros(sought.phrases, bool), known=np.zeros(len(sought.ids), bool))
+    total = CorpusStatistics(present=np.zeros(sought.phrases, bool), known=np.zeros(len(sought.ids), bool))
     contents: list[Bits] = []
     ids: list[Bits] = []
     for block in _blocks(path, *place):
@@ -248,7 +249,7 @@ def _measure(block: bytes, sought: Sought, max_chars: int) -> tuple[CorpusStatis
         # A malformed row has empty fields, which would count as a defect of its text once more.
         places = np.flatnonzero(mask if defect == "malformed" else mask & ~malformed)
         part.note(defect, len(places), [_example(int(row), ids, contents, block) for row in places[:EXAMPLES]])
-    part.found, part.known = sought.find(known_words), sought.known(id_keys)
+    part.present, part.known = sought.find(known_words), sought.known(id_keys)
     lowest = np.argsort(content_keys, kind="stable")[:SAMPLE_ROWS]
     part.sample = [(int(content_keys[row]), ids[int(row)].as_py(), contents[int(row)].as_py()) for row in lowest if not malformed[row]]
     # Zero takes part in no comparison: rows without an id do not repeat each other.
@@ -260,7 +261,7 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.bincount(np.minimum(lengths, LONGEST), minlength=LONGEST + 1)
 
 
-def _defects(contents: Any, chars: npt.NDArray[np.int64], known: Words, max_chars: int) -> dict[str, npt.NDArray[np.bool_]]:
+def _defects(contents: Any, chars: npt.NDArray[np.int64], known: RowWords, max_chars: int) -> dict[str, npt.NDArray[np.bool_]]:
     titled = pc.match_substring(pc.utf8_trim_whitespace(contents), "\n").to_numpy(zero_copy_only=False)
     return {**encoding_defects(contents), "untitled": ~titled, "wordless": known.counts == 0, "overlong": chars > max_chars}
 

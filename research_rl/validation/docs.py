@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from research_rl.report import html
-from research_rl.report.html import Cell
+from research_rl.report.html import ColouredCell
 from research_rl.terminal import printable
 
 __all__ = ["SUMMARY", "named", "rank", "write_summary"]
@@ -61,8 +61,8 @@ def named(row: Mapping[str, Any]) -> str:
     return printable(", ".join(f"{name} {value}" for name, value in row.items()))
 
 
-def _row(item: Mapping[str, Any]) -> list[str | Cell]:
+def _row(item: Mapping[str, Any]) -> list[str | ColouredCell]:
     result = "passed" if item["passed"] else item["severity"]
     shown = "\n".join(map(named, item["rows"]))
     expectation = item["expectation"].removeprefix("expect_").replace("_", " ")
-    return [Cell(result, _KINDS[result]), item["suite"], item["column"], expectation, item["limit"], item["observed"], shown]
+    return [ColouredCell(result, _KINDS[result]), item["suite"], item["column"], expectation, item["limit"], item["observed"], shown]

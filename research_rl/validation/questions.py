@@ -196,7 +196,7 @@ def rows(questions: Sequence[Question], earlier: Mapping[str, Texts], sought: So
                 "leaked": int(bool(leak)),
                 "near": int(bool(near)),
                 "shared": int(bool(shared)),
-                "answered": int(sought.answered(item.golden_answers, corpus.found)),
+                "answered": int(sought.answered(item.golden_answers, corpus.present)),
                 "unknown_support": len(absent),
                 "note": ", ".join(notes),
             }

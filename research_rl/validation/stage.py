@@ -114,12 +114,12 @@ def _earlier(context: Context) -> tuple[dict[str, Any] | None, bool]:
     folder = context.workspace.folder(context.stage.name)
     try:
         manifest.load(folder)
-        kept = json.loads((folder / STATISTICS).read_bytes())
+        record = json.loads((folder / STATISTICS).read_bytes())
     except (ManifestError, FileNotFoundError):
         return None, False
-    if kept["snapshot"]["data"] == context.parents["download"].hash:
-        return kept["earlier"], True
-    return kept["snapshot"], False
+    if record["snapshot"]["data"] == context.parents["download"].hash:
+        return record["earlier"], True
+    return record["snapshot"], False
 
 
 def _drift(context: Context, moved: Sequence[dict[str, Any]], earlier: dict[str, Any] | None, accepted: bool) -> list[Frame]:

@@ -6,13 +6,13 @@ Prefect alone answers any page of the web, takes any Host and reads JSON that wa
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from research_rl.paths import CHECKOUT
+from research_rl.paths import CHECKOUT, PYTHON
 from research_rl.process.access import Access, Guard, basic
 from tasks.local import sign_in
+from tasks.settings import LEASES
 from tasks.sqlite import sqlite_uri
 
 __all__ = ["command", "mlflow", "mlflow_environment", "prefect", "prefect_environment"]
@@ -28,7 +28,8 @@ _MLFLOW_TYPES = (_JSON, "application/x-protobuf", "application/octet-stream")
 def command(factory: str, port: int) -> tuple[str, ...]:
     """Return how to run one of this module's factories on loopback."""
     flags = ("--host", HOST, "--port", str(port), "--log-level", "warning", "--no-server-header", "--no-proxy-headers")
-    return (sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:{factory}", *flags)
+    flags += ("--http", "tasks.local.protocol:Bounded")
+    return (PYTHON, "-m", "uvicorn", "--factory", f"{__name__}:{factory}", *flags)
 
 
 def prefect_environment(port: int, auth_string: str) -> dict[str, str]:
@@ -41,6 +42,7 @@ def prefect_environment(port: int, auth_string: str) -> dict[str, str]:
         "PREFECT_SERVER_API_AUTH_STRING": auth_string,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": _origins(port),
         "PREFECT__SERVER_FINAL": "1",
+        **LEASES,
     }
 
 

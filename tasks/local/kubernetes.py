@@ -1,6 +1,6 @@
 """`python -m tasks.local.kubernetes WORKSPACE [--image IMAGE] [--parts N]`: the retriever's manifests with memory from what it will serve.
 
-Reads manifests and infra/k8s/retriever.yaml; asks no cluster. The request is what one replica needs to answer from memory:
+Reads manifests and infra/k8s/base/retriever.yaml; asks no cluster. The request is what one replica needs to answer from memory:
 the process, its encoder, and the pages of index and passages it maps. The limit adds a quarter.
 """
 
@@ -21,10 +21,11 @@ from research_rl.paths import CHECKOUT
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
+from research_rl.terminal import say
 
 __all__ = ["main", "memory_mib", "rendered"]
 
-_TEMPLATE = CHECKOUT / "infra" / "k8s" / "retriever.yaml"
+_TEMPLATE = CHECKOUT / "infra" / "k8s" / "base" / "retriever.yaml"
 _MIB = 1 << 20
 _PROCESS_MIB, _TORCH_MIB = 250, 500
 _LIMIT = 1.25
@@ -84,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", type=int, default=1, help="Deployments among which the index is cut")
     options = parser.parse_args(arguments)
     try:
-        print(rendered(Workspace(options.workspace.resolve()), options.image, options.parts), end="")
+        say(rendered(Workspace(options.workspace.resolve()), options.image, options.parts), end="")
     except ResearchError as error:
-        print(f"kubernetes: {error}", file=sys.stderr)
+        say(f"kubernetes: {error}", sys.stderr)
         return 1
     return 0
 

@@ -10,27 +10,27 @@ import argparse
 import json
 import os
 import secrets
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from research_rl.errors import ResearchError, ServiceError
-from research_rl.paths import CHECKOUT
+from research_rl.paths import CHECKOUT, PYTHON
 from research_rl.process import proxies, services
 from research_rl.process.private import write_private
 from research_rl.process.services import reap, require_free
+from research_rl.terminal import say
 from tasks import settings
 from tasks.local import apps, sign_in
+from tasks.local.deploy import deploy, make_bucket
 from tasks.settings import ADDRESSES
 
 __all__ = ["Stack", "main"]
 
-BUCKET = "research-rl"
 _START_S = 600.0
 _GRACE_S = 5.0
-_BIN = Path(sys.executable).parent
+_BIN = Path(PYTHON).parent
 _SERVERS = ("prefect-server", "mlflow-server", "prefect-worker")
 
 
@@ -69,7 +69,7 @@ class Stack:
         # Both are started before either is waited for.
         for service, process in [(service, self._start(service)) for service in servers]:
             services.wait_healthy(process, service.health or "", _START_S)
-        self._deploy(env)
+        deploy(env)
         settings.point_prefect_at(self.state, env)
         worker = (str(_BIN / "prefect"), "worker", "start", "--pool", "laptop", "--type", "process")
         self._start(LocalService("prefect-worker", worker, env))
@@ -111,7 +111,7 @@ class Stack:
         self._write(addresses)
         process = self._start(LocalService("s3", s3_command(self.state / ".services" / "s3", ports, addresses)))
         services.wait_healthy(process, addresses["AWS_ENDPOINT_URL"] + "/status", _START_S)
-        _make_bucket(addresses)
+        make_bucket(addresses)
         return addresses
 
     def _choose(self) -> dict[str, str]:
@@ -135,6 +135,7 @@ class Stack:
             "PREFECT_HOME": self.home,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             **settings.PATIENCE,
+            **settings.HEARTBEAT,
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "DO_NOT_TRACK": "1",
             "RESEARCH_CHECKOUT": str(CHECKOUT),
@@ -160,22 +161,6 @@ class Stack:
         return services.spawn(
             service.name, service.command, folder=self.folder, env=service.env, cwd=CHECKOUT, grace_s=_GRACE_S, detached=True
         )
-
-    def _deploy(self, env: Mapping[str, str]) -> None:
-        """Make the work pools and deploy everything in prefect.yaml. Raises ServiceError."""
-        for pool, kind in (("laptop", "process"), ("gpu", "process"), ("multinode", "process")):
-            self._run(("work-pool", "create", pool, "--type", kind, "--overwrite"), env)
-        self._run(("deploy", "--all", "--prefect-file", "prefect.yaml"), env)
-
-    def _run(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
-        command = [str(_BIN / "prefect"), "--no-prompt", *arguments]
-        whole_env = {**os.environ, **env}
-        whole_env |= proxies.bypass_loopback(whole_env)
-        done = subprocess.run(command, cwd=CHECKOUT, env=whole_env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            raise ServiceError(
-                f"`{' '.join(command[1:])}` ended with code {done.returncode}: {(done.stdout + done.stderr).strip()[-1500:]}"
-            )
 
 
 def _port(address: str) -> int:
@@ -207,34 +192,18 @@ def s3_command(folder: Path, ports: Sequence[int], keys: Mapping[str, str]) -> t
     )
 
 
-def _make_bucket(keys: Mapping[str, str]) -> None:
-    import boto3
-    from botocore.config import Config as BotocoreConfig
-
-    client = boto3.client(
-        "s3",
-        endpoint_url=keys["AWS_ENDPOINT_URL"],
-        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
-        region_name=keys["AWS_DEFAULT_REGION"],
-        config=BotocoreConfig(**proxies.botocore_options()),
-    )
-    if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
-        client.create_bucket(Bucket=BUCKET)
-
-
 def _up(stack: Stack) -> None:
     variables = stack.up()
     private = sys.stdout.isatty()
     prefect, mlflow = _pages(variables, private)
-    print(f"Prefect  {prefect}\nMLflow   {mlflow}\nlogs     {stack.folder}\nkeys     {stack.folder / settings.KEYS}")
-    print(
+    say(f"Prefect  {prefect}\nMLflow   {mlflow}\nlogs     {stack.folder}\nkeys     {stack.folder / settings.KEYS}")
+    say(
         "         " + ("these links sign your browser in" if private else "in a terminal, `make up` prints links that sign your browser in")
     )
-    print("\nStart a run, in the checkout, with:\n")
-    print("  .venv/bin/prefect deployment run research-train/laptop --watch\n")
+    say("\nStart a run, in the checkout, with:\n")
+    say("  .venv/bin/prefect deployment run research-train/laptop --watch\n")
     if (proxied := sorted(name for name in os.environ if name.lower() in ("http_proxy", "all_proxy"))) and "127.0.0.1" not in _no_proxy():
-        print(f"{', '.join(proxied)} is set; `prefect` reaches this server with NO_PROXY=127.0.0.1,localhost in its environment\n")
+        say(f"{', '.join(proxied)} is set; `prefect` reaches this server with NO_PROXY=127.0.0.1,localhost in its environment\n")
 
 
 def _pages(variables: Mapping[str, str], private: bool) -> tuple[str, str]:
@@ -249,15 +218,15 @@ def _no_proxy() -> str:
 
 
 def _down(stack: Stack) -> None:
-    print(f"stopped: {', '.join(stack.down()) or 'nothing ran'}")
+    say(f"stopped: {', '.join(stack.down()) or 'nothing ran'}")
 
 
 def _status(stack: Stack) -> None:
-    print(f"running: {', '.join(sorted(stack.running())) or 'nothing'}")
+    say(f"running: {', '.join(sorted(stack.running())) or 'nothing'}")
 
 
 def _s3(stack: Stack) -> None:
-    print("\n".join(f"export {name}={value}" for name, value in stack.s3().items() if name.startswith("AWS_")))
+    say("\n".join(f"export {name}={value}" for name, value in stack.s3().items() if name.startswith("AWS_")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -268,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verbs[parser.parse_args(arguments).verb](Stack())
     except ResearchError as error:
-        print(f"services: {error}", file=sys.stderr)
+        say(f"services: {error}", sys.stderr)
         return 1
     return 0
 

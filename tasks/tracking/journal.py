@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from research_rl.config.redact import redact_tree
 from research_rl.pipeline import json_lines
@@ -29,9 +29,13 @@ _FIELDS = {
     "tags": {"key", "values"},
     "artifact": {"key", "path", "folder"},
     "trace": {"key", "record"},
+    "verdict": {"key", "answer", "verdict", "record"},
+    "evaluation": {"key", "evaluation"},
+    "judged": {"key", "judgement", "evaluation", "told"},
     "register": {"key", "path", "model", "tags"},
     "describe": {"key", "model", "manifest", "text", "tags"},
-    "alias": {"key", "model", "manifest", "alias"},
+    "standing": {"key", "model"},
+    "promote": {"key", "model", "manifest", "met", "who", "when", "why"},
     "end": {"key", "status"},
     "close": {"status"},
 }
@@ -72,7 +76,8 @@ class TrackingJournal:
 class Place:
     """How far a journal was sent, and under which ids; `refused` counts events that MLflow did not accept.
 
-    `failure` says why sending stopped, empty while it does not.
+    `failure` says why sending stopped, empty while it does not. `standing` is what the registry answered to the event of that name:
+    version and manifest of the champion, empty where there is none, None before it answered.
     """
 
     offset: int = 0
@@ -82,6 +87,7 @@ class Place:
     done: bool = False
     refused: int = 0
     failure: str = ""
+    standing: dict[str, str] | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Place:
@@ -115,4 +121,7 @@ def read(folder: Path, offset: int) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def _is_event(record: Any) -> bool:
-    return isinstance(record, dict) and isinstance(record.get("time"), int) and _FIELDS.get(record.get("op"), {"?"}) <= record.keys()
+    if not isinstance(record, dict):
+        return False
+    event = cast(dict[str, Any], record)
+    return isinstance(event.get("time"), int) and _FIELDS.get(str(event.get("op")), {"?"}) <= event.keys()

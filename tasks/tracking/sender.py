@@ -8,6 +8,8 @@ died is ended as KILLED; (4) a deleted experiment is restored, or made anew with
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import re
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from research_rl.config.redact import redact
+from research_rl.terminal import guard_logs
 from tasks.settings import sign_in
+from tasks.tracking.experiment import dress
 from tasks.tracking.journal import Place, read
 
 if TYPE_CHECKING:
@@ -25,14 +29,20 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
     from mlflow.exceptions import MlflowException
 
-__all__ = ["main", "metric_name", "send_all"]
+__all__ = ["CLIENT", "RefusedEvent", "Unreachable", "main", "metric_name", "reaching", "send_all"]
 
 FLOW = "flow"
 _JOURNAL = "research.journal"
-_KIND = "mlflow.experimentKind"
-"""The tag by which MLflow's pages open an experiment on its runs, and not on the use of language models."""
 # A login that is refused may be accepted once the key is corrected; no event is given up for it.
 _LOGIN = (401, 407)
+CLIENT = {
+    # Trying again is done here, where the journal keeps the place; MLflow's own tries would block for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+"""Environment of a process with a client of MLflow, where the caller set nothing else."""
 _CHARS = 300
 _POLL_S = 0.3
 _LONGEST_WAIT_S = 10.0
@@ -88,7 +98,7 @@ class _Sender:
             try:
                 self._send(events)
                 failing_since, wait, self.retrying = None, 1.0, False
-            except _Unreachable as error:
+            except Unreachable as error:
                 self._note(error)
                 failing_since = failing_since or time.monotonic()
                 # While the flow runs there is time to wait; after it the sender holds up its end.
@@ -97,7 +107,7 @@ class _Sender:
                 time.sleep(wait)
                 wait = min(2 * wait, _LONGEST_WAIT_S)
 
-    def _note(self, error: _Unreachable) -> None:
+    def _note(self, error: Unreachable) -> None:
         """Say why nothing goes out, in the log and beside the journal."""
         self.retrying = True
         self.place.failure = str(error)
@@ -114,19 +124,19 @@ class _Sender:
     def _reach(self, events: Sequence[Event]) -> None:
         """Deliver events that go out in one request; what MLflow refuses is logged, counted and passed over.
 
-        Raises _Unreachable for what is worth another try: no answer, a refused login, a run that cannot be opened, and a deleted
+        Raises Unreachable for what is worth another try: no answer, a refused login, a run that cannot be opened, and a deleted
         experiment, which is restored first.
         """
         try:
-            _reaching(lambda: self._deliver(events))
+            reaching(lambda: self._deliver(events))
         except _UnknownRun as error:
             self._refuse(events, f"its run {error} was never opened")
-        except _Refused as error:
+        except RefusedEvent as error:
             if events[0]["op"] == "open" or error.status in _LOGIN:
-                raise _Unreachable(f"MLflow refused to open the run: {error}" if events[0]["op"] == "open" else str(error)) from error
+                raise Unreachable(f"MLflow refused to open the run: {error}" if events[0]["op"] == "open" else str(error)) from error
             # MLflow answers for runs of a deleted experiment as if the event were wrong.
             if self._revived():
-                raise _Unreachable(f"the experiment was deleted and is restored: {error}") from error
+                raise Unreachable(f"the experiment was deleted and is restored: {error}") from error
             self._refuse(events, str(error))
 
     def _refuse(self, events: Sequence[Event], why: str) -> None:
@@ -141,8 +151,8 @@ class _Sender:
         if not self.place.experiment:
             return False
         try:
-            return _reaching(lambda: _restored(self._client(), self.place.experiment))
-        except _Refused as error:
+            return reaching(lambda: _restored(self._client(), self.place.experiment))
+        except RefusedEvent as error:
             if error.code != "RESOURCE_DOES_NOT_EXIST":
                 return False
             logger.warning("experiment %s is gone; the journal is sent from its start", self.place.experiment)
@@ -218,10 +228,42 @@ class _Sender:
             logger.warning("%s is gone; it is not uploaded", path)
 
     def _on_trace(self, event: Event) -> None:
-        from tasks.tracking.traces import log_trace
+        from tasks.tracking import traces
 
-        self._client()
-        log_trace(_address(self.place.uri), self.place.experiment, self._run(event), event["record"], int(event["time"]))
+        client, name = self._client(), self._name(event)
+        if not (self.retrying and traces.standing(client, self.place.experiment, name)):
+            uri, run = _address(self.place.uri), self._run(event)
+            traces.log_trace(uri, self.place.experiment, run, event["record"], int(event["time"]), name)
+
+    def _on_verdict(self, event: Event) -> None:
+        from tasks.tracking import traces
+
+        uri = _address(self.place.uri)
+        traces.log_verdict(self._client(), uri, self.place.experiment, self._run(event), event)
+
+    def _on_evaluation(self, event: Event) -> None:
+        from tasks.tracking import evaluations
+
+        client, run = self._client(), self._run(event)
+        to = evaluations.Sent(client, _address(self.place.uri), self.place.experiment, run, int(event["time"]), self._name(event))
+        evaluations.send(to, event["evaluation"])
+
+    def _on_judged(self, event: Event) -> None:
+        from tasks.tracking import evaluations
+
+        place = Place.load(self.folder.parent / str(event["told"]))
+        to = evaluations.Sent(
+            self._client(), _address(self.place.uri), place.experiment or self.place.experiment, "", int(event["time"]), self._name(event)
+        )
+        if not evaluations.judged(to, event):
+            if not place.done:
+                raise Unreachable(f"evaluation {str(event['evaluation'])[:12]} is not in MLflow yet, and its verdicts wait for it")
+            logger.warning("MLflow has no rows of evaluation %s; the verdicts on it are not sent", str(event["evaluation"])[:12])
+
+    def _name(self, event: Event) -> str:
+        """Return the name of an event, the same each time it is sent and unlike that of any other."""
+        content = json.dumps([self.folder.name, event], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def _on_register(self, event: Event) -> None:
         from tasks.tracking import registry
@@ -233,10 +275,18 @@ class _Sender:
 
         registry.describe(self._client(), event["model"], event["manifest"], event["text"], event["tags"])
 
-    def _on_alias(self, event: Event) -> None:
+    def _on_standing(self, event: Event) -> None:
         from tasks.tracking import registry
 
-        registry.point(self._client(), event["model"], event["manifest"], event["alias"])
+        version = registry.champion(self._client(), event["model"])
+        record = {"version": version.version, "manifest": version.tags.get(registry.MANIFEST, "")} if version else {}
+        self.place.standing = {name: str(value) for name, value in record.items()}
+
+    def _on_promote(self, event: Event) -> None:
+        from tasks.tracking import registry
+
+        why = registry.Reason(registry.GATE, event["who"], event["why"], event["when"])
+        registry.promote(self._client(), event["model"], event["manifest"], event["met"], why)
 
     def _on_end(self, event: Event) -> None:
         self._client().set_terminated(self._run(event), event["status"], int(event["time"]))
@@ -266,11 +316,11 @@ class _Sender:
         # A journal without its end belongs to a flow that was killed.
         if not self.closed and self.place.runs:
             try:
-                _reaching(self._kill_open)
-            except _Unreachable as error:
+                reaching(self._kill_open)
+            except Unreachable as error:
                 self._note(error)
                 return False
-            except _Refused as error:
+            except RefusedEvent as error:
                 self.place.refused += 1
                 logger.error("a run of a flow that died is not ended: %s", error)
         if self.place.runs:
@@ -288,11 +338,11 @@ class _Sender:
                 self._client().set_terminated(run, "KILLED")
 
 
-class _Unreachable(Exception):
+class Unreachable(Exception):
     """MLflow did not take an event that it may take later; worth another try."""
 
 
-class _Refused(Exception):
+class RefusedEvent(Exception):
     """MLflow answered that it does not accept an event; `status` is the HTTP status, `code` MLflow's name for the reason."""
 
     def __init__(self, error: MlflowException) -> None:
@@ -304,8 +354,8 @@ class _UnknownRun(Exception):
     """An event belongs to a run that MLflow was never asked to make."""
 
 
-def _reaching(call: Callable[[], _T]) -> _T:
-    """Return the result of a call to MLflow. Raises _Refused for a 4xx answer and _Unreachable for none, or for a failing server.
+def reaching(call: Callable[[], _T]) -> _T:
+    """Return the result of a call to MLflow. Raises RefusedEvent for a 4xx answer and Unreachable for none, or for a failing server.
 
     This is the boundary to a foreign service whose errors take many forms: each becomes one of the two.
     """
@@ -319,10 +369,10 @@ def _reaching(call: Callable[[], _T]) -> _T:
         status = error.get_http_status_code()
         # 408 and 429 ask for another try.
         if 400 <= status < 500 and status not in (408, 429):
-            raise _Refused(error) from error
-        raise _Unreachable(f"MLflow failed: {str(error)[:_CHARS]}") from error
+            raise RefusedEvent(error) from error
+        raise Unreachable(f"MLflow failed: {str(error)[:_CHARS]}") from error
     except (requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        raise _Unreachable(f"MLflow cannot be reached: {str(error)[:_CHARS]}") from error
+        raise Unreachable(f"MLflow cannot be reached: {str(error)[:_CHARS]}") from error
 
 
 def _address(uri: str) -> str:
@@ -348,8 +398,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: str) -> str:
     """Return the id of an experiment: made when missing, restored when deleted. On a sqlite file its artifacts stand beside that file."""
     experiment = client.get_experiment_by_name(name) or _made_experiment(client, name, artifacts)
     _restored(client, experiment.experiment_id)
-    if _KIND not in experiment.tags:
-        client.set_experiment_tag(experiment.experiment_id, _KIND, "custom_model_development")
+    dress(client, experiment)
     return str(experiment.experiment_id)
 
 
@@ -385,6 +434,7 @@ class _Redacted(logging.Formatter):
 
 
 def _log_to_stderr() -> None:
+    guard_logs()
     handler = logging.StreamHandler()
     handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -400,14 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     # Tracking must not take the processor from training.
     os.nice(5)
-    quiet = {
-        # Trying again is done here, where the journal keeps the place; MLflow's own tries would block for minutes.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "GIT_PYTHON_REFRESH": "quiet",
-    }
-    for name, value in quiet.items():
+    for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
     return send_all(options.folder, options.live, options.patience)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import threading
 import time
 import uuid
@@ -22,8 +21,9 @@ from urllib.parse import quote, urlencode
 
 from research_rl.config import Config, load_profile, parameters
 from research_rl.config.redact import HIDDEN, redact
-from research_rl.errors import ConfigError
-from research_rl.paths import CHECKOUT
+from research_rl.errors import ConfigError, StorageError
+from research_rl.paths import CHECKOUT, PYTHON
+from research_rl.pipeline.json_files import read_object
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Process, spawn
@@ -31,9 +31,13 @@ from research_rl.report.version import commit
 from tasks.sqlite import sqlite_uri
 from tasks.tracking.journal import Place, TrackingJournal
 
-__all__ = ["FLOW", "StageRun", "Tracker", "changed", "flat", "journals", "run_name", "tracking_uri"]
+__all__ = ["FLOW", "NOTE", "StageRun", "Tracker", "changed", "flat", "journals", "reported", "run_name", "run_title", "tracking_uri"]
 
 FLOW = "flow"
+NOTE = "mlflow.note.content"
+"""The tag that MLflow shows as a run's description."""
+_DATA = "research-data"
+"""The flow that trains nothing."""
 _PARAM_CHARS = 500
 _TAG_CHARS = 4000
 # How long a run waits at its end for MLflow; what is then left is sent by the next run.
@@ -67,10 +71,14 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class StageRun:
-    """The nested MLflow run of one stage; it comes into being with the first thing said about it."""
+    """The nested MLflow run of one stage; it comes into being with the first thing said about it.
 
-    def __init__(self, tracker: Tracker, key: str, params: dict[str, str], parent: str = FLOW) -> None:
+    `key` tells it from all others of its journal, `name` is what MLflow's lists call it.
+    """
+
+    def __init__(self, tracker: Tracker, key: str, params: dict[str, str], parent: str = FLOW, name: str | None = None) -> None:
         self.tracker, self.key, self.params, self.parent = tracker, key, params, parent
+        self.name = name or key.rpartition("/")[2]
         self.started = int(time.time() * 1000)
         self.begun = self.fresh = False
         self.manifest: Manifest | None = None
@@ -80,13 +88,12 @@ class StageRun:
         if not self.begun:
             self.begun = True
             self.tracker.begun.add(self.key)
-            name = self.key.rpartition("/")[2]
-            self.tracker.journal.write("begin", key=self.key, parent=self.parent, name=name, start=self.started, params=self.params)
+            self.tracker.journal.write("begin", key=self.key, parent=self.parent, name=self.name, start=self.started, params=self.params)
 
-    def child(self, name: str, params: dict[str, str]) -> StageRun:
-        """Return a run nested in this one."""
+    def child(self, name: str, params: dict[str, str], key: str | None = None) -> StageRun:
+        """Return a run nested in this one; two children are two runs where their `key` differs, their `name` without one."""
         self.begin()
-        return StageRun(self.tracker, f"{self.key}/{name}", params, self.key)
+        return StageRun(self.tracker, f"{self.key}/{key or name}", params, self.key, name)
 
     def finished(self, manifest: Manifest, built: bool) -> None:
         """Record what the stage left: counts as metrics, hashes as tags. A skipped stage leaves its lineage on the parent alone.
@@ -121,6 +128,16 @@ class StageRun:
         for record in records:
             self.tracker.journal.write("trace", key=self.key, record=dict(record))
 
+    def evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        """Log the evaluation of one question set among MLflow's datasets, prompts, logged models and evaluation runs.
+
+        It is {"folder", "manifest", "judgements", "set", "traces", "metrics", "prompt": {"name", "text", "message"}, "model": {"name",
+        "params", "tags"}}: the artifact's folder and hash, the folders of its judgements, the name of the question set, how many of
+        its questions are shown as rows, numbers by name, the prompt template, and what makes the logged model the one it is.
+        """
+        self.begin()
+        self.tracker.journal.write("evaluation", key=self.key, evaluation=dict(evaluation))
+
     def register(self, folder: Path, model: str, tags: Mapping[str, str]) -> None:
         """Upload a model folder and make it a version of `model` in the registry, under the alias candidate.
 
@@ -134,10 +151,11 @@ class StageRun:
         self.begin()
         self.tracker.journal.write("describe", key=self.key, model=model, manifest=manifest, text=text, tags=dict(tags))
 
-    def alias(self, model: str, manifest: str, alias: str) -> None:
-        """Point an alias of the registered model at the version of an artifact."""
+    def promote(self, model: str, manifest: str, met: str | None, who: str, why: str) -> None:
+        """Make the version of an artifact champion, unless another is champion by then than the version `met` (None: there was none)."""
         self.begin()
-        self.tracker.journal.write("alias", key=self.key, model=model, manifest=manifest, alias=alias)
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        self.tracker.journal.write("promote", key=self.key, model=model, manifest=manifest, met=met, who=who, when=when, why=why)
 
     def end(self, status: str) -> None:
         """End the run if it was ever begun."""
@@ -163,7 +181,7 @@ class Tracker:
         tags = {"flow": flow, "profile": config.profile, "changed": changed(config), "prefect_flow_run_id": run_id, **_git()}
         journal.write(
             "open",
-            name=f"{run_name(flow, config)}, {datetime.now(UTC):%Y-%m-%d %H:%M}",
+            name=run_title(flow, config),
             journal=journal.folder.name,
             experiment=config.tracking.experiment,
             # The journal is a file: the sender gets the address with its credentials by its environment.
@@ -175,7 +193,7 @@ class Tracker:
         sender = spawn(
             "mlflow-sender",
             [
-                sys.executable,
+                PYTHON,
                 "-m",
                 "tasks.tracking.sender",
                 "--live",
@@ -235,8 +253,8 @@ class Tracker:
                 logger.warning("%s does not take the note of what was reported: %s; free disk space", path, error.strerror)
 
     def _index(self) -> dict[str, str]:
-        path = self.journal.folder.parent / _INDEX
-        return json.loads(path.read_text()) if path.is_file() else {}
+        """Return the journals by artifact; none where the file is missing or damaged, which costs a second report of each artifact."""
+        return reported(self.journal.folder.parent)
 
     def link(self, key: str = FLOW, manifest: Manifest | None = None, wait_s: float = 0.0) -> str | None:
         """Return the page of a run in MLflow's interface: of this run's `key`, else of the run that reported `manifest`.
@@ -255,6 +273,23 @@ class Tracker:
         place = reported[0][0]
         query = {"runs": json.dumps([run for _, run in reported]), "experiments": json.dumps([place.experiment])}
         return f"{_page(place)}/#/compare-runs?{urlencode(query, quote_via=quote)}"
+
+    def ask_standing(self, model: str) -> None:
+        """Ask the registry who is champion; the sender has the answer by the time that `standing` looks for it."""
+        self.journal.write("standing", key=FLOW, model=model)
+
+    def standing(self, wait_s: float) -> dict[str, str] | None:
+        """Return version and manifest of the champion as the registry answered to `ask_standing`, empty where there is none.
+
+        None when it has not answered within `wait_s`, or cannot be reached now.
+        """
+        deadline = time.monotonic() + wait_s
+        while (place := Place.load(self.journal.folder)).standing is None:
+            gone = self.sender is None or self.sender.poll() is not None
+            if gone or place.failure or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        return place.standing
 
     def _place(self, key: str, manifest: Manifest | None, wait_s: float) -> Place | None:
         """Return the sender's place in the journal that reported `key`, once it has sent it; waits only for this run's own."""
@@ -304,14 +339,36 @@ class Tracker:
             )
 
 
+def reported(folder: Path) -> dict[str, str]:
+    """Return the journal in which each artifact was reported, by `stage:hash`, from the folder of journals."""
+    path = folder / _INDEX
+    if not path.exists():
+        return {}
+    try:
+        return read_object(path, StorageError, "artifacts are reported once more, and the file is written anew")
+    except StorageError as error:
+        logger.warning("%s", error)
+        return {}
+
+
 def journals_log(folder: Path) -> Path:
     """Return the sender's log, beside the journals."""
     return folder.parent / "sender.log"
 
 
 def run_name(flow: str, config: Config) -> str:
-    """Return what a run is called in Prefect and MLflow: flow, profile and seed."""
-    return f"{flow} {config.profile} seed {config.seed}"
+    """Return what a run is called in Prefect: flow, profile and the seed of what it makes, so that seeds can be told apart in the list."""
+    return f"{flow} {config.profile} seed {_seed(flow, config)}"
+
+
+def run_title(flow: str, config: Config) -> str:
+    """Return what a run is called in MLflow's lists, where its time stands beside it: what it does, profile, steps and seed."""
+    steps = "" if flow == _DATA else f" steps={config.train.steps}"
+    return f"{flow.removeprefix('research-')} {config.profile}{steps} seed={_seed(flow, config)}"
+
+
+def _seed(flow: str, config: Config) -> int:
+    return config.data_seed if flow == _DATA else config.train_seed
 
 
 def changed(config: Config) -> str:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from prefect.states import Completed
 from research_rl import config as configuration
 from research_rl.config import Config
 from research_rl.errors import ConfigError, ServiceError
+from research_rl.paths import PYTHON
 from research_rl.pipeline.run import current
 from research_rl.pipeline.stages import STAGES, Workspace
 from tasks.job import Job
@@ -30,7 +30,7 @@ from tasks.versioning.dvc_file import SNAPSHOT
 
 __all__ = ["COMMAND", "commit", "dvc", "environment", "prepare_repository", "record"]
 
-COMMAND = (sys.executable, "-m", "dvc")
+COMMAND = (PYTHON, "-m", "dvc")
 _CONFIG = """\
 [core]
     no_scm = True
@@ -146,7 +146,7 @@ def prepare_repository(root: Path) -> None:
 
 def environment() -> dict[str, str]:
     """Return the environment of a DVC process: this interpreter's commands first on PATH, no usage reports."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}", "DVC_NO_ANALYTICS": "1"}
+    return {**os.environ, "PATH": f"{Path(PYTHON).parent}:{os.environ.get('PATH', os.defpath)}", "DVC_NO_ANALYTICS": "1"}
 
 
 def dvc(root: Path, *arguments: str, env: Mapping[str, str] | None = None) -> str:

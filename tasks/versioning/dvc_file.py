@@ -14,6 +14,7 @@ import yaml
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import STAGES, Stage
 from research_rl.report.files import CURVES, HEADLINE
+from research_rl.terminal import say
 
 __all__ = ["SNAPSHOT", "render", "write"]
 
@@ -69,4 +70,4 @@ def write(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    print("dvc.yaml written" if write(CHECKOUT) else "dvc.yaml is current")
+    say("dvc.yaml written" if write(CHECKOUT) else "dvc.yaml is current")

@@ -18,11 +18,9 @@ import pytest
 
 from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port
+from tests.contract.ray_limits import TOO_SLOW, TRIES
 
 BIN = CHECKOUT / ".venv-policy/bin"
-TRIES = 6
-TOO_SLOW = "timed out during startup"
-"""What Ray says when a node did not start within its own limits."""
 
 
 @dataclass(frozen=True)

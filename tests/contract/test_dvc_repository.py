@@ -46,6 +46,21 @@ def ran(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
+def git(root: Path, *arguments: str) -> None:
+    """Run one command of git as a user of its own, so that it needs no settings of this machine."""
+    author = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    subprocess.run(["git", *author, *arguments], cwd=root, check=True, capture_output=True)
+
+
+def headline(space: Workspace, after: float) -> None:
+    """Write what `dvc metrics` reads of a report."""
+    folder = space.folder("report")
+    folder.mkdir(parents=True, exist_ok=True)
+    # DVC may have made the file a link into its cache.
+    (folder / "headline.json").unlink(missing_ok=True)
+    (folder / "headline.json").write_text(json.dumps({"steps": 2, "f1": {"before": 0.25, "after": after}}))
+
+
 def test_nothing_runs_after_a_record(workspace: Workspace) -> None:
     assert "up to date" in commit.dvc(workspace.root, "status", "data.dvc", *PIPELINE)
     assert ran(commit.dvc(workspace.root, "repro", *PIPELINE)) == []
@@ -91,6 +106,37 @@ def test_metrics_and_plots_show_the_report(tmp_path: Path) -> None:
     assert shown[""]["data"]["artifacts/report/headline.json"]["data"]["f1"]["difference"] == 0.5
     page = Path(commit.dvc(tmp_path, "plots", "show").strip().removeprefix("file://"))
     assert page.is_file() and '"reward": "0.3"' in page.read_text()
+
+
+def test_an_experiment_changes_a_parameter_and_metrics_are_compared(workspace: Workspace, tmp_path: Path) -> None:
+    """`dvc exp run -S` in a repository of git and DVC, as the checkout is one."""
+    space = Workspace(tmp_path / "checkout")
+    space.root.mkdir()
+    git(space.root, "init", "--quiet")
+    commit.dvc(space.root, "init", "--quiet")
+    commit.prepare_repository(space.root)
+    for name in ("params.yaml", "data", "artifacts"):
+        kept = workspace.root / name
+        shutil.copytree(kept, space.root / name, symlinks=False) if kept.is_dir() else shutil.copy(kept, space.root / name)
+    for name in ("train", "baseline", "evaluate"):
+        space.folder(name).mkdir()
+        (space.folder(name) / "made").write_text(name)
+    headline(space, 0.75)
+    resolved = config.load(space.root / "params.yaml")
+    commit.record(space, (*BUILT, "report"), resolved)
+    (space.root / ".gitignore").write_text("/data\n/artifacts\n")
+    git(space.root, "add", "--all")
+    git(space.root, "commit", "--quiet", "--message", "as built")
+
+    other = resolved.encoder.dim // 2
+    assert ran(commit.dvc(space.root, "exp", "run", "--set-param", f"encoder.dim={other}", "embed")) == ["embed"]
+    now = config.load(space.root / "params.yaml")
+    assert now == config.load(workspace.root / "params.yaml", [f"encoder.dim={other}"]), "DVC changed this value alone"
+    assert manifest.load(space.folder("embed")).parameters["encoder"]["dim"] == other
+
+    headline(space, 0.875)
+    difference = json.loads(commit.dvc(space.root, "metrics", "diff", "--json"))["artifacts/report/headline.json"]
+    assert difference == {"f1.after": {"old": 0.75, "new": 0.875, "diff": 0.125}}
 
 
 def test_recorded_artifacts_are_still_whole_and_replaceable(workspace: Workspace) -> None:

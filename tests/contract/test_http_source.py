@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import random
-import socket
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from research_rl.config import Config, addresses
+from research_rl.config import Config
 from research_rl.data import download, flashrag
 from research_rl.errors import ConfigError, DataError
 from research_rl.pipeline import manifest
@@ -22,7 +21,7 @@ from research_rl.pipeline.run import run_stage
 from research_rl.pipeline.stages import STAGES, Context, Progress, Workspace, silent
 from research_rl.validation.stage import QualityError
 from tests import defects
-from tests.web import Site, serve
+from tests.web import Site, localhost_is_public, serve
 
 ROWS = 12_000
 CORPUS = b"".join(json.dumps({"id": str(n), "contents": f"passage {n} " + "x" * (n % 597)}).encode() + b"\n" for n in range(ROWS))
@@ -56,10 +55,12 @@ def test_drops_refusals_and_wrong_lengths_cost_only_what_was_lost(site: Site, tm
     draw.shuffle(faults)
     site.faults["corpus.jsonl"] = deque(faults)
     told: list[str] = []
-    download.run(context(tmp_path, site, told))
+    # A busy machine may send nothing for seconds; what is given up then is no fault of this site.
+    download.run(context(tmp_path, site, told, {"timeout_s": 120}))
     found = whole(tmp_path)
     assert not site.faults["corpus.jsonl"], "every fault was met"
-    assert len(CORPUS) <= site.sent["corpus.jsonl"] <= len(CORPUS) + 8 * 65_536
+    # Each reply that ends too early, the two short ones and the long one included, costs less than one block.
+    assert len(CORPUS) <= site.sent["corpus.jsonl"] <= len(CORPUS) + 11 * 65_536
     assert found.facts["source"]["files"]["corpus.jsonl"]["sha256"] == hashlib.sha256(CORPUS).hexdigest()
     assert found.facts["source"]["url"] == site.url
     assert not (tmp_path / "artifacts/.work/download").exists()
@@ -218,17 +219,10 @@ def test_content_that_the_server_compressed_is_read(site: Site, tmp_path: Path) 
 
 
 def test_a_redirect_to_an_internal_address_is_refused(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The resolver answers that localhost is a public host, so that its redirect to 127.0.0.1 leads from outside to inside."""
-    answer = socket.getaddrinfo
-
-    def resolver(host: str, *rest: Any, **named: Any) -> Any:
-        public = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("93.184.216.34", 0))]
-        return public if host == "localhost" and not (rest and rest[0]) else answer(host, *rest, **named)
-
     site.redirects = {"moved.jsonl": f"{site.url}/corpus.jsonl"}
     download.run(context(tmp_path / "inside", site, corpus="moved.jsonl"))
     whole(tmp_path / "inside")
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", resolver)
+    localhost_is_public(monkeypatch)
     with pytest.raises(DataError, match=r"redirects to the internal address 127\.0\.0\.1"):
         download.run(context(tmp_path, site, url=site.url.replace("127.0.0.1", "localhost"), corpus="moved.jsonl"))
 

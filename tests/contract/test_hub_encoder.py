@@ -9,15 +9,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
 
+from research_rl.config import TransferConfig
 from research_rl.embedding.sentence import SentenceEncoder
+from research_rl.errors import DataError
+from research_rl.process import hub
 from tests.encoder_model import FACTS, texts, write_model
+from tests.json_server import served
+from tests.web import localhost_is_public
 
 COMMIT, TAG, REPOSITORY = "0123456789abcdef0123456789abcdef01234567", "v2", "owner/encoder"
 RESOLVE = """
@@ -26,7 +30,8 @@ from pathlib import Path
 from research_rl.config import EncoderConfig, TransferConfig
 from research_rl.embedding.models import resolve
 
-print(resolve(EncoderConfig(kind="sentence", model=sys.argv[1], revision=sys.argv[3]), TransferConfig(), Path(sys.argv[2])))
+config = EncoderConfig(kind="sentence", model=sys.argv[1], revision=sys.argv[3])
+print(resolve(config, TransferConfig(), Path(sys.argv[2]), Path()))
 """
 
 
@@ -61,7 +66,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes, body: bool) -> None:
         self.send_response(status)
-        headers = {"Content-Length": str(len(content)), "ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        digest = hashlib.sha256(content).hexdigest()
+        headers = {"Content-Length": str(len(content)), "ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
+        # Offered for every file, as by the hub: hf-xet would take it, through whatever proxy the environment names.
+        headers |= {"X-Xet-Hash": digest, "X-Xet-Refresh-Route": f"{self.path}/xet-read-token"}
         for name, value in (headers if status == 200 else {"Content-Length": "0", "X-Error-Code": "RepoNotFound"}).items():
             self.send_header(name, value)
         self.end_headers()
@@ -69,6 +77,23 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: object) -> None: ...
+
+
+class Moved(Hub):
+    """Answers for every file that it lies below `elsewhere`."""
+
+    elsewhere = ""
+
+    def _answer(self, *, body: bool) -> None:
+        if f"/resolve/{COMMIT}/" not in self.path:
+            super()._answer(body=body)
+            return
+        self.send_response(302)
+        content = (self._folder / self.path.partition(f"/{COMMIT}/")[2]).read_bytes()
+        linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        for name, value in {"Location": self.elsewhere + self.path, "Content-Length": "0", "X-Repo-Commit": COMMIT, **linked}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
 
 @pytest.fixture
@@ -79,11 +104,8 @@ def asked() -> list[str]:
 @pytest.fixture
 def server(tmp_path: Path, asked: list[str]) -> Iterator[str]:
     write_model(tmp_path / "whole")
-    found = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, tmp_path / "whole", asked))
-    Thread(target=found.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{found.server_address[1]}"
-    found.shutdown()
-    found.server_close()
+    with served(partial(Hub, tmp_path / "whole", asked)) as url:
+        yield url
 
 
 def _resolve(server: str, model: str, cache: Path, revision: str = "main") -> subprocess.CompletedProcess[str]:
@@ -110,3 +132,19 @@ def test_the_revision_that_is_named_is_fetched(server: str, asked: list[str], tm
     found = _resolve(server, REPOSITORY, tmp_path / "cache", TAG)
     assert COMMIT in Path(found.stdout.strip()).parts, found.stderr
     assert f"/api/models/{REPOSITORY}/revision/{TAG}" in asked
+
+
+def test_a_hub_that_redirects_to_an_internal_address_is_refused(
+    server: str, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library goes to the address itself, with what of this machine's network answers there; that a mirror inside redirects is fine."""
+    monkeypatch.setattr(Moved, "elsewhere", server)
+    with served(partial(Moved, tmp_path / "whole", [])) as inside:
+        found = hub.snapshot(REPOSITORY, "main", TransferConfig(hub_endpoint=inside), tmp_path / "mirror")
+        assert (found / "config.json").read_bytes() == (tmp_path / "whole/config.json").read_bytes()
+        asked.clear()
+        localhost_is_public(monkeypatch)
+        outside = TransferConfig(hub_endpoint=inside.replace("127.0.0.1", "localhost"))
+        with pytest.raises(DataError, match=r"redirects to the internal address 127\.0\.0\.1"):
+            hub.snapshot(REPOSITORY, "main", outside, tmp_path / "cache")
+    assert asked == []

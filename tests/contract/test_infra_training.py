@@ -15,7 +15,7 @@ from research_rl import config
 from research_rl.paths import CHECKOUT
 
 BIN = Path(sys.executable).parent
-RAYJOB = CHECKOUT / "infra/k8s/rayjob.yaml"
+RAYJOB = CHECKOUT / "infra/k8s/overlays/gpu/rayjob.yaml"
 LOCKS = sorted((CHECKOUT / "requirements").glob("gpu-*.txt"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -44,7 +45,10 @@ print(httpx.post(url + "/flows/filter", json={}).status_code, tiny())
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
-    stack = Stack(tmp_path_factory.mktemp("stack"))
+    """The servers' state in a folder as people name them: a database, its address and each command line have to take the name."""
+    folder = tmp_path_factory.mktemp("stack") / "Ada's données #1 50%25?x"
+    folder.mkdir()
+    stack = Stack(folder)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RESEARCH_PREFECT_PORT", "RESEARCH_MLFLOW_PORT"):
             patch.setenv(name, "0")
@@ -95,6 +99,7 @@ def test_mlflow_refuses_pages_of_other_origins_and_requests_without_the_key(stac
     variables = stack.variables()
     key = variables["MLFLOW_TRACKING_USERNAME"], variables["MLFLOW_TRACKING_PASSWORD"]
     assert post(json={"max_results": 1}, auth=key).status_code == 200
+    assert (stack.state / "mlflow.db").is_file() or list(stack.state.glob("*.db")), "a `?` ended the name of the database's folder"
     assert post(json={"max_results": 1}).status_code == 401
     assert post(json={"max_results": 1}, auth=key, headers={"Origin": "http://localhost:8000"}).status_code == 403
     assert post(json={"max_results": 1}, auth=key, headers={"Host": "evil.example"}).status_code == 421
@@ -112,6 +117,15 @@ def run(code: str, cwd: Path, **env: str) -> str:
 
 
 @pytest.mark.usefixtures("prefect")
+def test_connections_that_never_finish_their_headers_are_closed(prefect: str, mlflow: str) -> None:
+    """1,100 of them used up the open files of a server, which then answered nobody."""
+    for url in (prefect, mlflow):
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port or 0), timeout=60) as slow:
+            slow.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ")
+            assert slow.makefile("rb").readline().startswith(b"HTTP/1.1 408"), url
+
+
 def test_the_mlflow_client_and_the_prefect_command_use_the_key(stack: Stack, mlflow: str) -> None:
     variables = {**stack.variables(), "PREFECT_HOME": stack.home}
     assert run("import mlflow; print(mlflow.MlflowClient().create_experiment('x'))", stack.state, **variables).strip().isdigit()

@@ -29,6 +29,7 @@ from research_rl.process.services import Process, free_port, guarded
 from tasks.artifacts import _headline, _verdict
 from tasks.tracking import sender, track
 from tasks.tracking.journal import EVENTS, Place, TrackingJournal, read
+from tasks.tracking.registry import moves
 from tasks.tracking.track import Tracker, journals, tracking_uri
 from tests.waiting import PATIENCE_S, until
 
@@ -192,7 +193,7 @@ def test_a_server_absent_then_killed_then_back_ends_with_every_step_once(
         place = Place.load(tracker.journal.folder)
         named = [run.info.run_name for run in MlflowClient(tracking_uri=url).search_runs([place.experiment])]
         assert len(named) == 2 and "train" in named, "no run may be made twice"
-        assert any(str(name).startswith("research-train laptop seed 42, 20") for name in named)
+        assert any(name == f"train laptop steps={config.load_profile('laptop').train.steps} seed=42" for name in named)
 
 
 def test_a_policy_is_registered_once_with_its_lineage(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,16 +214,21 @@ def test_a_policy_is_registered_once_with_its_lineage(space: Workspace, monkeypa
             run.register(model, "research-rl", {"manifest": "abc", "parent.train": "t"})
             run.describe("research-rl", "abc", "F1 0.100 before", {"f1_after": "0.9"})
             run.describe("research-rl", "unknown", "-", {})
-            run.alias("research-rl", "abc", "champion")
-            run.alias("research-rl", "unknown", "champion")
+            run.promote("research-rl", "abc", None, "a test", "it is better")
+            run.promote("research-rl", "unknown", None, "a test", "nobody knows it")
         assert tracker.close("FINISHED")
     client = MlflowClient(tracking_uri=uri)
     versions = client.search_model_versions("name = 'research-rl'")
-    assert len(versions) == 1 and versions[0].tags == {"manifest": "abc", "parent.train": "t", "f1_after": "0.9"}
+    assert len(versions) == 1
+    tags = versions[0].tags
+    moved = {name: tags.pop(name) for name in [*tags] if name.startswith("champion.")}
+    assert tags == {"manifest": "abc", "parent.train": "t", "f1_after": "0.9"}
+    assert (moved["champion.who"], moved["champion.why"], moved["champion.before"]) == ("a test", "it is better", "none")
     assert versions[0].description == "F1 0.100 before"
     full = client.get_registered_model("research-rl")
     assert full.aliases == {"candidate": versions[0].version, "champion": versions[0].version}
     assert [item.path for item in client.list_artifacts(versions[0].run_id, "model")] == ["model/config.json"]
+    assert [made.reason.why for made in moves(client, "research-rl")] == ["it is better"], "an event that comes twice moves nothing"
     place = Place.load(tracker.journal.folder)
     nested = client.get_run(place.runs["train/attempt-1"])
     assert nested.data.tags["mlflow.parentRunId"] == place.runs["train"]
@@ -332,7 +338,7 @@ def test_a_deleted_experiment_is_restored_and_one_that_is_gone_is_made_anew(spac
 
     client.delete_experiment(experiment)
     tracker.metrics({"f1_after": 0.9})
-    with pytest.raises(sender._Unreachable, match="restored"):
+    with pytest.raises(sender.Unreachable, match="restored"):
         journal._send(read(tracker.journal.folder, journal.place.offset))
     journal._send(read(tracker.journal.folder, journal.place.offset))
     assert client.get_run(journal.place.runs["flow"]).data.metrics == {"f1_after": 0.9}

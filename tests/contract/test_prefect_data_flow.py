@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import prefect
 import pytest
 import yaml
 from prefect import get_client
+from prefect.cli.deploy._triggers import _initialize_deployment_triggers
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.testing.utilities import prefect_test_harness
@@ -30,7 +32,7 @@ from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.watch import Finding
 from research_rl.validation.stage import QualityError
 from tasks import stage
-from tasks.job import opened
+from tasks.job import Job, opened
 from tasks.stage import Progress, stage_task
 from tasks.tracking import track
 from tasks.tracking.journal import TrackingJournal, read
@@ -38,6 +40,7 @@ from tasks.tracking.track import StageRun, Tracker, journals
 from tasks.train import Watcher
 from tasks.versioning import commit
 from tests import defects
+from tests.waiting import PATIENCE_S
 
 SMALL: dict[str, Any] = {
     "data.generated.entities": 60,
@@ -50,7 +53,7 @@ STAGES = ("download", "validate", "prepare", "corpus", "embed", "index")
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Generator[None]:
-    with prefect_test_harness(server_startup_timeout=240):
+    with prefect_test_harness(server_startup_timeout=int(PATIENCE_S)):
         yield
 
 
@@ -110,11 +113,41 @@ def test_a_second_run_skips_everything_and_a_parameter_reruns_what_depends_on_it
     assert {name for name in STAGES if after[name] == "Completed"} == {"embed", "index"}
 
 
+def test_a_weekly_run_ends_at_once_where_nothing_changed_and_brings_what_did(tmp_path: Path) -> None:
+    named = {split: [f"s/{split}.jsonl"] for split in ("train", "dev", "test")}
+    source = tmp_path / "source/s"
+    source.mkdir(parents=True)
+    for name, rows in defects.snapshot().items():
+        (source / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = {f"data.{split}": names for split, names in named.items()} | {"data.source": "folder", "data.folder": "source"}
+    weekly: dict[str, Any] = {"workspace": str(tmp_path), "overrides": {**overrides, "data.corpus": "s/corpus.jsonl"}, "refresh": True}
+    research_data(**weekly)
+    assert states(last_run()) == {**dict.fromkeys(STAGES, "Completed"), "dvc-commit": "Completed", "summary": "Completed"}
+    research_data(**weekly)
+    assert states(last_run()) == {"download": "Cached", "dvc-commit": "Cached", "summary": "Completed"}
+    lines = (source / "corpus.jsonl").read_text().splitlines()
+    (source / "corpus.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    research_data(**weekly)
+    found = states(last_run())
+    assert {found[name] for name in ("download", "validate", "corpus", "embed", "index", "dvc-commit")} == {"Completed"}
+    made = Workspace(tmp_path)
+    changes = pipeline.measured(made, manifest.load(made.folder("embed")))
+    assert (changes["added"], changes["changed"], changes["removed"]) == (0, 0, 1)
+
+
 def test_the_weekly_deployment_asks_the_sources() -> None:
     """Without it a download is current as long as its configuration is, whatever the source holds."""
     deployments = {item["name"]: item for item in yaml.safe_load((CHECKOUT / "prefect.yaml").read_text())["deployments"]}
     assert deployments["weekly"]["parameters"]["refresh"] is True
     assert "refresh" in research_data.parameters.properties
+
+
+def test_deployments_react_to_events_that_are_raised_only_where_a_user_turned_that_on() -> None:
+    deployments = yaml.safe_load((CHECKOUT / "prefect.yaml").read_text())["deployments"]
+    (found,) = [item for item in deployments if item.get("triggers")]
+    (trigger,) = _initialize_deployment_triggers(found["name"], found["triggers"])
+    assert not trigger.enabled and found["name"] == "weekly-challenger"
+    assert all(f'"{event}"' in (CHECKOUT / "tasks/evaluation/night.py").read_text() for event in found["triggers"][0]["expect"])
 
 
 def table(run: FlowRun, key: str) -> list[dict[str, Any]]:
@@ -148,15 +181,50 @@ def test_bad_data_fails_once_shows_its_rows_and_publishes_nothing(tmp_path: Path
 
 
 def test_the_form_describes_every_parameter() -> None:
+    from flows.bench import research_bench
     from flows.evaluate import research_eval
     from flows.train import research_train
 
-    for flow in (research_data, research_train, research_eval):
+    for flow in (research_data, research_train, research_eval, research_bench):
         properties = flow.parameters.model_dump()["properties"]
         assert all(item.get("description") for item in properties.values()), flow.name
     form = research_train.parameters.model_dump()["properties"]
     assert form["profile"]["anyOf"][0]["enum"] == config.profiles()
     assert form["force"]["items"]["enum"] == list(pipeline.STAGES)
+    numbers = {
+        flow.name: typed_fields(flow.parameters.model_dump()["properties"]) for flow in (research_train, research_eval, research_bench)
+    }
+    assert numbers == {"research-train": ["seed", "steps"], "research-eval": ["seed"], "research-bench": ["seed"]}
+
+
+def typed_fields(form: dict[str, Any]) -> list[str]:
+    """Return the fields that take a whole number or stay empty."""
+    kinds = {name: [kind["type"] for kind in item.get("anyOf", ())] for name, item in form.items()}
+    return sorted(name for name, found in kinds.items() if found == ["integer", "null"] and form[name].get("default") is None)
+
+
+def test_a_field_of_the_form_is_written_to_params_yaml_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run itself is cut short: what it would have built is not what this is about."""
+    from flows import evaluate
+
+    config.save(config.load_profile("laptop"), tmp_path / "params.yaml")
+
+    def begun(job: Job, stages: object) -> NoReturn:
+        job.on_build()
+        raise DataError("far enough")
+
+    monkeypatch.setattr(track, "_DRAIN_S", 0.1)
+    monkeypatch.setattr(evaluate, "retriever", begun)
+    monkeypatch.setattr(logging.getLogger("prefect.flow_runs"), "handlers", [caplog.handler])
+    with pytest.raises(DataError, match="far enough"):
+        evaluate.research_eval(workspace=str(tmp_path), seed=7, overrides={"evaluation.rows": 8})
+    found = config.load(tmp_path / "params.yaml")
+    assert (found.evaluation.seed, found.evaluation.rows, found.seed) == (7, 8, 42)
+    assert "evaluation.seed 17 -> 7, written to params.yaml" in caplog.messages
+    with pytest.raises(ConfigError, match=r"seed=7 and overrides both set evaluation\.seed"):
+        evaluate.research_eval(workspace=str(tmp_path), seed=7, overrides={"evaluation.seed": 8})
 
 
 def test_a_stage_that_runs_beside_a_failing_one_has_ended_before_the_run_gives_up_workspace_and_tracker(

@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Sequence
 
+import httpx
 import pytest
 
+from research_rl.config import RetrieverConfig
 from research_rl.episode.agent import Limits, SearchFailure, run_episode
 from research_rl.episode.trajectory import Passage, SearchFault, StopReason
 from research_rl.retriever.client import RetrieverClient
@@ -49,6 +51,21 @@ def test_a_slow_healthy_service_gets_large_batches_and_no_timeout(max_batch: int
     assert stops == [StopReason.ANSWERED] * EPISODES
     assert counts == {"asked": EPISODES, "tries": EPISODES} and state == "closed" and notes == []
     assert max(slow.sizes) >= largest, slow.sizes
+
+
+def test_a_whole_question_set_in_one_request_is_answered_in_order() -> None:
+    """FlashRAG's pipelines send all questions of 2WikiMultihopQA's development set at once; the defaults must take them."""
+    sizes, queries = list[int](), [f"question {n}" for n in range(12_576)]
+
+    def answers(batch: Sequence[str], top_k: int) -> list[list[Passage]]:
+        sizes.append(len(batch))
+        return [[Passage(str(k), f"{query} {k}", 1.0 / (1 + k)) for k in range(top_k)] for query in batch]
+
+    with served(answers) as url:
+        reply = httpx.post(f"{url}/batch_search", json={"query": queries, "top_n": 5}, trust_env=False, timeout=300)
+    assert reply.status_code == 200, reply.text[:200]
+    assert [[hit["contents"] for hit in row] for row in reply.json()] == [[f"{query} {k}" for k in range(5)] for query in queries]
+    assert max(sizes) == RetrieverConfig().max_batch and sum(sizes) == len(queries)
 
 
 def test_waiting_for_a_connection_is_bounded_and_no_failure_of_the_replica() -> None:

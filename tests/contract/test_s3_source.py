@@ -20,7 +20,8 @@ from research_rl.data import download, flashrag
 from research_rl.errors import DataError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace, silent
-from tasks.local.stack import BUCKET, Stack
+from tasks.local.deploy import BUCKET
+from tasks.local.stack import Stack
 
 ROWS = 12_000
 CORPUS = b"".join(json.dumps({"id": str(n), "contents": f"passage {n} " + "x" * (n % 597)}).encode() + b"\n" for n in range(ROWS))

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import chain_model
 import httpx
 import psutil
 import pytest
+from answering import until
+from generating import SEARCH_END, ask, children, once
+from searching import served
 
+from research_rl.agent.command import address_file
 from research_rl.config import Config
 from research_rl.episode.agent import Completion
 from research_rl.episode.prompts import FolderTokenizer, load_tokenizer
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import ServiceError
-from research_rl.evaluation.evaluate import evaluate
+from research_rl.evaluation.evaluate import Player, evaluate
+from research_rl.evaluation.methods import find
 from research_rl.evaluation.results import HeldOutQuestion
+from research_rl.paths import CHECKOUT
 from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import Endpoint
 from research_rl.serving.client import HttpEngine, Sampling
 from research_rl.serving.serve import running
+from tests.waiting import PATIENCE_S
 
 CHAIN = {
     "?": "<think>",
@@ -44,9 +55,12 @@ CHAIN = {
     "tail": "coin",
 }
 CONFIG = Config.model_validate(
-    {"prompt": {"template": "file", "path": "PATH", "max_tokens": 64}, "episode": {"max_response_tokens": 64, "top_k": 1}}
+    {
+        "prompt": {"template": "file", "path": "PATH", "max_tokens": 64},
+        "episode": {"max_response_tokens": 64, "top_k": 1},
+        "serving": {"start_deadline_s": PATIENCE_S},
+    }
 )
-SEARCH_END = ("</search>",)
 
 
 @pytest.fixture(scope="module")
@@ -61,36 +75,17 @@ def model(workspace: Workspace) -> Path:
 
 @pytest.fixture(scope="module")
 def endpoint(workspace: Workspace, model: Path) -> Iterator[Endpoint]:
-    before = _python_processes()
+    before = children()
     with running(CONFIG, workspace, model, name="chain") as found:
-        assert _python_processes() > before
+        assert children() > before
         yield found
-    assert _python_processes() <= before, "a process of the server outlived its block"
+    assert children() <= before, "a process of the server outlived its block"
     assert list(workspace.services.glob("*.pid")) == []
 
 
 @pytest.fixture(scope="module")
 def tokenizer(model: Path) -> FolderTokenizer:
     return load_tokenizer(model)
-
-
-def _python_processes() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE}
-
-
-def ask(endpoint: Endpoint, sampling: Sampling, call: Callable[[HttpEngine], Awaitable[list[Completion]]]) -> list[Completion]:
-    async def main() -> list[Completion]:
-        async with HttpEngine(endpoint, sampling) as engine:
-            return await call(engine)
-
-    return asyncio.run(main())
-
-
-def once(endpoint: Endpoint, ids: Sequence[int], max_tokens: int, sampling: Sampling | None = None) -> Completion:
-    async def call(engine: HttpEngine) -> list[Completion]:
-        return [await engine.generate(ids, SEARCH_END, max_tokens)]
-
-    return ask(endpoint, sampling or Sampling(logprobs=True), call)[0]
 
 
 def test_a_stop_string_ends_a_turn_and_its_tokens_are_returned(endpoint: Endpoint, tokenizer: FolderTokenizer) -> None:
@@ -109,6 +104,21 @@ def test_eos_ends_a_turn_and_is_returned(endpoint: Endpoint, tokenizer: FolderTo
 def test_the_token_budget_ends_a_turn(endpoint: Endpoint, tokenizer: FolderTokenizer) -> None:
     found = once(endpoint, tokenizer.encode("tick"), 5)
     assert (found.finished_by, list(found.ids)) == ("length", tokenizer.encode("tock tick tock tick tock"))
+
+
+def test_a_streamed_turn_is_the_turn_in_pieces(endpoint: Endpoint, tokenizer: FolderTokenizer) -> None:
+    async def main(ids: list[int], limit: int) -> tuple[Completion, list[Sequence[int]]]:
+        pieces: list[Sequence[int]] = []
+        async with HttpEngine(endpoint, Sampling(logprobs=True)) as engine:
+            return await engine.stream(ids, SEARCH_END, limit, pieces.append), pieces
+
+    for text, limit in (("who wrote ?", 50), ("</result>", 50), ("tick", 5)):
+        ids = tokenizer.encode(text)
+        streamed, pieces = asyncio.run(main(ids, limit))
+        whole = once(endpoint, ids, limit)
+        assert (streamed.ids, streamed.finished_by) == (whole.ids, whole.finished_by)
+        assert streamed.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
+        assert len(pieces) > 1 and tuple(token for piece in pieces for token in piece) == whole.ids
 
 
 def test_drawn_tokens_depend_on_prompt_and_seed_alone(endpoint: Endpoint, tokenizer: FolderTokenizer) -> None:
@@ -173,7 +183,49 @@ def test_whole_episodes_are_played_and_measured(endpoint: Endpoint, tokenizer: F
 
     async def main() -> list[tuple[float, float, bool, int, float | None, str]]:
         async with HttpEngine(endpoint, Sampling()) as engine:
-            results = await evaluate(config, questions, engine, Shelf(), tokenizer, lambda result: None)
+            player = Player(config, tokenizer, find("research"), 0, lambda identifiers: [])
+            results = await evaluate(player, questions, engine, Shelf(), lambda result: None)
             return [(r.f1, r.em, r.format, r.searches, r.recall, r.stop) for r in results]
 
     assert asyncio.run(main()) == [(row % 2, row % 2, True, 1, 0.5, "answered") for row in range(40)]
+
+
+def test_the_agent_is_served_and_asked_over_a_real_engine(endpoint: Endpoint, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "template.txt").write_text("{question} ?")
+    with served(lambda queries, top_k: [[Passage("p1", "Ada wrote Borel")] for _ in queries]) as retriever:
+        given = [f"retriever.url={retriever}", f"serving.url={endpoint.url}/v1", "prompt.template=file", "prompt.max_tokens=64"]
+        given += [f"prompt.path={tmp_path / 'template.txt'}", "episode.max_response_tokens=64", "episode.top_k=1"]
+        common = ["--workspace", str(tmp_path), "--profile", "laptop", "--model", str(model), *given]
+        env = {**os.environ, "RESEARCH_SERVING_TOKEN": endpoint.token or ""}
+
+        def asked(*more: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "research_rl", "ask", *more, *common]
+            return subprocess.run(command, capture_output=True, text=True, env=env, cwd=CHECKOUT, timeout=600)
+
+        alone = asked("--json", "who wrote Borel")
+        assert "no agent service runs here" in alone.stderr, alone.stderr
+        command = [sys.executable, "-m", "research_rl", "serve-agent", *common]
+        service = subprocess.Popen(command, env=env, cwd=CHECKOUT, stdout=subprocess.DEVNULL)
+        try:
+            until(lambda: service.poll() is not None or _ready(Workspace(tmp_path)), 600)
+            over_http = asked("--json", "who wrote Borel")
+            assert "asking policy-chain at" in over_http.stderr, over_http.stderr
+        finally:
+            service.send_signal(signal.SIGTERM)
+            service.wait(60)
+    assert not address_file(Workspace(tmp_path)).exists()
+    for done in (alone, over_http):
+        told = json.loads(done.stdout)
+        assert [item["type"] for item in told["output"]] == ["reasoning", "file_search_call", "message"]
+        assert (told["status"], told["research"]["answer"], told["research"]["supported"]) == ("completed", "Ada", True)
+        assert told["output"][0]["content"][0]["text"] == "hmm" and told["output"][2]["content"][0]["text"] == "Ada"
+
+
+def _ready(workspace: Workspace) -> bool:
+    if not address_file(workspace).is_file():
+        return False
+    url = json.loads(address_file(workspace).read_text())["url"]
+    try:
+        return httpx.get(f"{url}/readyz", trust_env=False, timeout=10).is_success
+    except httpx.HTTPError:
+        return False

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +14,43 @@ import pytest
 
 from research_rl.config import Config
 from research_rl.paths import CHECKOUT
+from research_rl.pipeline import manifest
+from research_rl.pipeline.stages import Workspace
 from research_rl.process.services import free_port
+from research_rl.retriever.source import Taping, lacking
+from research_rl.retriever.tape import FILE, Shelf
 from research_rl.training.run import overrides
 from research_rl.training.run.overrides import Paths
 from research_rl.training.run.run import interpreter
+from tests.json_server import JsonHandler, served
 
 
-class Retriever(BaseHTTPRequestHandler):
+class Retriever(JsonHandler):
     """Answers every query with one passage that pretends to answer for the model."""
 
     def do_POST(self) -> None:
-        queries = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["query"]
+        queries = self.body()["query"]
         passage = {"id": "p1", "contents": "ab <answer> \\boxed{ ab } </answer> ba"}
-        body = json.dumps([[[passage] for _ in queries], [[1.0] for _ in queries]]).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None: ...
+        self.reply(200, [[[passage] for _ in queries], [[1.0] for _ in queries]])
 
 
 @pytest.fixture(scope="module")
 def retriever() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Retriever)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with served(Retriever) as url:
+        yield url
 
 
-def play(folder: Path, url: str) -> dict[str, Any]:
+def play(folder: Path, url: str, taping: Taping | None = None, timeout_s: float = 1.0) -> dict[str, Any]:
     model = chain_model.build(folder / "model", {}, ("a", "b", "ab", "ba", "}", "[answer]", "[/answer]"))
     config = Config.model_validate(
         {
             "prompt": {"template": "file", "path": str(folder / "template.txt")},
-            "episode": {"max_response_tokens": 60, "max_result_tokens": 8, "search_timeout_s": 1.0},
+            "episode": {"max_response_tokens": 60, "max_result_tokens": 8, "search_timeout_s": timeout_s},
         }
     )
     (folder / "template.txt").write_text("{question}")
     paths = Paths(model, folder, folder, folder, folder)
-    paths.agent.write_text(overrides.agent_yaml(config, paths, url))
+    paths.agent.write_text(overrides.agent_yaml(config, paths, url, taping))
     script = Path(__file__).with_name("verl_adapter.py")
     command = [str(interpreter(config)), str(script), str(model), str(paths.agent), str(paths.episodes)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(CHECKOUT)})
@@ -103,6 +98,25 @@ def test_a_broken_engine_costs_one_episode(played: dict[str, Any]) -> None:
 def test_the_length_limit_is_a_stop_reason(played: dict[str, Any]) -> None:
     assert played["kept"]["length"]["stop"] == "token_limit"
     assert played["length"]["lengths"] == [60, 60, 60]
+
+
+def test_what_workers_record_is_replayed_without_a_retriever(retriever: str, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    for name in ("embed", "index"):
+        with manifest.publish(workspace.folder(name), name, "x", {}):
+            pass
+    shelf = Shelf(workspace, manifest.load(workspace.folder("index")))
+    folders = [tmp_path / name for name in ("recorded", "replayed")]
+    for folder in folders:
+        folder.mkdir()
+    recorded = play(folders[0], retriever, Taping(None, shelf.parts, shelf.missing), 60.0)
+    found = shelf.gather()
+    assert found and found.counts["replies"] == 1, "every episode asks the same"
+    taping = Taping(shelf.folder / FILE, None, shelf.missing)
+    replayed = play(folders[1], "tape:", taping)
+    for name in ("answered", "length", "broken", "silent"):
+        assert all(replayed[name][part] == recorded[name][part] for part in ("model", "search", "reward"))
+    assert "ab [answer]" in replayed["answered"]["search"] and lacking(taping) is None
 
 
 def test_a_dead_retriever_is_told_to_the_model_and_counted(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from research_rl.config import Config
 from research_rl.paths import CHECKOUT
 from research_rl.training.run.overrides import Paths, render
 from research_rl.training.run.run import interpreter
-from tests.contract.ray_cluster import TOO_SLOW
+from tests.contract.ray_limits import TOO_SLOW
 
 SPREAD, FLAT = [0.0, 1.0], [1.0, 1.0]
 REWARDS = {

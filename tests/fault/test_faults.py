@@ -60,6 +60,26 @@ def test_a_thousand_kills(whole: Path, tmp_path: Path, stage: str) -> None:
     killed(whole, tmp_path, stage, LONG[stage])
 
 
+def refreshed(whole: Path, root: Path, stage: str, number: int) -> None:
+    """Kill the build of a stage in the middle of bringing it up to date."""
+    found = trials("refresh", whole, root, stage, number)
+    assert found["same"] and found["killed"] == found["trials"] == number
+    # The first shard holds nothing that changed: its file is that of the artifact that was replaced.
+    assert found["linked"] >= 1
+    assert found["redone"] <= 1
+
+
+@pytest.mark.parametrize("stage", ["embed", "index"])
+def test_a_refresh_that_is_killed_is_whole_or_absent_and_resumes(tmp_path: Path, stage: str) -> None:
+    refreshed(tmp_path / "whole", tmp_path, stage, 12)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["embed", "index"])
+def test_a_thousand_kills_in_mid_refresh(tmp_path: Path, stage: str) -> None:
+    refreshed(tmp_path / "whole", tmp_path, stage, 500)
+
+
 def starved(found: dict[str, Any]) -> None:
     errors = [error for error in found["errors"] if error]
     assert errors, "no trial ran out of space"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -26,15 +25,15 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
 
 from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port
 from research_rl.retriever import TOKEN
+from tests.abuse import MIB, by_bytes, by_schema, deliberate, mutations
 from tests.knowledge import built, until_ready
 
-MIB = 1 << 20
+PATHS = ("/search", "/batch_search", "/retrieve")
+NAMES = ("query", "queries", "top_n", "topk", "return_score", "return_scores", "timeout_s", "z")
 CONFIG = {"max_batch": 16, "max_queue": 48, "cache_entries": 200, "drain_s": 20.0, "verify": False}
 
 
@@ -84,150 +83,11 @@ def well(served: Served) -> None:
     assert answer.status_code == 200 and answer.json()[0]["id"] == "p7"
 
 
-def deliberate(status: int, headers: Any) -> bool:
-    return status < 500 or (status == 503 and "retry-after" in headers)
-
-
-def by_schema(served: Served, examples: int) -> Counter[int]:
-    """Send `examples` requests an operation drawn from our OpenAPI, half of the parameters and bodies wrong on purpose."""
-    statuses: Counter[int] = Counter()
-    schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
-    modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
-    with httpx.Client(base_url=served.url, trust_env=False, timeout=60) as client:
-        for result in schema.get_all_operations():
-            operation = result.ok()
-            for mode in modes if operation.method.upper() == "POST" else modes[:1]:
-                count = examples if operation.method.upper() == "POST" else max(2, examples // 10)
-
-                @given(case=operation.as_strategy(generation_mode=mode))
-                @settings(
-                    max_examples=count,
-                    deadline=None,
-                    database=None,
-                    derandomize=True,
-                    phases=[Phase.generate],
-                    suppress_health_check=list(HealthCheck),
-                )
-                def send(case: Any) -> None:
-                    call = case.as_transport_kwargs()
-                    call.pop("cookies", None)
-                    headers = {str(name): str(value) for name, value in (call.pop("headers", None) or {}).items()}
-                    try:
-                        answer = client.request(
-                            call.pop("method"),
-                            case.formatted_path,
-                            headers=headers,
-                            **{key: call[key] for key in ("json", "params", "content", "data") if call.get(key) is not None},
-                        )
-                    except (TypeError, ValueError, UnicodeEncodeError):
-                        return  # a body or header that no HTTP client can put on the wire
-                    statuses[answer.status_code] += 1
-                    assert deliberate(answer.status_code, answer.headers), (answer.status_code, answer.text, case)
-
-                send()
-    return statuses
-
-
-def mutations(seed: int) -> Iterator[bytes]:
-    """Yield malformed requests without end: requests with bytes changed, cut, doubled, and headers that lie."""
-    generator = random.Random(seed)
-    paths = ["/search", "/batch_search", "/retrieve", "/health", "/readyz", "/metrics", "/docs", "/", "/%00", "/" + "a" * 5000, "*"]
-    values: list[Any] = [
-        None,
-        True,
-        -1,
-        0,
-        1e308,
-        10**30,
-        "",
-        " ",
-        "x" * 300,
-        "\ud800",
-        "\x00",
-        [],
-        [[]],
-        {},
-        {"query": {}},
-        "a",
-        ["a"],
-        ["a", None],
-        3,
-    ]
-    while True:
-        names = generator.choices(
-            ["query", "queries", "top_n", "topk", "return_score", "return_scores", "timeout_s", "z"], k=generator.randint(0, 5)
-        )
-        body = json.dumps({name: generator.choice(values) for name in names}).encode()
-        if generator.random() < 0.3:
-            body = generator.choice(
-                [
-                    b"",
-                    b"[" * 3000,
-                    b"{" * 3000,
-                    body[: len(body) // 2],
-                    body * 3,
-                    bytes(generator.randbytes(60)),
-                    b'{"query": "a", "top_n": ' + b"9" * 5000 + b"}",
-                ]
-            )
-        length = generator.choice([str(len(body))] * 6 + ["0", "-1", "99999999999", "1e3", "", str(len(body) + 5)])
-        method = generator.choice(["POST"] * 6 + ["GET", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "P OST", "\x00"])
-        lines = [f"{method} {generator.choice(paths)} HTTP/{generator.choice(['1.1'] * 6 + ['1.0', '0.9', '9.9', 'x'])}", "Host: localhost"]
-        lines += [f"Content-Length: {length}"] if generator.random() < 0.9 else ["Transfer-Encoding: chunked"]
-        lines += generator.choice(
-            [["Content-Type: application/json"], ["Content-Type: text/plain"], [], ["Content-Type: multipart/form-data"]]
-        )
-        lines += generator.choice(
-            [
-                [],
-                [],
-                ["X-Deadline-Ms: soon"],
-                ["X-Deadline-Ms: 0"],
-                ["X-Deadline-Ms: " + "9" * 400],
-                ["X: " + "y" * 70_000],
-                ["bad header"],
-                ["Expect: 100-continue"],
-            ]
-        )
-        request = bytearray("\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + body)
-        if generator.random() < 0.3:
-            for _ in range(generator.randint(1, 8)):
-                request[generator.randrange(len(request))] = generator.randrange(256)
-        yield bytes(request)
-
-
-async def by_bytes(port: int, count: int, seed: int, wait_s: float = 0.3) -> Counter[int]:
-    """Send malformed requests, sixteen at a time, each on a connection of its own; return the statuses (0: closed unanswered)."""
-    statuses: Counter[int] = Counter()
-    requests = mutations(seed)
-    slots = asyncio.Semaphore(16)
-
-    async def one(request: bytes) -> None:
-        async with slots:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            try:
-                writer.write(request)
-                writer.write_eof()
-                async with asyncio.timeout(15):
-                    answer = await reader.read(1 << 16)
-            except (ConnectionError, TimeoutError, OSError):
-                answer = b""
-            finally:
-                writer.transport.abort()
-            status = int(answer[9:12]) if answer[:5] == b"HTTP/" and answer[9:12].isdigit() else 0
-            statuses[status] += 1
-            head = answer.split(b"\r\n\r\n")[0].lower()
-            assert deliberate(status, "retry-after" if b"retry-after" in head else ""), (request, answer)
-
-    await asyncio.gather(*(one(next(requests)) for _ in range(count)))
-    return statuses
-
-
 def abused(served: Served, examples: int, count: int) -> Counter[int]:
     well(served)
-    asyncio.run(by_bytes(served.port, 200, 1))
+    asyncio.run(by_bytes(served.port, mutations(PATHS, NAMES, 1), 200))
     before = served.mib()
-    statuses = by_schema(served, examples) + asyncio.run(by_bytes(served.port, count, 2))
+    statuses = by_schema(served.url, examples) + asyncio.run(by_bytes(served.port, mutations(PATHS, NAMES, 2), count))
     assert served.process.poll() is None
     well(served)
     assert served.mib() - before < 64
@@ -276,11 +136,15 @@ async def clients(port: int, number: int, seconds: float, counts: Counter[Any]) 
 
 
 def soak(served: Served, seconds: float) -> tuple[Counter[Any], list[float]]:
-    """Load the service in four equal parts; return all counts and its memory after each."""
+    """Load the service in four parts of equal length, longer where a busy machine answers little; return all counts and its memory."""
     counts: Counter[Any] = Counter()
     memory: list[float] = []
     for _ in range(4):
-        asyncio.run(clients(served.port, 64, seconds / 4, counts))
+        goal = counts[200] + 16
+        for _ in range(30):
+            asyncio.run(clients(served.port, 64, seconds / 4, counts))
+            if counts[200] >= goal:
+                break
         memory.append(served.mib())
     return counts, memory
 

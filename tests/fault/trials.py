@@ -16,12 +16,13 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from research_rl.config import Config
+from research_rl.config import Config, config_hash
+from research_rl.pipeline import manifest
 from research_rl.pipeline.run import current, run_stage
 from research_rl.pipeline.stages import STAGES, Workspace
 from research_rl.planning import plan
@@ -31,6 +32,7 @@ CONFIG = Config.model_validate(
         "data": {"generated": {"entities": 40, "train_questions": 8, "dev_questions": 4, "test_questions": 8}},
         "corpus": {"shard_rows": 100},
         "encoder": {"dim": 16, "shard_rows": 100},
+        "index": {"shard_rows": 100},
     }
 )
 KNOWLEDGE = tuple(STAGES)[: tuple(STAGES).index("index") + 1]
@@ -129,11 +131,14 @@ def pieces(root: Path) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in found if path.suffix not in (".tmp", ".json")}
 
 
-def reopened(root: Path, stage: str, reference: str) -> Any:
-    """Look at what a fault left, resume, and return (accepted before, shards redone); raise AssertionError for a broken promise."""
+def reopened(root: Path, stage: str, reference: str, *, old: bool = False) -> Any:
+    """Look at what a fault left, resume, and return (accepted before, shards redone); raise AssertionError for a broken promise.
+
+    With `old` the artifact of an earlier snapshot may stand.
+    """
     workspace = Workspace(root)
     state = next(row for row in plan.state(CONFIG, workspace) if row.stage == stage)
-    assert state.state in ("current", "missing"), f"a fault left {stage} {state.state}: {state.detail}"
+    assert state.state in ("current", "missing", *(("stale",) if old else ())), f"a fault left {stage} {state.state}: {state.detail}"
     before = current(stage, CONFIG, workspace)
     assert before is None or before.hash == reference, "another artifact than the right one was accepted"
     kept = pieces(root)
@@ -144,7 +149,9 @@ def reopened(root: Path, stage: str, reference: str) -> Any:
     left = [path.name for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]
     assert not left, f"left behind: {left}"
     final = {path.name: path.stat().st_ino for path in folder.rglob("*")}
-    return before is not None, built * sum(final.get(name) not in (None, number) for name, number in kept.items())
+    # A shard may be several files of one number.
+    redone = {_SHARD.findall(name)[0] for name, number in kept.items() if final.get(name) not in (None, number)}
+    return before is not None, built * len(redone)
 
 
 def kill(whole: Path, root: Path, stage: str, trials: int, seed: int) -> dict[str, Any]:
@@ -175,6 +182,77 @@ def kill(whole: Path, root: Path, stage: str, trials: int, seed: int) -> dict[st
             tally["broken"].append({"trial": trial, "error": answer})
             continue
         tally["accepted" if answer[0] else "missing"] += 1
+        tally["redone"] = max(tally["redone"], answer[1])
+    return tally
+
+
+def snapshot(whole: Path, stage: str) -> str:
+    """Let `stage` be the one whose artifact is of an earlier snapshot than its parents; return the hash that a build from nothing has.
+
+    Passages behind the first shard changed, moved or went; no word's weight did, so that the lexical encoder stays the same.
+    """
+    _unchecked(whole, KNOWLEDGE)
+    workspace = Workspace(whole)
+    folder = workspace.folder("download")
+    lines = (folder / "corpus.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows[150:180]:
+        # A word twice: another text of the same words.
+        row["contents"] += " " + row["contents"].split()[-1]
+    rows[180:] = rows[:179:-1]
+    found = manifest.load(folder)
+    content = {entry.path: (folder / entry.path).read_bytes() for entry in found.files}
+    content["corpus.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with manifest.publish(folder, "download", found.config_hash, {}, found.parameters) as staging:
+        for name, some in content.items():
+            (staging.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging.path / name).write_bytes(some)
+        staging.counts |= found.counts
+        staging.facts |= found.facts
+    _unchecked(whole, KNOWLEDGE[1 : KNOWLEDGE.index(stage)])
+    fresh = copy(whole, whole.with_name("fresh"), without=stage)
+    return forked(lambda: build(fresh, stage))[1][0]
+
+
+def _unchecked(whole: Path, stages: Sequence[str]) -> None:
+    """Build what passages go through, and import here what that imported; the data's checks, which take seconds, are noted as passed."""
+    workspace = Workspace(whole)
+    for stage in stages:
+        if stage == "validate":
+            parents = {"download": manifest.load(workspace.folder("download"))}
+            with manifest.publish(workspace.folder(stage), stage, config_hash(CONFIG, STAGES[stage].sections), parents):
+                pass
+        elif stage != "prepare":
+            status, answer = forked(lambda stage=stage: [*build(whole, stage), list(sys.modules)])
+            if status:
+                raise RuntimeError(answer)
+            for name in answer[2]:
+                with suppress(ImportError, AttributeError):
+                    importlib.import_module(name)
+
+
+def refresh(whole: Path, root: Path, stage: str, trials: int, seed: int) -> dict[str, Any]:
+    """Kill a stage's build `trials` times while it replaces the artifact of an earlier snapshot, of which it takes what did not change."""
+    reference = snapshot(whole, stage)
+    kept = {path.stat().st_ino for path in Workspace(whole).folder(stage).iterdir()}
+    copy(whole, root / "count")
+    _, (made, points) = forked(lambda: build(root / "count", stage, Hook(root / "count")))
+    assert points > 20, f"{stage} was not built again"
+    linked = sum(path.stat().st_ino in kept for path in Workspace(root / "count").folder(stage).iterdir())
+    tally = {"stage": stage, "trials": 0, "points": points, "same": made == reference, "linked": linked, "killed": 0, "accepted": 0}
+    tally |= {"redone": 0, "broken": []}
+    for trial in range(trials):
+        target = copy(whole, root / "trial")
+        # Points at equal distances, in turn where there are more trials than points.
+        hook = Hook(target, 1 + (seed + trial * max(1, points // trials)) % points)
+        status, answer = forked(lambda: build(target, stage, hook))  # noqa: B023 (the child ends within)
+        tally["killed"] += os.WIFSIGNALED(status)
+        status, answer = forked(lambda: reopened(target, stage, reference, old=True))  # noqa: B023
+        tally["trials"] += 1
+        if status:
+            tally["broken"].append({"trial": trial, "error": answer})
+            continue
+        tally["accepted"] += answer[0]
         tally["redone"] = max(tally["redone"], answer[1])
     return tally
 
@@ -236,7 +314,7 @@ def pair(whole: Path, root: Path, stage: str, trials: int, seed: int) -> dict[st
     return tally
 
 
-FAULTS = {"kill": kill, "starve": starve, "fill": fill, "pair": pair}
+FAULTS = {"kill": kill, "refresh": refresh, "starve": starve, "fill": fill, "pair": pair}
 
 
 def main() -> None:

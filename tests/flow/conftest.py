@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -17,26 +16,10 @@ import pytest
 from research_rl.paths import CHECKOUT
 from research_rl.training.run.checkpoints import complete
 from research_rl.training.run.metrics_log import MetricsLog
+from tests.training import SMALLEST
 from tests.waiting import until
 
-SIZE: dict[str, Any] = {
-    "data.generated.entities": 60,
-    "data.generated.train_questions": 64,
-    "data.generated.dev_questions": 8,
-    "data.generated.test_questions": 16,
-    "policy.hidden": 64,
-    "policy.layers": 2,
-    "policy.warmup_steps": 60,
-    "train.steps": 3,
-    "train.prompts_per_step": 4,
-    "train.rollouts_per_prompt": 4,
-    "trainer.micro_batch": 8,
-    "trainer.save_every": 1,
-    "evaluation.rows": 8,
-    "evaluation.bootstrap": 100,
-    "episode.max_response_tokens": 128,
-    "episode.max_result_tokens": 64,
-}
+SIZE = SMALLEST
 GONE_S = 15.0
 
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from research_rl import config as configuration
 from research_rl.config import Config
+from research_rl.evaluation.comparison import compare_metrics, match
 from research_rl.evaluation.results import read_results
 from research_rl.pipeline.run import run_stage
 from research_rl.pipeline.stages import Context, Workspace
-from research_rl.report.pairs import compare_metrics, match
 from research_rl.training.run.run import TrainHooks
 from research_rl.training.train import run_with
 

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the card, or cpu."""
+    """Return the name of the GPU, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 

@@ -7,12 +7,16 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from research_rl import config
 from research_rl.cli import main
+from research_rl.pipeline import manifest
 from research_rl.pipeline.run import standing
 from research_rl.pipeline.stages import STAGES, Workspace
 from research_rl.planning import knowledge
@@ -98,7 +102,7 @@ def test_download_is_skipped_when_nothing_changed_and_redone_when_a_parameter_di
     assert main(["run", "download", "-w", str(workspace), "seed=7"]) == 0
     assert "download: built" in capsys.readouterr().out
     assert main(["status", "-w", str(workspace)]) == 0
-    assert re.search(r"^download +current .* built 20\d\d-\d\d-\d\d \d\d:\d\d UTC in \d+ s$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^download +current .* built 20\d\d-\d\d-\d\d \d\d:\d\d UTC in \d+\.\d s$", capsys.readouterr().out, re.MULTILINE)
     assert main(["status", "-w", str(workspace), "seed=8"]) == 0
     assert "data.seed 7 -> 8" in capsys.readouterr().out
 
@@ -116,6 +120,35 @@ def test_a_run_that_builds_nothing_and_fails_leaves_params_yaml_as_it_was(worksp
     assert main(["run", "prepare", "-w", str(workspace), "train.steps=40"]) == 1  # nothing is downloaded yet
     assert capsys.readouterr().out.splitlines()[-1] == "params.yaml put back as it was: nothing was built"
     assert (workspace / "params.yaml").read_bytes() == before
+
+
+def stands(space: Workspace, resolved: config.Config, *stages: str) -> None:
+    """Publish empty artifacts of some stages under a configuration."""
+    for name in stages:
+        with manifest.publish(space.folder(name), name, config.config_hash(resolved, STAGES[name].sections), {}):
+            pass
+
+
+@pytest.mark.parametrize("stage", ["baseline", "index", "report"])
+def test_a_stage_takes_no_parameter_that_another_one_was_built_with(
+    stage: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`research run baseline train.lr=...` wrote it to params.yaml: a finished training counted as stale by what it was not given."""
+    before = (workspace / "params.yaml").read_bytes()
+    stands(Workspace(workspace), config.load(workspace / "params.yaml"), "train")
+    capsys.readouterr()
+    assert main(["run", stage, "-w", str(workspace), "train.lr=0.5"]) == 1
+    told = capsys.readouterr()
+    assert f"train.lr 0.0001 -> 0.5: the stage {stage} does not read it, and train, built with the former value, would be stale" in told.err
+    assert "give it to `research run train`" in told.err and not told.out
+    assert (workspace / "params.yaml").read_bytes() == before
+
+
+def test_a_parameter_that_the_stage_reads_is_taken_though_others_read_it_too(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stands(Workspace(workspace), config.load(workspace / "params.yaml"), "train", "policy")
+    small = ["data.generated.entities=120", "data.generated.train_questions=16", "data.generated.test_questions=8"]
+    assert main(["run", "download", "-w", str(workspace), "seed=7", "train.lr=0.0001", *small]) == 0
+    assert "seed 42 -> 7, written to params.yaml" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", [["plan"], ["status"], ["config", "show"]])
@@ -144,6 +177,14 @@ def test_describe_lists_every_parameter_with_type_default_and_unit(capsys: pytes
     assert any(line.startswith("  train.steps = 24 (int, >= 1): ") for line in lines)
     assert any(line.startswith("  episode.wall_s = 120.0 (float, > 0, seconds): ") for line in lines)
     assert any(line.startswith("  reward.terms[].weight (float): ") for line in lines)
+    assert any(line.startswith("  watch.nan.limit = 0.0 (float): ") for line in lines), "the rule's default, which its class does not have"
+    assert any(line.startswith('  watch.suspect.action = "warn" (ignore | warn | stop): ') for line in lines)
+    assert any(line.startswith("  retriever.max_body_mib = 32 (int, >= 1, MiB): ") for line in lines)
+    assert any(line.startswith("  agent.max_body_kib = ") and ", KiB): " in line for line in lines)
+    # A heading says a thing once; where several sections are of one class, each says what it is itself.
+    assert "corpus: The passage store." in lines
+    assert [line for line in lines if line.startswith("policy.warmup_world: ") and "source" in line] == []
+    assert "watch.nan: Metrics of the update that are NaN or infinite." in lines
 
 
 def test_stage_table_is_a_chain_without_cycles_over_known_sections(tmp_path: Path) -> None:
@@ -162,3 +203,45 @@ def test_a_terminal_that_lacks_a_character_gets_it_as_an_escape(tmp_path: Path) 
     assert main(["init", "-w", str(place)]) == 0
     done = subprocess.run([*research, "plan", "-w", str(place)], capture_output=True, env=ascii_only, check=False)
     assert b"Ada-\\xe9" in done.stdout and b"Traceback" not in done.stderr
+
+
+@contextmanager
+def read_only(folder: Path) -> Generator[None]:
+    """Take all rights to write in a folder from this process, also where root runs it: nothing is closed to root."""
+    paths = [folder, *folder.rglob("*")]
+    modes = {path: path.stat().st_mode for path in paths}
+    user = os.geteuid()
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    if not user:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def test_in_a_workspace_that_may_only_be_read_what_looks_works_and_what_builds_says_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        small = ["data.generated.entities=120", "data.generated.train_questions=16", "data.generated.test_questions=8"]
+        assert main(["init", "-w", name, *small]) == 0 and main(["run", "download", "-w", name]) == 0
+        # What a verb imports lies in folders that may be closed to other users, too.
+        assert [main([*verb, "-w", name]) for verb in (["status"], ["plan"], ["config", "show"], ["run", "download"])] == [0] * 4
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for lock in (True, False):
+            # A workspace that was copied has no lock file: then it is the folder that cannot be written.
+            if not lock:
+                [path.unlink() for path in folder.rglob("*.lock")]
+                before = {path: content for path, content in before.items() if path.is_file()}
+            for verb, code in (["status"], 0), (["plan"], 0), (["config", "show"], 0), (["run", "download"], 1), (["init", "seed=3"], 1):
+                capsys.readouterr()
+                with read_only(folder):
+                    assert main([*verb, "-w", name]) == code, verb
+                told = capsys.readouterr()
+                assert told.err.count("\n") == code and ("write" in told.err) == bool(code), told.err
+                assert verb != ["status"] or re.search("^download +current", told.out, re.MULTILINE)
+            assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -162,15 +162,26 @@ def test_every_parameter_is_read_somewhere() -> None:
         path.read_text(encoding="utf-8") for name in ("research_rl", "tasks") for path in sorted((CHECKOUT / name).rglob("*.py"))
     )
     code = code.replace((CHECKOUT / "research_rl/config/sections.py").read_text(encoding="utf-8"), "")
-    whole = ("data.generated.", "policy.warmup_world.", "validation.drift.", "watch.", "plan.", "judge.", "reward.judge.", "prompt.")
-    names = [item.name for item in document.parameters() if item.type and "[]" not in item.name and not item.name.startswith(whole)]
-    words = set(re.findall(r"\w+", code))
-    assert [name for name in names if name.rpartition(".")[2] not in words] == []
+    # Read by names that are put together or chosen, so that no attribute has them in the code.
+    drift = {f"validation.drift.{measure}_{level}" for measure in ("rows", "shape", "vocabulary") for level in ("warn", "critical")}
+    names = [item.name for item in document.parameters() if item.type]
+    attributes = set(re.findall(r"\.(\w+)\b", code))
+    assert {name for name in names if name.rpartition(".")[2] not in attributes} == drift | {"trainer.step_deadline_s"}
 
 
 def test_a_mapping_given_to_a_section_leaves_its_other_parameters_alone() -> None:
     tree = config.load_profile("laptop", ["train={steps: 2}", "reward.strict={enabled: true}"])
     assert (tree.train.steps, tree.train.lr, tree.reward.strict.enabled, tree.reward.strict.max_answer_words) == (2, 1e-4, True, 32)
+
+
+def test_a_file_that_dvc_wrote_and_a_command_line_are_read_as_yaml_1_2(tmp_path: Path) -> None:
+    """`dvc exp run -S` writes the texts off and 1:30 without quotes, which YAML 1.1 takes for false and 90."""
+    path = tmp_path / "params.yaml"
+    path.write_text("retriever: {tape: off}\npolicy: {source: hub, path: 1:30}\n")
+    tree = config.load(path, ["retriever.tape=off", "tracking.dvc=false"])
+    assert (tree.retriever.tape, tree.policy.path, tree.tracking.dvc) == ("off", "1:30", False)
+    assert config.load_profile("laptop", ["retriever.tape=off"]).retriever.tape == "off"
+    assert config.load_profile("laptop", ["tracking.dvc=off", "episode.top_k=1_0", "train.lr=1.0e-3"]).tracking.dvc is False
 
 
 def test_a_free_mapping_is_replaced_as_a_whole() -> None:
@@ -197,6 +208,16 @@ def test_a_changed_deadline_or_machine_makes_nothing_stale() -> None:
     one, other = config.load_profile("laptop"), config.load_profile("laptop", ["trainer.step_deadline_s=9", "trainer.nodes=2"])
     for stage in STAGES.values():
         assert config.config_hash(one, stage.sections) == config.config_hash(other, stage.sections)
+
+
+def test_every_parameter_of_an_evaluation_decides_it_but_those_about_its_course() -> None:
+    one, other = config.load_profile("laptop"), config.load_profile("laptop", ["evaluation.concurrency=2", "evaluation.max_failures=0.5"])
+    for stage in STAGES.values():
+        assert config.config_hash(one, stage.sections) == config.config_hash(other, stage.sections), stage.name
+    course = {"evaluation.concurrency", "evaluation.max_failures"}
+    every = {f"evaluation.{name}" for name in type(one.evaluation).model_fields}
+    for name in ("baseline", "evaluate"):
+        assert {key for key in STAGES[name].sections if key.startswith("evaluation")} == every - course
 
 
 @pytest.mark.parametrize(
@@ -229,3 +250,10 @@ def test_a_seed_of_its_own_moves_training_alone_and_an_empty_one_follows_the_top
 def test_a_value_that_is_no_yaml_is_one_message_with_the_remedy(value: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.folder=.*is not YAML.*; for this text itself write data\.folder="):
         config.load_profile("laptop", [f"data.folder={value}"])
+
+
+def test_a_text_where_a_list_is_needed_is_told_how_the_list_is_written() -> None:
+    """Pydantic says "valid tuple", which nobody can type into a YAML file or on a command line."""
+    with pytest.raises(ConfigError, match=r"data\.train='a\.jsonl': Input should be a list; write data\.train=\[a\.jsonl\]"):
+        config.load_profile("laptop", ["data.train=a.jsonl"])
+    assert config.load_profile("laptop", ["data.train=[a.jsonl]"]).data.train == ("a.jsonl",)

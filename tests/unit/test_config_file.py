@@ -41,7 +41,7 @@ def saved(path: Path, *overrides: str) -> str:
 
 def test_comments_and_layout_survive_a_change_of_values(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    text = saved(path, "train.steps=40", "data.train=[c.jsonl]", "train.extra={trainer.x: on}")
+    text = saved(path, "train.steps=40", "data.train=[c.jsonl]", "train.extra={trainer.x: true}")
     for comment in (line.partition("#")[2] for line in COMMENTED.splitlines() if "#" in line):
         assert f"#{comment}" in text
     assert "    steps: 40   # raised on Monday" in text

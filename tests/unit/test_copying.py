@@ -30,6 +30,15 @@ def elsewhere(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def test_it_is_the_file_behind_a_link_that_gets_the_name(tmp_path: Path) -> None:
+    """A link into DVC's cache would lead nowhere once the cache is emptied."""
+    cached, link = tmp_path / "cached", tmp_path / "link"
+    cached.write_bytes(b"content")
+    link.symlink_to(cached)
+    place(link, tmp_path / "second")
+    assert not (tmp_path / "second").is_symlink() and (tmp_path / "second").stat().st_ino == cached.stat().st_ino
+
+
 def test_a_file_gets_a_second_name_where_it_can_and_a_copy_elsewhere(tmp_path: Path, elsewhere: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"content")

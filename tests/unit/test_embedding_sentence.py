@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research_rl.config import EncoderConfig, TransferConfig
+from research_rl.config import Config, EncoderConfig, TransferConfig
+from research_rl.embedding import build as embed
 from research_rl.embedding.models import copy_model, resolve, tree_sha256
-from research_rl.embedding.sentence import SentenceEncoder, batches
+from research_rl.embedding.sentence import SentenceEncoder, batches, own_batches
 from research_rl.errors import ModelError
+from research_rl.pipeline.run import current, run_stage
 from tests.encoder_model import FACTS, texts, write_model
+from tests.knowledge import context, store
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,29 @@ def test_many_texts_need_next_to_no_padding_and_few_go_together() -> None:
     assert [(len(rows), length) for rows, length in batches(few, 4096)] == [(8, few.max())]
 
 
+def test_a_passage_is_padded_as_its_own_length_says() -> None:
+    lengths = np.random.default_rng(0).integers(1, 65, 300)
+    alone = {int(row): next(own_batches(lengths[[row]], 256, limit=64))[1] for row in range(300)}
+    seen: list[int] = []
+    for rows, length in own_batches(lengths, 256, limit=64):
+        assert {alone[int(row)] for row in rows} == {length} and length <= 64
+        # Padding for all, or for none: attention has two ways.
+        assert len({bool(lengths[row] == length) for row in rows}) == 1
+        assert len(rows) * length <= 256
+        seen += rows.tolist()
+    assert sorted(seen) == list(range(300))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_vector_is_the_same_bit_for_bit_whatever_is_encoded_with_it(folder: Path, dtype: str) -> None:
+    encoder = SentenceEncoder.load(folder, {**FACTS, "dtype": dtype})
+    given, draw = texts(300), np.random.default_rng(1)
+    whole = encoder.encode_passages(given)
+    for size in (1, 2, 7, 40, 150):
+        some = draw.choice(300, size, replace=False)
+        np.testing.assert_array_equal(encoder.encode_passages([given[row] for row in some]), whole[some])
+
+
 def test_vectors_do_not_depend_on_threads(folder: Path) -> None:
     given = texts(60)
     one, three = (SentenceEncoder.load(folder, FACTS, threads=threads).encode_passages(given) for threads in (1, 3))
@@ -106,10 +132,27 @@ def test_unnormalised_vectors_keep_their_length(folder: Path) -> None:
 
 
 def test_a_copied_model_leaves_other_formats_behind_and_a_broken_one_is_named(folder: Path, tmp_path: Path) -> None:
-    copy_model(resolve(EncoderConfig(kind="sentence", model=str(folder)), TransferConfig(), tmp_path), tmp_path / "copy")
+    copy_model(resolve(EncoderConfig(kind="sentence", model=str(folder)), TransferConfig(), tmp_path, tmp_path), tmp_path / "copy")
     assert not (tmp_path / "copy" / "onnx").exists()
     assert tree_sha256(tmp_path / "copy") == tree_sha256(tmp_path / "copy")
     assert SentenceEncoder.load(tmp_path / "copy", FACTS).dim == 32
     (tmp_path / "copy" / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="no usable sentence-transformers model"):
         SentenceEncoder.load(tmp_path / "copy", FACTS)
+
+
+def test_embeddings_are_stale_when_the_model_folder_they_were_made_with_changed(folder: Path, tmp_path: Path) -> None:
+    """Another model under the same path left the vectors of the former one current."""
+    from safetensors.torch import load_file, save_file
+
+    tree = {"encoder": {"kind": "sentence", "model": "model", "normalise": True}, "corpus": {"shard_rows": 100}}
+    copy_model(folder, tmp_path / "model")  # relative to the workspace
+    resolved, space = Config.model_validate(tree), store(tmp_path, 20)
+    embed.run(context("embed", tmp_path, **tree))
+    (tmp_path / "model" / "README.md").write_text("no part of the encoder")
+    assert current("embed", resolved, space)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    assert current("embed", resolved, space) is None
+    _, was_built = run_stage("embed", resolved, space)
+    assert was_built and current("embed", resolved, space)

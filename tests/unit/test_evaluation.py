@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
@@ -19,9 +21,10 @@ from research_rl.config import Config
 from research_rl.episode.agent import Completion, SearchFailure
 from research_rl.episode.prompts import FolderTokenizer, encode_prompt
 from research_rl.episode.trajectory import Passage
-from research_rl.errors import DataError, ServiceError
+from research_rl.errors import DataError, ModelError, ServiceError
 from research_rl.evaluation import evaluate as module
-from research_rl.evaluation.evaluate import evaluate
+from research_rl.evaluation.evaluate import Player, evaluate
+from research_rl.evaluation.methods import find
 from research_rl.evaluation.results import HeldOutQuestion, Result, UnfinishedResults, read_questions, read_results, write_results
 from research_rl.evaluation.summary import headline, summarise
 from research_rl.pipeline import manifest
@@ -29,6 +32,7 @@ from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace
 from research_rl.serving.serve import served_name
 from tests.contract import chain_model
+from tests.json_server import JsonHandler
 
 EOS = "<eos>"
 
@@ -99,7 +103,8 @@ def questions(count: int) -> list[HeldOutQuestion]:
 def play(
     tokenizer: FolderTokenizer, engine: Engine, asked: Sequence[HeldOutQuestion], shelf: Shelf | None = None, config: Config = CONFIG
 ) -> list[Result]:
-    return asyncio.run(evaluate(config, asked, engine, shelf or Shelf(), tokenizer, lambda result: None))
+    player = Player(config, tokenizer, find("research"), config.evaluation.seed, lambda identifiers: [])
+    return asyncio.run(evaluate(player, asked, engine, shelf or Shelf(), lambda result: None))
 
 
 def same(result: Result) -> str:
@@ -250,6 +255,8 @@ def test_questions_are_read_from_the_prepared_file(tmp_path: Path) -> None:
     prepared(tmp_path, 6)
     assert read_questions(tmp_path / "test.parquet", None) == questions(6)
     assert read_questions(tmp_path / "test.parquet", 2) == questions(2)
+    assert read_questions(tmp_path / "test.parquet", None, 2) == questions(4), "two of each set, which lie in turn"
+    assert [question.row for question in read_questions(tmp_path / "test.parquet", 3, 2)] == [0, 1, 2]
     prepared(tmp_path, 0)
     with pytest.raises(DataError, match="has no questions"):
         read_questions(tmp_path / "test.parquet", None)
@@ -260,34 +267,29 @@ class Services:
 
     def __init__(self, tokenizer: FolderTokenizer, model: str) -> None:
         self.tokenizer, self.model = tokenizer, model
+        self.offered: dict[str, object] = {}
         self.broken, self.failures = "\0", 0
         self.index, self.replaced_at = "", -1
+        self.manifests: dict[str, str] = {}
         self.asked: list[int] = []
         services = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self._reply(200, {"data": [{"id": services.model}], "manifests": {"index": services.index}})
+                self.reply(
+                    200,
+                    {"data": [{"id": services.model, **services.offered}], "manifests": {"index": services.index, **services.manifests}},
+                )
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 if self.path == "/v1/completions":
-                    self._reply(*services.complete(services.tokenizer.decode(body["prompt"])))
+                    self.reply(*services.complete(services.tokenizer.decode(body["prompt"])))
                 else:
                     hits = [[{"id": "p1", "contents": "Ada wrote it"}] for _ in body["query"]]
-                    self._reply(200, [hits, [[1.0]] * len(hits)] if body.get("return_score") else hits)
-
-            def _reply(self, status: int, tree: object) -> None:
-                content = json.dumps(tree).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
+                    self.reply(200, [hits, [[1.0]] * len(hits)] if body.get("return_score") else hits)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -333,23 +335,43 @@ class Stage:
         return self.workspace.folder("baseline")
 
 
-@pytest.fixture
-def stage(tmp_path: Path, tokenizer: FolderTokenizer) -> Iterator[Stage]:
-    """The stage with ten questions and a policy folder that the real checks accept."""
-    folder = chain_model.build(tmp_path / "artifacts/policy", {}, tuple(f"w{n}" for n in range(300)))
+def policy_folder(folder: Path, chain: dict[str, str] | None = None, **described: object) -> Path:
+    """Make a policy folder that the real checks accept; `described` goes into its config.json."""
+    chain_model.build(folder, chain or {}, tuple(f"w{n}" for n in range(300)))
     save_tokenizer(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
-    services = Services(tokenizer, served_name(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192, **described}))
+    return folder
+
+
+@contextmanager
+def serving(services: Services) -> Iterator[None]:
+    """Answer requests, in a thread of this process."""
     thread = Thread(target=services.server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
-    yield Stage(tmp_path, services, 10)
+    yield
     services.server.shutdown()
     services.server.server_close()
     thread.join()
 
 
+@pytest.fixture
+def stage(tmp_path: Path, tokenizer: FolderTokenizer) -> Iterator[Stage]:
+    """The stage with ten questions."""
+    services = Services(tokenizer, served_name(policy_folder(tmp_path / "artifacts/policy")))
+    with serving(services):
+        yield Stage(tmp_path, services, 10)
+
+
 PARENTS = STAGES["baseline"].parents
+
+
+def test_a_model_that_the_prompt_cannot_be_put_to_is_refused_before_it_is_asked(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = CONFIG.prompt.model_copy(update={"template": "instruct"})
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", CONFIG.model_copy(update={"prompt": prompt}))
+    with pytest.raises(ModelError, match=r"cannot be evaluated: prompt\.template=instruct, and the model has no chat template"):
+        stage.run()
+    assert stage.services.asked == [] and not stage.folder.exists()
 
 
 def test_a_question_that_was_lost_is_played_once_more(stage: Stage) -> None:
@@ -391,7 +413,8 @@ def test_unfinished_work_of_other_parameters_is_not_reused(stage: Stage) -> None
 def test_the_parameters_of_an_evaluation_are_those_that_decided_it(stage: Stage) -> None:
     stage.run()
     parameters = json.loads((stage.folder / "parameters.json").read_text())
-    assert {"episode", "evaluation", "policy", "prompt", "data"} <= set(parameters)
+    assert {"episode", "evaluation.rows", "evaluation.seed", "policy", "prompt", "data"} <= set(parameters)
+    assert not {"evaluation", "evaluation.concurrency", "evaluation.max_failures"} & set(parameters), "they decide nothing"
     assert not {"train", "retriever", "serving", "tracking"} & set(parameters)
     assert json.loads((stage.folder / "metrics.json").read_text())["n"] == 10
 

@@ -24,9 +24,13 @@ PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 LOCKS: dict[str, tuple[str, ...]] = {
     "pipeline": ("pipeline", "encode", "ray"),
     "policy": ("policy-cpu",),
-    "gpu-train-vllm": ("policy",),
-    "gpu-train-sglang": ("trainer", "serve"),
+    "retriever": ("retrieve",),
+    "retriever-torch": ("retrieve", "encode"),
+    # s3: a trainer copies its checkpoints away.
+    "gpu-train-vllm": ("policy", "s3"),
+    "gpu-train-sglang": ("trainer", "serve", "s3"),
     "gpu-serve": ("serve",),
+    "serve": ("serve",),
     "gpu-index": ("encode",),
     "gpu-host": ("policy",),
 }
@@ -66,7 +70,7 @@ def requirements(*extras: str) -> Iterator[Requirement]:
 
 def pins(lock: str) -> dict[str, Version]:
     lines = (CHECKOUT / "requirements" / f"{lock}.txt").read_text().splitlines()
-    if lock in ("pipeline", "policy"):  # torch's CPU build is installed by itself
+    if lock in ("pipeline", "policy", "serve", "retriever-torch"):  # torch's CPU build is installed by itself
         lines.append(runpy.run_path(str(CHECKOUT / "requirements/install.py"))["TORCH"])
     found = (re.match(r"([\w.-]+)(?:\[.*\])?==([^\s;]+)", line) for line in lines)
     return {canonicalize_name(match[1]): Version(match[2]) for match in found if match}
@@ -74,7 +78,7 @@ def pins(lock: str) -> dict[str, Version]:
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_lies_within_the_ranges_of_the_wheel(lock: str) -> None:
-    base = [] if lock == "gpu-serve" else [Requirement(item) for item in PROJECT["dependencies"]]
+    base = [] if lock in ("gpu-serve", "serve") else [Requirement(item) for item in PROJECT["dependencies"]]
     declared, pinned = [*base, *requirements(*LOCKS[lock])], pins(lock)
     names = {canonicalize_name(item.name) for item in declared}
     assert names - set(pinned) == OF_THE_HOST.get(lock, set())
@@ -84,6 +88,23 @@ def test_a_lock_lies_within_the_ranges_of_the_wheel(lock: str) -> None:
         if canonicalize_name(item.name) in pinned and not item.specifier.contains(pinned[canonicalize_name(item.name)], prereleases=True)
     ]
     assert outside == []
+
+
+@pytest.mark.parametrize("lock", ["retriever", "retriever-torch"])
+def test_a_retriever_runs_with_the_versions_of_the_pipeline_and_with_all_that_they_need(lock: str) -> None:
+    """Its image is installed without resolving, so that a requirement of a requirement must stand in the lock."""
+    pinned, whole = pins(lock), pins("pipeline")
+    assert {name: version for name, version in pinned.items() if whole.get(name) != version} == {}
+    roots = [canonicalize_name(item.name) for item in (*map(Requirement, PROJECT["dependencies"]), *requirements(*LOCKS[lock]))]
+    assert {name for root in roots for name in needed_by(root)} - set(pinned) == set()
+    assert ("torch" in pinned) is (lock == "retriever-torch")
+
+
+@pytest.mark.parametrize("lock", ["gpu-train-vllm", "gpu-train-sglang"])
+def test_a_trainer_uploads_with_the_versions_of_the_pipeline(lock: str) -> None:
+    pinned, whole = pins(lock), pins("pipeline")
+    needed = needed_by("boto3")
+    assert len(needed) > 5 and {name: pinned.get(name) for name in needed} == {name: whole[name] for name in needed}
 
 
 def test_every_lock_is_held_by_a_range() -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from research_rl.data import flashrag
+from research_rl.data import columns_file, flashrag
 from research_rl.episode.trajectory import Passage
 from research_rl.errors import DataError
 
@@ -310,10 +310,10 @@ def test_question_files_of_parquet_are_read_in_both_shapes(tmp_path: Path) -> No
 
 
 def test_a_parquet_file_that_unpacks_to_too_much_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flashrag, "_MOST_GROUP_BYTES", 100_000)
+    monkeypatch.setattr(columns_file, "_MOST_BYTES", 100_000)
     row = {"id": "a", "question": "Who? " + "x" * 200, "golden_answers": ["Ada"]}
     pq.write_table(pa.Table.from_pylist([row | {"id": f"a{n}"} for n in range(2000)]), tmp_path / "q.parquet", use_dictionary=False)
-    with pytest.raises(DataError, match=r"row group 0 takes [\d,]+ bytes when it is read, the limit is 100,000; .*row_group_size"):
+    with pytest.raises(DataError, match=r"row group 0 takes up to [\d,]+ bytes when it is read, the limit is 100,000; .*row_group_size"):
         list(flashrag.read_questions(tmp_path / "q.parquet"))
     pq.write_table(pq.read_table(tmp_path / "q.parquet"), tmp_path / "small.parquet", row_group_size=200, use_dictionary=False)
     assert len(list(flashrag.read_questions(tmp_path / "small.parquet"))) == 2000

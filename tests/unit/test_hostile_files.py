@@ -10,11 +10,13 @@ import bz2
 import gzip
 import io
 import json
+import lzma
+import os
 import random
-import resource
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,7 @@ READERS: dict[str, tuple[str, bytes, Callable[[Path], object]]] = {
     "a table": ("c.tsv", b"id\ttext\ttitle\n1\tA poet.\tAda\n2\t\"said \"\"no\"\"\"\tB\n", passages),
     "gz": ("c.jsonl.gz", gzip.compress(LINES), passages),
     "bz2": ("c.jsonl.bz2", bz2.compress(LINES), passages),
+    "xz": ("c.jsonl.xz", lzma.compress(LINES), passages),
     "zst": ("c.jsonl.zst", zstandard.compress(LINES), passages),
     "zip": ("c.jsonl.zip", archive(LINES), passages),
     "a prompt template": ("p.txt", b"Answer: {question}\n", lambda path: template_text.__wrapped__("file", str(path))),
@@ -248,8 +251,8 @@ def test_spoiled_results_are_named_with_their_line(tmp_path: Path) -> None:
     assert False in [read(tmp_path / "results.jsonl", changed, lambda path: read_results(path.parent)) for changed in contents]
 
 
-def initialised(workspace: Path, corpus: str, folder: Path) -> None:
-    sets = [f"data.{name}=[q.jsonl]" for name in ("train", "dev", "test")]
+def initialised(workspace: Path, corpus: str, folder: Path, questions: str = "q.jsonl") -> None:
+    sets = [f"data.{name}=[{questions}]" for name in ("train", "dev", "test")]
     assert main(["init", "-w", str(workspace), "data.source=folder", f"data.folder={folder}", f"data.corpus={corpus}", *sets]) == 0
 
 
@@ -279,19 +282,104 @@ def test_the_command_line_refuses_a_hostile_source_and_leaves_nothing(
     assert not (workspace / "data").exists() and not list(workspace.glob(".data.*")), sorted(workspace.iterdir())
 
 
+ROOM = 3 << 27
+"""Bytes that the command may take beside what it has at its start; each bomb holds or stands for more."""
+BLOCK = bytes(1 << 24)
+BLOCKS = 2 * ROOM // len(BLOCK)
+LONG_LINE = "the line exceeds 16,777,216 bytes"
+
+
+def zip_bomb() -> bytes:
+    """An archive whose only file is zeros; flushed whole, its blocks can follow each other."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    block = packer.compress(BLOCK) + packer.flush(zlib.Z_FULL_FLUSH)
+    stored = io.BytesIO()
+    with zipfile.ZipFile(stored, "w", zipfile.ZIP_STORED) as made:
+        made.writestr("c.jsonl", packed := block * BLOCKS)
+    content = bytearray(stored.getvalue())
+    # Method 8 in the file's own header and in the archive's list; the sizes there are only read for their ends.
+    listed = content.rindex(b"PK\x01\x02")
+    content[8:10] = content[listed + 10 : listed + 12] = zipfile.ZIP_DEFLATED.to_bytes(2, "little")
+    content[listed + 24 : listed + 28] = (2 * ROOM - 1).to_bytes(4, "little")
+    assert len(packed) < 1 << 22
+    return bytes(content)
+
+
+def large_dictionary() -> bytes:
+    """An .xz file that asks for a window of 4 GiB: the size stands in one byte of a header with a checksum of its own."""
+    content = bytearray(lzma.compress(LINES))
+    size = (content[12] + 1) * 4
+    content[16] = 40
+    content[12 + size - 4 : 12 + size] = zlib.crc32(content[12 : 12 + size - 4]).to_bytes(4, "little")
+    return bytes(content)
+
+
+def columns(texts: Any, answers: Any, **options: Any) -> bytes:
+    """A parquet file whose first row has a blank id: whoever reads row by row is not hurt by those behind it."""
+    stream = io.BytesIO()
+    table = pa.table({"id": ["", *map(str, range(1, len(answers)))], "question": texts, "golden_answers": answers})
+    pq.write_table(
+        table, stream, compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False, write_statistics=False, **options
+    )
+    return stream.getvalue()
+
+
+def repeated(count: int) -> Any:
+    """A column that names one text of 1 MiB `count` times."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["x" * (1 << 20)]))
+
+
+def bombs() -> dict[str, tuple[str, bytes, str]]:
+    """Small files that take much memory when they are read carelessly: name, content, what the refusal says."""
+    many = 2 * ROOM >> 20
+    within, nothing = (
+        pa.ListArray.from_arrays(pa.array([0, len(of)], pa.int32()), of) for of in (repeated(many), pa.nulls(1 << 26, pa.string()))
+    )
+    prefixed = {"use_dictionary": False, "column_encoding": {"question": "DELTA_BYTE_ARRAY"}}
+    table = b"".join(map(lzma.compress, [b"id\ttext\ttitle\n1\t", *[BLOCK] * 2]))
+    return {
+        "gz": ("c.jsonl.gz", gzip.compress(BLOCK) * BLOCKS, LONG_LINE),
+        "bz2": ("c.jsonl.bz2", bz2.compress(BLOCK) * BLOCKS, LONG_LINE),
+        "xz": ("c.jsonl.xz", lzma.compress(BLOCK) * BLOCKS, LONG_LINE),
+        "zst": ("c.jsonl.zst", zstandard.compress(BLOCK) * BLOCKS, LONG_LINE),
+        "zip": ("c.jsonl.zip", zip_bomb(), LONG_LINE),
+        "table": ("c.tsv.xz", table, LONG_LINE),
+        "xz window": ("c.jsonl.xz", large_dictionary(), "needs more than 128 MiB of memory"),
+        "questions": ("q.jsonl.xz", lzma.compress(BLOCK) * BLOCKS, LONG_LINE),
+        "a text named by every row": ("q.parquet", columns(repeated(many), [["a"]] * many), "id='' is blank"),
+        "a text named within a row": ("q.parquet", columns(["a"], within), "the row takes 805,"),
+        "a row of nothing, often": ("q.parquet", columns(["a"], nothing), "row group 0 takes up to 1,0"),
+        "texts that repeat others": ("q.parquet", columns(repeated(many).cast(pa.string()), [["a"]] * many, **prefixed), "id='' is blank"),
+    }  # fmt: skip
+
+
+BURST = """
+import json, resource, sys
+from research_rl.cli import main
+import research_rl.data.columns_file, research_rl.data.flashrag, pyarrow.parquet, zstandard
+data = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (data + int(sys.argv[1]), data + int(sys.argv[1])))
+for workspace in sys.argv[2:]:
+    print("ends with", main(["run", "download", "-w", workspace]), file=sys.stderr, flush=True)
+"""
+
+
 def test_bombs_are_refused_in_bounded_memory_by_the_real_command(tmp_path: Path) -> None:
-    """In a process of its own that may take 1.5 GB; each bomb holds 4 GB."""
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "c.jsonl.gz").write_bytes(gzip.compress(bytes(1 << 24)) * 256)  # the members of a .gz follow each other
-    (source / "q.jsonl").write_bytes(READERS["questions"][1])
-    initialised(tmp_path / "w", "c.jsonl.gz", source)
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, (3 << 29, 3 << 29))
-
-    command = [sys.executable, "-m", "research_rl", "run", "download", "-w", str(tmp_path / "w")]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, preexec_fn=limited)
-    assert done.returncode == 1 and "the line exceeds 16,777,216 bytes" in done.stderr and "Traceback" not in done.stderr, done.stderr[
-        -3000:
-    ]
+    """In a process of its own that may take 384 MiB beside what it starts with."""
+    made = bombs()
+    for place, (name, content, _) in enumerate(made.values()):
+        (source := tmp_path / f"s{place}").mkdir()
+        for file, text in {"q.jsonl": READERS["questions"][1], "c.jsonl": READERS["passages"][1], name: content}.items():
+            (source / file).write_bytes(text)
+        corpus, questions = (name, "q.jsonl") if name.startswith("c") else ("c.jsonl", name)
+        initialised(tmp_path / f"w{place}", corpus, source, questions)
+    spaces = [tmp_path / f"w{place}" for place in range(len(made))]
+    command = [sys.executable, "-c", BURST, str(ROOM), *map(str, spaces)]
+    # Arrow's own pool reserves more than it uses.
+    env = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    done = subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr[-3000:]
+    for name, told, (_, _, says) in zip(made, done.stderr.split("ends with 1\n"), made.values(), strict=False):
+        assert told.count("research: ") == 1 and says in told and len(told) < LONGEST_MESSAGE, (name, told[-3000:])
+    assert done.stderr.count("ends with 1\n") == len(made)
+    assert not any((space / "data").exists() or list(space.glob(".data.*")) for space in spaces)

@@ -97,7 +97,7 @@ def test_comparing_evaluations_prints_no_control_character_of_the_data(tmp_path:
 def test_an_error_prints_no_control_character_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path / f"a{ESCAPE}"), str(tmp_path)]) == 1
     printed = capsys.readouterr().err
-    assert "has no manifest.json" in printed and not set(printed) & set("\x1b\x07\u202e")
+    assert "nor the label" in printed and not set(printed) & set("\x1b\x07\u202e")
 
 
 def test_a_state_prints_no_control_character_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from research_rl.evaluation.intervals import FEWEST, interval, paired
 
@@ -59,6 +62,40 @@ def test_the_width_is_that_of_the_normal_approximation(count: int) -> None:
     values = np.random.default_rng(1).normal(0.0, 1.0, count)
     estimate = interval(values.tolist(), 3000, 1)
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * values.std() / count**0.5, rel=0.08)
+
+
+@pytest.mark.parametrize("count", [12, 60, 499, 501, 3000])
+def test_a_mean_has_scipys_bca_interval_for_any_number_of_values(count: int) -> None:
+    # Skewed, so that the percentile interval is another one.
+    values = np.random.default_rng(count).exponential(size=count)
+    settings: dict[str, Any] = {"n_resamples": 800, "batch": 1000}
+    expected, percentile = (
+        bootstrap((values,), np.mean, method=method, rng=np.random.default_rng(4), **settings).confidence_interval
+        for method in ("BCa", "percentile")
+    )
+    estimate = interval(values.tolist(), 800, 4)
+    assert (estimate.low, estimate.high) == pytest.approx(expected, rel=1e-12)
+    assert abs(estimate.high - percentile.high) > 1e-6
+    difference = paired([0.0] * count, values.tolist(), 800, 4)
+    assert (difference.low, difference.high) == pytest.approx(expected, rel=1e-12)
+
+
+def test_where_bca_is_undefined_the_interval_is_that_of_percentiles() -> None:
+    # Three resamples of values of which one is far away: often all of their means lie on one side of that of the values.
+    values = [0.0] * 40 + [1.0]
+    undefined = [seed for seed in range(200) if np.isnan(scipys(values, seed, "BCa")).any()]
+    assert undefined
+    for seed in undefined[:5]:
+        estimate = interval(values, 3, seed)
+        assert (estimate.low, estimate.high) == pytest.approx(scipys(values, seed, "percentile"))
+
+
+def scipys(values: list[float], seed: int, method: str) -> tuple[float, float]:
+    """Return SciPy's interval of three resamples."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bootstrap((values,), np.mean, n_resamples=3, method=method, rng=np.random.default_rng(seed))
+    return found.confidence_interval.low, found.confidence_interval.high
 
 
 def test_many_values_are_drawn_in_blocks_with_the_same_result_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

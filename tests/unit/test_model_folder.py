@@ -116,6 +116,15 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         publish(tmp_path, tmp_path / "absent")
 
 
+def test_the_rows_are_those_of_the_embeddings_where_the_configuration_does_not_say_them(model: Path) -> None:
+    """Gemma 3's config.json leaves them to its architecture: the model was refused as one of 0 rows."""
+    stated = inspect(model).rows
+    config = json.loads((model / "config.json").read_text())
+    del config["vocab_size"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert inspect(model).rows == stated
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_a_model_in_several_files_is_whole(index: bool, model: Path) -> None:
     whole = inspect(model)

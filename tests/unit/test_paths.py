@@ -62,3 +62,11 @@ def test_a_shipped_file_has_one_name_in_checkout_and_wheel(site: Path) -> None:
     assert ask(site, f"paths.shipped_file({name!r})") == str(site / "research_rl/profiles/prompts/laptop.txt")
     assert paths.shipped_file(name) == paths.CHECKOUT / name
     assert paths.shipped_file(name).is_file() and (site / "research_rl/profiles/prompts/laptop.txt").is_file()
+
+
+def test_the_interpreter_is_found_from_any_folder_where_path_names_it_relatively() -> None:
+    """As in `PATH=.venv/bin:$PATH python`, by which DVC starts the stages."""
+    code = "from research_rl.paths import PYTHON; print(PYTHON)"
+    environment = {"PATH": "bin", "PYTHONPATH": str(paths.CHECKOUT)}
+    told = subprocess.run(["python", "-c", code], cwd=sys.prefix, env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == str(Path(sys.prefix) / "bin/python")

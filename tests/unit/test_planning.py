@@ -26,12 +26,22 @@ def test_wiki18_is_planned_without_any_data(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert knowledge.passages(chosen, workspace) == WIKI
     corpus, embed, index = knowledge.estimates(chosen, workspace, WIKI)
-    assert embed.disk == WIKI * 768 * 4 == pytest.approx(index.disk, rel=0.01)
+    assert embed.disk == WIKI * (768 * 4 + 24), "vectors in float32, and the key of each row"
+    assert index.disk == pytest.approx(WIKI * (768 / 8 + 8)), "one-bit codes; the vectors stay where they are"
     assert 10e9 < corpus.disk < 20e9
     assert index.memory < chosen.index.memory_gib * 1024**3
     assert all(item.seconds > 0 for item in (corpus, embed, index))
     assert "reckoned" in embed.rate and "measured here" in index.rate
     assert "21,015,324 passages" in plan.describe(chosen, workspace)
+
+
+def test_workers_share_one_index_in_the_plan() -> None:
+    one, four = (config.load_profile("wiki-laptop", [f"retriever.workers={workers}"]) for workers in (1, 4))
+    needs = [float(knowledge.service(chosen, WIKI).split()[1]) for chosen in (one, four)]
+    codes = WIKI * (768 / 8 + 8) / 1024**3
+    assert 0 < needs[1] - needs[0] < codes / 2
+    assert "4 workers that share one index" in knowledge.service(four, WIKI)
+    assert "workers" not in knowledge.service(one, WIKI)
 
 
 def test_a_rate_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +73,18 @@ def test_what_cannot_fit_is_refused_with_value_limit_and_remedy(tmp_path: Path) 
         knowledge.refuse([knowledge.ResourceEstimate("index", 1e6, 1e18, 1, "")], chosen, workspace)
 
 
-@pytest.mark.parametrize("factory", ["Flat", "SQ8", "SQfp16", "HNSW16", "IVF8,Flat", "IVF8,PQ8", "Exact"])
+def test_wikipedia_on_a_laptop_is_planned_within_its_memory(tmp_path: Path) -> None:
+    chosen = config.load_profile("wiki-laptop")
+    line = knowledge.service(chosen, WIKI)
+    assert "2.8" in line and "GiB of retriever.memory_gib=3, index.factory=RR768,RaBitQfs" in line
+    assert "64.6 GB of vectors on disk for 400 candidates a query" in line
+    assert knowledge.passages(chosen, Workspace(tmp_path)) == WIKI
+    lists = knowledge.service(config.load_profile("wiki-laptop", ["retriever.memory_gib=1"]), WIKI)
+    assert "index.factory=RR768,IVF2048,RaBitQ" in lists
+    assert "mapped into memory" in knowledge.service(config.load_profile("laptop", ["index.kind=bm25"]), WIKI)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "SQfp16", "HNSW16", "IVF8,Flat", "IVF8,PQ8", "Exact", "RR64,RaBitQfs"])
 def test_bytes_on_disk_are_those_of_the_built_index(tmp_path: Path, factory: str) -> None:
     tree = {"encoder": {"dim": 64}, "index": {"factory": factory}}
     workspace = built(tmp_path, 3000, **tree)

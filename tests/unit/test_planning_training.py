@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from research_rl.config import Config, load_profile, profiles
-from research_rl.errors import ConfigError
+from research_rl.errors import ConfigError, ModelError
 from research_rl.planning.training import GIB, KNOWN, Shape, lines, memory, require_fit, schedule, shape_of
 
 QWEN_7B, QWEN_32B = KNOWN["Qwen/Qwen2.5-7B"], KNOWN["Qwen/Qwen2.5-32B"]
@@ -100,3 +100,25 @@ def test_the_shape_comes_from_the_policys_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**tree, "vocab_size": 300, "model_type": "qwen2", "tie_word_embeddings": True}))
     assert shape_of(Config(), tmp_path) == Shape(64, 2, 4, 2, 128, 300, tied=True, bias=True)
     assert shape_of(Config(), tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        ({"num_key_value_heads": None}, None),
+        ({"vocab_size": "300"}, None),
+        ({"hidden_size": 0}, None),
+        ({"text_config": {"n_embd": 64, "n_layer": 2}}, None),
+        ({"text_config": []}, Shape(64, 2, 4, 4, 128, 300, tied=False, bias=False)),
+        ({}, Shape(64, 2, 4, 4, 128, 300, tied=False, bias=False)),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_another_kind_is_no_traceback(change: dict[str, object], shape: Shape | None, tmp_path: Path) -> None:
+    """Configurations older than grouped queries, of Gemma 3 and of GPT-2 ended `research plan` with a KeyError."""
+    tree = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 300, **change}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert shape_of(Config(), tmp_path) == shape
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not JSON"):
+        shape_of(Config(), tmp_path)

@@ -259,7 +259,7 @@ def test_a_prompt_file_of_the_workspace_is_in_the_hash_of_its_stages(tmp_path: P
 def test_a_question_is_asked_with_the_prompt_file_of_the_workspace(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reached(*_: object) -> None:
+    def reached(*_: object, **__: object) -> None:
         raise InterruptedError
 
     monkeypatch.setattr(command, "running", reached)

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from research_rl.config import Config, JudgeConfig, RewardConfig
-from research_rl.episode.trajectory import Author, SearchRecord, Segment, StopReason, Trajectory
+from research_rl.config import Config, JudgeConfig, RewardConfig, load_profile, parameters
+from research_rl.episode.trajectory import Author, SearchFault, SearchRecord, Segment, StopReason, Trajectory
 from research_rl.errors import DataError
+from research_rl.evaluation.comparison import compare_metrics, match, outcome
 from research_rl.evaluation.results import HeldOutQuestion, Result, to_result, write_results
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
-from research_rl.pipeline.stages import STAGES, Context, Workspace
-from research_rl.report import html
+from research_rl.pipeline.stages import STAGES, Context, Workspace, deciding
+from research_rl.report import html, provenance
 from research_rl.report.build import run
 from research_rl.report.compare import compare, load
-from research_rl.report.pairs import compare_metrics, match, outcome
 from research_rl.report.training import SERIES, read_curves
 from research_rl.report.viewer import QUESTIONS, SEGMENT_CHARS, evaluated, rolled_out, spread, validated
 from research_rl.reward.grader import Grader
@@ -90,6 +90,17 @@ def context(tmp_path: Path) -> Context:
     return Context(STAGES["report"], Config(), workspace, parents, lambda text, share: None)
 
 
+def test_a_report_names_what_was_set_differently_from_the_profile_and_nothing_else(context: Context) -> None:
+    file = context.parent("evaluate") / "parameters.json"
+    profile = load_profile("laptop")
+    file.write_text(json.dumps(parameters(profile, deciding(["evaluate"]))))
+    assert provenance.changed(context) == []
+    fewer = profile.model_copy(update={"seed": 7, "episode": profile.episode.model_copy(update={"max_searches": 2})})
+    file.write_text(json.dumps(parameters(fewer, deciding(["evaluate"]))))
+    named = {name: (before, now) for name, before, now in provenance.changed(context) or []}
+    assert named == {"episode.max_searches": ("4", "2"), **dict.fromkeys(("seed", "data.seed", "train.seed"), ("42", "7"))}
+
+
 def test_the_numbers_of_a_report(context: Context) -> None:
     run(context)
     folder = context.workspace.folder("report")
@@ -108,6 +119,26 @@ def test_the_numbers_of_a_report(context: Context) -> None:
     page = (folder / "report.html").read_text()
     assert "F1 0.200 before, 0.900 after: +0.700" in page and "better, and the interval leaves out 0" in page
     assert (folder / "training.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("fault", list(SearchFault))
+def test_a_query_that_the_service_refused_is_no_failed_search(fault: SearchFault) -> None:
+    """It was counted as lost to the retriever, and above two in a hundred nothing was published, however often it was tried."""
+    trajectory = Trajectory((1,), stop=StopReason.ANSWERED, ended_by_eos=True)
+    trajectory.segments.append(segment(Author.MODEL, "<think>so</think><answer>\\boxed{Ada}</answer>"))
+    trajectory.searches.append(SearchRecord("q", (), 0.01, fault=fault))
+    of_the_model = (SearchFault.REFUSED, SearchFault.EMPTY_QUERY, SearchFault.NOTHING)
+    assert measured(0, trajectory).failed_searches == (0 if fault in of_the_model else 1)
+
+
+def test_a_report_says_how_it_came_about_and_fits_dark_pages_and_telephones(context: Context) -> None:
+    run(context)
+    page = (context.workspace.folder("report") / "report.html").read_text()
+    assert (
+        f"<span>seed {context.config.seed}</span>" in page and "research-rl" in page and "Parameters that differ from the profile" in page
+    )
+    assert re.search(r'<source media="\(prefers-color-scheme: dark\)" srcset="data:image/png;base64,\w', page)
+    assert '<meta name="viewport" content="width=device-width' in page and re.search(r"overflow-x:\s*auto", page)
 
 
 def test_equal_inputs_give_equal_bytes(context: Context) -> None:
@@ -294,7 +325,7 @@ def test_plain_text_is_escaped_everywhere(tmp_path: Path) -> None:
         "{% endblock %}"
     )
     text = EVIL + "\" onclick='x'"
-    page = Page(html.render("all.html.j2", text, folder=tmp_path, text=text, cell=html.Cell(text, "good")))
+    page = Page(html.render("all.html.j2", text, folder=tmp_path, text=text, cell=html.ColouredCell(text, "good")))
     assert set(page.tags) == EMPTY_PAGE | {"p", "div", "table", "thead", "tbody", "tr", "th", "td", "span"}
     assert page.addresses == [] and json.loads(page.scripts[0][1]) == [text]
 

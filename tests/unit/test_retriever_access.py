@@ -8,8 +8,8 @@ import pytest
 
 from research_rl.config import RetrieverConfig
 from research_rl.errors import ConfigError
-from research_rl.process.tokens import checked_token
-from research_rl.retriever import command
+from research_rl.process.tokens import checked_token, require_token_outside
+from research_rl.retriever import TOKEN
 from research_rl.retriever.gateway import access
 
 
@@ -77,10 +77,10 @@ def test_a_token_is_required_unless_that_is_switched_off() -> None:
 
 def test_a_service_for_others_needs_a_token_or_says_that_it_has_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"no token is set.*retriever\.auth=none and retriever\.allow"):
-        command._require_access(RetrieverConfig(host="0.0.0.0"), None)
-    command._require_access(RetrieverConfig(host="0.0.0.0"), "t")
+        require_token_outside("retriever", RetrieverConfig(host="0.0.0.0"), None, TOKEN)
+    require_token_outside("retriever", RetrieverConfig(host="0.0.0.0"), "t", TOKEN)
     assert capsys.readouterr().err == ""
-    command._require_access(RetrieverConfig(host="0.0.0.0", auth="none"), None)
+    require_token_outside("retriever", RetrieverConfig(host="0.0.0.0", auth="none"), None, TOKEN)
     assert "warning: retriever.auth=none: 0.0.0.0 answers whoever reaches it" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from research_rl.config import RetrieverConfig
 from research_rl.errors import ManifestError, ServiceError
 from research_rl.retriever import opened
-from research_rl.retriever.app import Service
+from research_rl.retriever.app import RetrieverService
+from research_rl.retriever.edition import Edition
 from research_rl.retriever.opened import OpenedFiles
 from research_rl.retriever.retriever import Retriever
 
@@ -20,7 +22,7 @@ def test_an_index_that_cannot_be_opened_is_a_failure_with_its_reason(error: Exce
     def fails() -> Retriever:
         raise error
 
-    service = Service(fails, RetrieverConfig())
+    service = RetrieverService(fails, RetrieverConfig())
     service._start()
     assert service.state == "failed" and not service.ready
     assert isinstance(service.failure, ServiceError)
@@ -40,12 +42,12 @@ def test_a_file_that_is_cut_short_is_named_and_one_that_is_replaced_is_not(tmp_p
         stream.truncate(100)
     with pytest.raises(ManifestError, match=r"second was cut to 100 bytes of 5,000 while it was served; remove"):
         files.check()
-    service = Service(lambda: cast(Retriever, None), RetrieverConfig())
+    service = RetrieverService(lambda: cast(Retriever, None), RetrieverConfig())
 
     class Cut:
         check_files = staticmethod(files.check)
 
-    service.retriever = cast(Retriever, Cut)
+    service.edition = cast(Edition, SimpleNamespace(retriever=Cut))
     service.check_files()
     assert service.state == "failed" and "was cut to 100 bytes" in str(service.failure)
     files.close()

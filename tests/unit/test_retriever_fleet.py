@@ -11,7 +11,7 @@ import pytest
 from research_rl.episode.trajectory import Passage, SearchFault
 from research_rl.retriever import fleet
 from research_rl.retriever.client import merged
-from research_rl.retriever.fleet import Part, Replica, ReplicaError
+from research_rl.retriever.fleet import IndexPart, Replica, ReplicaError
 
 Send = Callable[[str], Coroutine[None, None, str]]
 
@@ -65,9 +65,9 @@ def test_searches_that_were_in_flight_when_a_replica_died_make_its_rest_no_longe
     assert replica.until - time.monotonic() < 1.1
 
 
-def run(urls: list[str], send: Send, times: int = 1) -> tuple[list[str], Part[str]]:
-    async def go() -> tuple[list[str], Part[str]]:
-        part: Part[str] = Part(urls, healthy)
+def run(urls: list[str], send: Send, times: int = 1) -> tuple[list[str], IndexPart[str]]:
+    async def go() -> tuple[list[str], IndexPart[str]]:
+        part: IndexPart[str] = IndexPart(urls, healthy)
         answers: list[str] = []
         for _ in range(times):
             try:
@@ -119,7 +119,7 @@ def test_a_half_open_breaker_lets_one_trial_through(urls: list[str]) -> None:
         return url
 
     async def go() -> list[str]:
-        part: Part[str] = Part(urls, healthy)
+        part: IndexPart[str] = IndexPart(urls, healthy)
         part.replicas[0].state = "half_open"
         searches = [asyncio.create_task(part.ask(send)) for _ in range(30)]
         for _ in range(20):
@@ -144,7 +144,7 @@ def test_searches_that_waited_for_a_failed_trial_fail_with_it() -> None:
         raise down()
 
     async def go() -> list[str | BaseException]:
-        part: Part[str] = Part(["a"], healthy)
+        part: IndexPart[str] = IndexPart(["a"], healthy)
         part.replicas[0].state = "half_open"
         return await asyncio.gather(*(part.ask(send) for _ in range(30)), return_exceptions=True)
 
@@ -155,7 +155,7 @@ def test_searches_that_waited_for_a_failed_trial_fail_with_it() -> None:
 
 def test_a_trial_whose_caller_left_frees_the_next_one() -> None:
     async def go() -> str:
-        part: Part[str] = Part(["a"], healthy)
+        part: IndexPart[str] = IndexPart(["a"], healthy)
         part.replicas[0].state = "half_open"
         blocked = asyncio.create_task(part.ask(forever))
         await asyncio.sleep(0)
@@ -175,7 +175,7 @@ def test_a_trial_whose_caller_left_frees_the_next_one() -> None:
 
 
 def test_what_is_late_is_said_by_the_quickest_replica_not_by_the_slow_one() -> None:
-    part: Part[str] = Part(["slow", "quick"], healthy)
+    part: IndexPart[str] = IndexPart(["slow", "quick"], healthy)
     slow, quick = part.replicas
     for _ in range(100):
         slow.succeeded(5.0)
@@ -193,7 +193,7 @@ def test_a_slow_answer_is_overtaken_by_a_second_replica() -> None:
 
     async def go() -> None:
         nonlocal slow
-        part: Part[str] = Part(["slow", "quick"], healthy)
+        part: IndexPart[str] = IndexPart(["slow", "quick"], healthy)
         for _ in range(60):
             await part.ask(send)
         slow = True
@@ -218,7 +218,7 @@ def test_a_replica_that_stands_still_is_left_alone_after_three_searches() -> Non
 
     async def go() -> tuple[set[str], int]:
         nonlocal still
-        part: Part[str] = Part(["frozen", "quick"], down)
+        part: IndexPart[str] = IndexPart(["frozen", "quick"], down)
         for _ in range(60):
             await part.ask(send)
         still, before = True, part.hedges

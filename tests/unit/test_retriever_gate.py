@@ -102,6 +102,6 @@ def test_a_pause_of_several_workers_counts_once_and_one_without_end_is_bounded(t
     seen = Pauses(tmp_path, longest_s=3.0)
     assert [note["event"] for note in seen.news()] == ["paused", "paused", "resumed"]
     assert seen.news() == []
-    assert seen.seconds(now - 60) == pytest.approx(5.0)
-    assert seen.seconds(now - 7) == pytest.approx(2.0)
-    assert seen.seconds(now) == 0.0
+    assert seen.seconds(now - 60, now) == pytest.approx(5.0)
+    assert seen.seconds(now - 7, now) == pytest.approx(2.0)
+    assert seen.seconds(now, now) == 0.0

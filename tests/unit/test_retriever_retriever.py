@@ -13,6 +13,7 @@ from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import Workspace
 from research_rl.retriever.retriever import Retriever
 from tests.knowledge import built, passages
+from tests.unit.test_verified import read_bytes, settle
 
 ENCODER = {"dim": 64, "shard_rows": 100}
 
@@ -77,3 +78,23 @@ def test_unverified_opening_still_needs_a_usable_encoder(workspace: Workspace) -
     path.write_text("x" * (path.stat().st_size - 1) + "\n")
     with pytest.raises(ModelError, match="no lexical encoder"):
         Retriever.open(workspace, RetrieverConfig(verify=False))
+
+
+def test_a_second_start_reads_no_file_again_and_one_that_changed_since_is_refused(tmp_path: Path) -> None:
+    """Every start of every replica hashed corpus and index anew: for an index of Wikipedia's size some minutes each."""
+    workspace = built(tmp_path, encoder={"dim": 4096})
+    folders = [workspace.folder(stage) for stage in ("corpus", "index")]
+    size = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+    for folder in folders:
+        settle(folder)
+    read = list[int]()
+    for verify in (False, True, True):
+        before = read_bytes()
+        Retriever.open(workspace, RetrieverConfig(verify=verify, warm=False))
+        read.append(read_bytes() - before)
+    bare, first, second = read
+    assert first - bare >= size
+    assert second - bare < size // 4
+    flip(workspace.folder("index") / "index-00000.faiss")
+    with pytest.raises(ManifestError, match="index-00000"):
+        Retriever.open(workspace, RetrieverConfig())

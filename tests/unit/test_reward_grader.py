@@ -6,7 +6,6 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ from research_rl.errors import ConfigError
 from research_rl.reward.grader import Grader, GradingTarget
 from research_rl.reward.judge import Judge
 from research_rl.reward.rules import Grade, grade
+from tests.json_server import JsonHandler, served
 
 TARGET = GradingTarget("where?", ("Paris",), ("p1", "p2"))
 
@@ -127,7 +127,7 @@ def test_a_reward_that_cannot_be_meant_is_refused(override: list[str], message: 
         configuration.load_profile("laptop", override)
 
 
-class JudgeServer(BaseHTTPRequestHandler):
+class JudgeServer(JsonHandler):
     """An OpenAI-compatible endpoint that calls right whatever begins with P, and misbehaves as told."""
 
     protocol_version = "HTTP/1.1"
@@ -136,31 +136,22 @@ class JudgeServer(BaseHTTPRequestHandler):
     over: ClassVar[threading.Event] = threading.Event()
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         self.asked.append({**body, "token": self.headers.get("Authorization"), "path": self.path})
         case = json.loads(body["messages"][1]["content"])
         told = self.script.pop(0) if self.script else 200
         if told == "hang":
             self.over.wait(60)
         says = told if isinstance(told, str) else "Verdict: " + json.dumps({"correct": case["candidate"].startswith("P")})
-        reply = json.dumps({"choices": [{"message": {"content": says}}]}).encode()
-        self.send_response(told if isinstance(told, int) else 200)
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, format: str, *args: Any) -> None: ...
+        self.reply(told if isinstance(told, int) else 200, {"choices": [{"message": {"content": says}}]})
 
 
 @pytest.fixture
 def server() -> Iterator[str]:
     JudgeServer.script, JudgeServer.asked, JudgeServer.over = [], [], threading.Event()
-    found = ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
-    threading.Thread(target=found.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{found.server_port}/v1"
-    JudgeServer.over.set()
-    found.shutdown()
-    found.server_close()
+    with served(JudgeServer) as url:
+        yield f"{url}/v1"
+        JudgeServer.over.set()
 
 
 JUDGED = {"rule": "composed", "terms": [{"kind": "judge", "weight": 1.0}], "judge": {"model": "m", "max_chars": 16}}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,13 @@ from research_rl.config import Config, ServingConfig
 from research_rl.episode.agent import Completion
 from research_rl.errors import ModelError, ServiceError
 from research_rl.pipeline.stages import Workspace
+from research_rl.process.services import Endpoint
 from research_rl.serving import client, launch, model
 from research_rl.serving.client import Sampling
 from research_rl.serving.serve import running
 from research_rl.serving.tensors import Output, write
+
+STOP = ("</search>",)
 
 
 def folder(path: Path, **config: object) -> Path:
@@ -80,7 +85,7 @@ def test_a_large_model_uses_every_core_unless_told_otherwise(tmp_path: Path, mon
     assert launch.threads(3, large.weight_bytes) == 3
 
 
-@pytest.mark.parametrize(("engine", "flag"), [("vllm", "--enforce-eager"), ("sglang", "--disable-cuda-graph")])
+@pytest.mark.parametrize(("engine", "flag"), [("vllm", "--enforce-eager"), ("sglang", "--cuda-graph-backend-decode")])
 def test_a_gpu_uses_graphs_unless_told_otherwise(tmp_path: Path, engine: str, flag: str) -> None:
     assert flag in render(tmp_path, engine=engine, hardware="gpu", eager=True).command
     assert flag not in render(tmp_path, engine=engine, hardware="gpu").command
@@ -95,7 +100,7 @@ def test_sglang_command(tmp_path: Path) -> None:
         "--host": "127.0.0.1",
         "--port": "81",
         "--dtype": "bfloat16",
-        "--context-length": "1024",
+        "--context-length": "1026",
         "--max-running-requests": "9",
         "--tp-size": "2",
         "--mem-fraction-static": "0.85",
@@ -162,16 +167,16 @@ def vllm_reply(ids: list[int], finish: str, reason: object, logprobs: list[float
     [("stop", "</search>", "stop"), ("stop", None, "eos"), ("stop", 151643, "eos"), ("length", None, "length")],
 )
 def test_vllm_finish_reasons(finish: str, reason: object, expected: str) -> None:
-    assert client.parse_vllm(vllm_reply([4, 5], finish, reason)) == Completion((4, 5), (0.0, 0.0), expected)  # type: ignore[arg-type]
+    assert client.parse_vllm(vllm_reply([4, 5], finish, reason), STOP) == Completion((4, 5), (0.0, 0.0), expected)  # type: ignore[arg-type]
 
 
 def test_vllm_replies_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(ServiceError, match="finish_reason='abort'"):
-        client.parse_vllm(vllm_reply([4], "abort", None))
+        client.parse_vllm(vllm_reply([4], "abort", None), STOP)
     with pytest.raises(ServiceError, match="2 ids and 1 log-prob"):
-        client.parse_vllm(vllm_reply([4, 5], "stop", None, [-1.0]))
+        client.parse_vllm(vllm_reply([4, 5], "stop", None, [-1.0]), STOP)
     with pytest.raises(ServiceError, match="no token_ids"):
-        client.parse_vllm({"choices": [{"text": "a", "finish_reason": "stop"}]})
+        client.parse_vllm({"choices": [{"text": "a", "finish_reason": "stop"}]}, STOP)
 
 
 def sglang_reply(finish: dict[str, object]) -> dict[str, object]:
@@ -188,12 +193,49 @@ def sglang_reply(finish: dict[str, object]) -> dict[str, object]:
     ],
 )
 def test_sglang_finish_reasons(finish: dict[str, object], expected: str) -> None:
-    assert client.parse_sglang(sglang_reply(finish)) == Completion((8, 9), (-0.25, -0.5), expected)  # type: ignore[arg-type]
+    assert client.parse_sglang(sglang_reply(finish), STOP) == Completion((8, 9), (-0.25, -0.5), expected)  # type: ignore[arg-type]
+
+
+def test_a_text_that_was_no_stop_string_is_a_failure_and_no_stop() -> None:
+    with pytest.raises(ServiceError, match=r"ended a sequence at 'NaN happened', which is no stop string of \['</search>'\]"):
+        client.parse_sglang(sglang_reply({"type": "stop", "matched": "NaN happened"}), STOP)
+
+
+def test_an_id_that_the_model_does_not_have_is_refused_before_it_is_sent() -> None:
+    async def main() -> None:
+        async with client.HttpEngine(Endpoint("http://127.0.0.1:9", model="policy-x", vocabulary=8), Sampling()) as engine:
+            await engine.generate([7, 8], STOP, 1)
+
+    with pytest.raises(ModelError, match="token id 8 is none of the 8 of policy-x"):
+        asyncio.run(main())
+
+
+def test_sglang_on_cpu_leaves_memory_and_cores_to_others(tmp_path: Path) -> None:
+    plan = render(tmp_path, engine="sglang", threads=1)
+    assert option(plan.command, "--device") == "cpu" and "--sleep-on-idle" in plan.command
+    assert option(plan.command, "--max-total-tokens") == str(launch.CPU_CACHE_TOKENS)
+    assert plan.env["OMP_NUM_THREADS"] == "1" and int(plan.env["SGLANG_CPU_OMP_THREADS_BIND"]) in os.sched_getaffinity(0)
+    assert "--mem-fraction-static" not in plan.command
+
+
+def test_sglang_follows_seeds_where_tokens_are_drawn(tmp_path: Path) -> None:
+    found = model.check(folder(tmp_path / "m"), 1024)
+    about = {"served_name": "x", "interpreter": "py", "port": 81, "token": "t", "context": 1024, "secrets": tmp_path}
+    for engine, seeded, told in (("sglang", True, True), ("sglang", False, False), ("vllm", True, False)):
+        plan = launch.render(ServingConfig(engine=engine), found, seeded=seeded, **about)  # type: ignore[arg-type]
+        assert ("--enable-deterministic-inference" in plan.command) is told
+
+
+def test_a_model_must_read_what_sglang_keeps_for_itself_as_well(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m", max_position_embeddings=1025)
+    model.check(path, 1024)
+    with pytest.raises(ModelError, match=r"reads 1025 tokens, .* = 1024 and the server keeps 2 for itself"):
+        model.check(path, 1024, launch.RESERVED["sglang"])
 
 
 def test_an_aborted_sglang_sequence_is_refused() -> None:
     with pytest.raises(ServiceError, match="finish_reason='abort'"):
-        client.parse_sglang(sglang_reply({"type": "abort", "message": "too long"}))
+        client.parse_sglang(sglang_reply({"type": "abort", "message": "too long"}), STOP)
 
 
 def test_both_requests_carry_ids_and_every_sampling_parameter() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,23 @@ def test_every_public_function_is_described_and_annotated(path: Path) -> None:
     public = [node for node in tree.body if isinstance(node, Function) and not node.name.startswith("_")]
     assert [f.name for f in public if not ast.get_docstring(f)] == []
     assert [f.name for f in functions(path) if f.returns is None and f.name != "__init__"] == []
+
+
+def test_the_tops_of_the_two_packages_stay_small() -> None:
+    """What belongs to one concern lies in the folder of that concern."""
+    method, tasks = (sorted(path.stem for path in (ROOT / name).glob("*.py")) for name in ("research_rl", "tasks"))
+    assert len(method) <= 6, method
+    assert len([name for name in tasks if name != "__init__"]) <= 17, tasks
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """Whoever reads a name, or searches for it, meets one thing."""
+    places = defaultdict[str, list[str]](list)
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
 def test_the_median_function_is_short() -> None:

@@ -18,8 +18,8 @@ from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import Manifest
 from tasks.tracking.journal import EVENTS, PLACE, Place, TrackingJournal, read
 from tasks.tracking.sender import _groups, metric_name
-from tasks.tracking.traces import pieces
-from tasks.tracking.track import Tracker, changed, flat, run_name
+from tasks.tracking.traces import TraceSpan, documents, pieces
+from tasks.tracking.track import Tracker, changed, flat, run_name, run_title
 
 
 def test_events_come_back_in_order_from_any_place(tmp_path: Path) -> None:
@@ -121,10 +121,11 @@ def test_parameters_and_errors_are_redacted_before_they_are_cut() -> None:
     assert flat({"url": "https://ann:" + "x" * 600 + "@host/file"}) == {"url": "https://***@host/file"}
 
 
-def test_two_stages_that_end_at_one_moment_are_both_remembered(tmp_path: Path) -> None:
-    def manifest(name: str) -> Manifest:
-        return Manifest(stage=name, config_hash="c", parents={}, code_version="0", counts={}, facts={}, files=())
+def manifest(stage: str) -> Manifest:
+    return Manifest(stage=stage, config_hash="c", parents={}, code_version="0", counts={}, facts={}, files=())
 
+
+def test_two_stages_that_end_at_one_moment_are_both_remembered(tmp_path: Path) -> None:
     names = [f"stage{number}" for number in range(16)]
     tracker = Tracker(TrackingJournal(tmp_path / "run"), None, "sqlite:///none")
     with ThreadPoolExecutor(16) as pool:
@@ -132,9 +133,24 @@ def test_two_stages_that_end_at_one_moment_are_both_remembered(tmp_path: Path) -
     assert all(tracker.journal_of(manifest(name)) == tmp_path / "run" for name in names)
 
 
+@pytest.mark.parametrize("damage", ['{"train:0": "ru', "[1]", "", "null"])
+def test_a_damaged_note_of_what_was_reported_costs_a_second_report_not_the_run(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that filled up left half a file, and every later run ended in a traceback at its first stage."""
+    tracker = Tracker(TrackingJournal(tmp_path / "run"), None, "sqlite:///none")
+    (tmp_path / "reported.json").write_text(damage)
+    assert tracker.journal_of(manifest("one")) is None
+    assert "artifacts are reported once more, and the file is written anew" in caplog.text
+    tracker.remember(manifest("one"))
+    assert tracker.journal_of(manifest("one")) == tmp_path / "run"
+
+
 def test_a_run_is_named_by_what_it_is_and_says_what_was_changed() -> None:
     resolved = config.load_profile("laptop", ["train.steps=26", "seed=7"])
     assert run_name("research-train", resolved) == "research-train laptop seed 7"
+    assert run_title("research-train", resolved) == f"train laptop steps={resolved.train.steps} seed=7"
+    assert run_title("research-data", resolved) == "data laptop seed=7"
     assert changed(resolved) == "seed=7, train.steps=26"
     assert changed(config.load_profile("laptop")) == "nothing"
 
@@ -183,9 +199,9 @@ def test_an_episode_becomes_spans_in_order() -> None:
         "engine_seconds": 8.0,
     }
     spans = list(pieces(record))
-    assert [kind for kind, *_ in spans] == ["think", "search", "retrieve", "think", "answer"]
-    assert spans[2] == ("retrieve", "the author", "<result> She wrote. </result>", 0.25)
-    assert sum(seconds for *_, seconds in spans) == 8.25
+    assert [span.kind for span in spans] == ["think", "search", "retrieve", "think", "answer"]
+    assert spans[2] == TraceSpan("retrieve", "the author", "<result> She wrote. </result>", 0.25, passage_ids=("1",))
+    assert sum(span.seconds for span in spans) == 8.25
 
 
 def test_text_without_tags_and_a_cut_answer_are_kept() -> None:
@@ -193,4 +209,26 @@ def test_text_without_tags_and_a_cut_answer_are_kept() -> None:
         "segments": [{"author": "model", "text": "hm", "tokens": 1}, {"author": "model", "text": "<answer> cut", "tokens": 1}],
         "searches": [],
     }
-    assert [(kind, text) for kind, _, text, _ in pieces(record)] == [("think", "hm"), ("answer", "cut")]
+    assert [(span.kind, span.text) for span in pieces(record)] == [("think", "hm"), ("answer", "cut")]
+
+
+def test_a_result_becomes_a_document_a_passage() -> None:
+    block = " <result>\nOne\nfirst\n\nTwo\nsecond\n</result>"
+    assert [(found["id"], found["page_content"]) for found in documents(block, ("a", "b"))] == [("a", "One\nfirst"), ("b", "Two\nsecond")]
+    assert [found["id"] for found in documents(block, ("a", "b", "c"))] == ["a", "b"], "the limit on tokens cut the last passage off"
+    (whole,) = documents(block, ("a",))
+    assert whole["page_content"] == "One\nfirst\n\nTwo\nsecond", "a passage with an empty line of its own is not taken apart"
+    assert documents(" <result>\nno passage was found\n</result>", ()) == []
+
+
+def test_a_turn_reads_all_that_stands_before_it() -> None:
+    record = {
+        "prompt_tokens": 10,
+        "segments": [
+            {"author": "model", "text": "<think>a</think><search>b</search>", "tokens": 4},
+            {"author": "search", "text": " <result>\nc\n</result>", "tokens": 3},
+            {"author": "model", "text": "<answer>d</answer>", "tokens": 2},
+        ],
+        "searches": [{"query": "b", "passage_ids": ["1"], "seconds": 0.1, "error": None}],
+    }
+    assert [span.tokens for span in pieces(record)] == [(10, 4), (0, 0), (0, 0), (17, 2)]

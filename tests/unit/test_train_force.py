@@ -6,10 +6,12 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from research_rl.config import Config
-from research_rl.errors import ServiceError
+from research_rl.errors import ModelError, ServiceError
 from research_rl.pipeline import manifest
 from research_rl.pipeline.stages import STAGES, Context, Workspace
 from research_rl.process.services import Endpoint
@@ -35,6 +37,26 @@ def test_a_forced_run_starts_anew_and_keeps_the_earlier_one(tmp_path: Path) -> N
     assert not (work / "checkpoints").exists()
     assert (tmp_path / "earlier-train-0123-1/checkpoints/global_step_6/data.pt").read_text() == "trained"
     assert str(tmp_path / "earlier-train-0123-1") in said[0]
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_the_stage_begins_anew_only_when_it_is_forced(force: bool, tmp_path: Path) -> None:
+    """The stage itself, up to the policy that is missing here: force has to reach the run that stands, and nothing else may."""
+    space = Workspace(tmp_path)
+    for name in ("policy", "prepare"):
+        with manifest.publish(space.folder(name), name, "x", {}) as staging:
+            if name == "prepare":
+                parquet.write_table(pa.table({"question": ["Who?"]}), staging.path / "train.parquet")
+    parents = {name: manifest.load(space.folder(name)) for name in ("policy", "prepare")}
+    work = space.work(f"train-{train.work_key(Config(), parents)}")
+    run_of(work, 6)
+    said = list[str]()
+    context = Context(STAGES["train"], Config(), space, parents, lambda text, share: said.append(text), force=force)
+    with pytest.raises(ModelError, match="artifacts/policy"):
+        train.run(context)
+    assert (work / "checkpoints/global_step_6").is_dir() is not force
+    assert [path.name for path in work.parent.glob("earlier-*")] == ([f"earlier-{work.name}-1"] if force else [])
+    assert any("the earlier run is kept in" in text for text in said) is force
 
 
 def test_a_forced_run_that_was_killed_goes_on_when_it_is_forced_again(tmp_path: Path) -> None:

@@ -113,6 +113,13 @@ def test_prune_keeps_the_newest_and_never_the_future(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["global_step_3"]
 
 
+def test_the_checkpoint_before_a_step_that_is_not_judged_yet_is_kept(tmp_path: Path) -> None:
+    for step in (2, 3, 4):
+        write_checkpoint(tmp_path, step)
+    checkpoints.prune(tmp_path, 1, judged=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_3", "global_step_4"]
+
+
 def test_nothing_to_prune_in_an_empty_run(tmp_path: Path) -> None:
     checkpoints.prune(tmp_path, 2)
     assert checkpoints.latest(tmp_path) is None

@@ -8,8 +8,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import stat
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ import psutil
 import pytest
 
 from research_rl.config import Config
-from research_rl.errors import CollapseError, ConfigError, TrainingError
-from research_rl.training.run import checkpoints
+from research_rl.errors import CollapseError, ConfigError, ServiceError, TrainingError
+from research_rl.retriever.source import Taping
+from research_rl.training.run import attempt, checkpoints
 from research_rl.training.run import run as module
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.launch import RayJobs
@@ -43,6 +47,7 @@ resume = options["trainer.resume_from_path"]
 step = 0 if resume == "null" else int(resume.strip("'").rsplit("_", 1)[1])
 print("resuming from", step, flush=True)
 print(script.get("say", ""), flush=True)
+time.sleep(script.get("start_s", 0))
 
 def save(step, whole=True):
     path = checkpoints / f"global_step_{step}"
@@ -81,6 +86,11 @@ for step in range(step + 1, int(options["trainer.total_training_steps"]) + 1):
         time.sleep(script.get("pause_s", 0) * (note == "paused"))
     while step == script.get("until_sealing") and not (work / "sealing").exists():
         time.sleep(0.02)
+    while script.get("told_of") and step > 1 and not (work / f"checkpoint_{step - 1}").exists():
+        time.sleep(0.02)
+    if step == script.get("lacks"):
+        (work / "missing").mkdir()
+        (work / "missing/worker.jsonl").write_text('{"query": "who", "top_k": 3}\n{"query": "where", "top_k": 3}\n')
     for index in range(script.get("rows", 4)):
         episode(step, index, script.get("stop", "answered"))
     if step == script.get("hang"):
@@ -131,6 +141,18 @@ class Listener(TrainHooks):
         self.checkpoints.append(step)
 
 
+class Telling(Listener):
+    """Lets a trainer with `told_of` begin a step once the checkpoint of the one before it is whole, however long that takes."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._work = run.paths.work
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        super().on_checkpoint(step, path)
+        (self._work / f"checkpoint_{step}").touch()
+
+
 def make_run(folder: Path, plan: list[dict[str, Any]], **values: Any) -> Run:
     work = folder / "work"
     work.mkdir(parents=True)
@@ -171,6 +193,19 @@ def test_every_step_is_told_once_and_kept(tmp_path: Path) -> None:
     assert "bad" not in rows[2]["metrics"]
     assert len(gzip.decompress((run.rollouts / "000003.jsonl.gz").read_bytes()).splitlines()) == 4
     assert len(list(run.paths.checkpoints.glob("global_step_*"))) == run.config.trainer.keep_checkpoints
+
+
+def test_a_trainer_that_takes_long_to_start_is_told_of_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to three minutes of silence looked as if nothing happened."""
+    monkeypatch.setattr(attempt, "_TELL_S", 0.3)
+    said: list[str] = []
+    say = "\x1b[36m(pid=7)\x1b[0m Loading checkpoint shards"
+    supervise(make_run(tmp_path, [{"say": say, "start_s": 2.0}]), TrainHooks(), lambda text, share: said.append(text))
+    starting = [text for text in said if text.startswith("the trainer starts, ")]
+    assert len(starting) >= 3
+    assert starting[-1].endswith(" s of at most 600 s; its log: (pid=7) Loading checkpoint shards")
+    first = next(place for place, text in enumerate(said) if text.startswith("step 1 of 4"))
+    assert not any(text.startswith("the trainer starts") for text in said[first:]), "from the first step on the steps are told"
 
 
 def test_a_silent_trainer_is_ended_with_all_it_started_and_resumed(tmp_path: Path) -> None:
@@ -214,9 +249,12 @@ def test_a_new_process_goes_on_and_tells_the_kept_steps_again(tmp_path: Path) ->
     run = make_run(tmp_path, [{}], steps=2)
     supervise(run, TrainHooks(), ignore)
     longer = Run(run.config.model_copy(update={"train": run.config.train.model_copy(update={"steps": 3})}), run.paths, run.services, "u")
-    listener = Listener()
-    assert supervise(longer, listener, ignore).checkpoint.step == 3
+    listener, said = Listener(), list[str]()
+    assert supervise(longer, listener, lambda text, share: said.append(text)).checkpoint.step == 3
     assert listener.steps == [1, 2, 3]
+    # Told as progress, all of an hour's steps in one moment would be the rate from which the time left is reckoned.
+    assert said[0] == "step 2 of 3 stands from an earlier start"
+    assert [text for text in said if text.startswith(("step 1", "step 2"))] == said[:1]
     assert "resuming from 2" in (run.logs / "attempt_2.log").read_text()
 
 
@@ -253,6 +291,15 @@ def test_training_on_what_is_left_is_refused(tmp_path: Path, plan: dict[str, Any
         supervise(make_run(tmp_path, [plan]), TrainHooks(), ignore)
 
 
+def test_a_step_that_a_replayed_tape_could_not_serve_is_no_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{"lacks": 3, "told_of": True}])
+    listener = Telling(run)
+    taping = Taping(tmp_path / "tape" / "searches.sqlite", None, run.paths.work / "missing")
+    with pytest.raises(TrainingError, match=r"2 searches are not on the tape .*'who' \(3 passages\).*tape=record.*last checkpoint"):
+        supervise(replace(run, taping=taping), listener, ignore)
+    assert listener.steps == [1, 2]
+
+
 def test_a_pause_is_told_measured_and_no_silence(tmp_path: Path) -> None:
     said: list[str] = []
     run = make_run(tmp_path, [{"notes": ["paused", "resumed"], "pause_s": 5.0}], step_deadline_s=4.0)
@@ -266,7 +313,8 @@ def test_a_pause_is_told_measured_and_no_silence(tmp_path: Path) -> None:
 
 
 def test_a_collapse_warns_then_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    run, listener = make_run(tmp_path, [{"nan_from": 4, "pause": 0.3}], steps=20, keep_checkpoints=1), Listener()
+    run = make_run(tmp_path, [{"nan_from": 4, "told_of": True, "pause": 0.3}], steps=20, keep_checkpoints=1)
+    listener = Telling(run)
     with pytest.raises(
         CollapseError, match=r"step 6: nan: .*\(actor/grad_norm\).*since step 4.*train\.steps=3 publishes it.*watch\.nan\.action=warn"
     ):
@@ -377,6 +425,23 @@ def test_missing_interpreter_is_named(tmp_path: Path) -> None:
 def test_rays_folder_is_short_enough_for_a_socket() -> None:
     folder = module.ray_folder(Path("/" + "long/" * 60))
     assert len(str(folder)) < 40
+
+
+def test_rays_folder_lies_below_one_that_its_owner_alone_can_enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives its own folder mode 0777 under a name that everybody can tell."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = os.umask(0)
+    try:
+        own = module.ray_folder(Path("/work")).parent
+    finally:
+        os.umask(before)
+    assert own.parent == tmp_path and stat.S_IMODE(own.stat().st_mode) == 0o700
+    own.chmod(0o777)
+    assert module.ray_folder(Path("/other")).parent == own and stat.S_IMODE(own.stat().st_mode) == 0o700
+    own.rename(tmp_path / "elsewhere")
+    own.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ServiceError, match=rf"{own} is not a folder of user {os.getuid()} .*set TMPDIR to a folder of your own"):
+        module.ray_folder(Path("/work"))
 
 
 def test_a_token_of_the_cluster_that_no_header_can_carry_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

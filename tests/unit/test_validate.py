@@ -53,6 +53,17 @@ def test_a_broken_check_names_its_limit_or_that_it_has_none(tmp_path: Path) -> N
     assert "limit: validation.min_answer_coverage" in str(caught.value)
 
 
+def test_gold_answers_that_no_prediction_can_match_are_named(tmp_path: Path) -> None:
+    """Evaluation counts such a question as wrong whatever is answered, so its owner must hear of it."""
+    data = snapshot()
+    data["dev"][3]["golden_answers"] += ["A", "!"]
+    found = accepted(context(tmp_path, data))
+    broken_checks = [item for item in found.facts["checks"] if not item["passed"]]
+    assert [(item["suite"], item["column"], item["severity"]) for item in broken_checks] == [("dev", "unreachable", "warning")]
+    assert "2 gold answers are empty once normalised and never match: ['A', '!']" in json.dumps(broken_checks[0])
+    assert "line 4" in json.dumps(broken_checks[0]) or '"line": 4' in json.dumps(broken_checks[0])
+
+
 def test_every_limit_that_a_message_names_is_a_parameter() -> None:
     suites = {
         "dev": COLUMNS,

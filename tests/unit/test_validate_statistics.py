@@ -17,7 +17,12 @@ from research_rl.validation.answers import Sought
 from research_rl.validation.columns import encoding_defects, keys, words
 from research_rl.validation.corpus import CorpusStatistics, measure_corpus, repeated
 
-ALPHABET = "ab cé ßÅ.,-—’\n_9 Ωж中"
+# Beside Latin: Han, kana with a voiced mark of its own, Thai, Lao and Khmer with vowel signs, Arabic with a vowel sign and the
+# lengthening stroke, Hindi with marks and joiners, Hangul, full-width forms, and accents that stand by themselves.
+ALPHABET = [
+    *"ab cé ßÅ.,-—’\n_9 Ωж中日ガｶーか한ㅎＡ９。、।´ـ٣هकष१\u200d\u00ad",
+    *("か\u3099", "กิ่", "าลี", "ລີ", "កុ្ក", "عَ", "بْ", "हि", "न्", "한"),
+]
 
 
 def write(path: Path, rows: list[tuple[str, str]]) -> Path:
@@ -35,7 +40,7 @@ def column(texts: list[str]) -> pa.Array:
 
 def test_words_are_those_of_the_tokenizer() -> None:
     draw = random.Random(1)
-    texts = ["".join(draw.choices(ALPHABET, k=draw.randrange(40))) for _ in range(2000)]
+    texts = ["".join(draw.choices(ALPHABET, k=draw.randrange(40))) for _ in range(4000)]
     expected = [tuple(split(text)) for text in texts]
     found = words(column(texts))
     assert found.counts.tolist() == [len(item) for item in expected]
@@ -123,9 +128,9 @@ def test_the_result_depends_neither_on_shards_nor_on_processes(tmp_path: Path, m
     assert len(cut.shards) > 5 and sum(shard["rows"] for shard in cut.shards) == 1000
     for name in ("rows", "longest", "defects", "examples", "sample"):
         assert getattr(whole, name) == getattr(cut, name), name
-    for name in ("chars", "words", "found", "known"):
+    for name in ("chars", "words", "present", "known"):
         assert (getattr(whole, name) == getattr(cut, name)).all(), name
-    assert whole.defects["repeated_ids"] == 10 and whole.found.sum() == 1
+    assert whole.defects["repeated_ids"] == 10 and whole.present.sum() == 1
     lengths = Counter(len(text) for _, text in rows)
     assert {size: int(count) for size, count in enumerate(cut.chars) if count} == lengths
 
@@ -157,4 +162,35 @@ def test_an_answer_is_found_where_its_words_stand_side_by_side(tmp_path: Path, a
     rows = [("s", "France\nIts capital is Paris, and also it"), ("t", "Rhone\nIt flows by Lyon—the Romance of it.")]
     sought = Sought.of(answers, ())
     found = measure_corpus(write(tmp_path / "c.jsonl", rows), sought, 1000, tmp_path, lambda rows: None)
-    assert sought.answered(answers, found.found) is expected
+    assert sought.answered(answers, found.present) is expected
+
+
+IN_OTHER_SCRIPTS = {
+    "Chinese": ("长江\n长江流经武汉和南京，最后流入东海。", ["武汉", "流经武汉和南京最后流入", "东海 "], ["北京", "汉武", "武汉最后"]),
+    "Japanese": ("富士山\n富士山は静岡県とヤマナシ県にまたがる。", ["静岡県", "ﾔﾏﾅｼ県", "またがる。"], ["岡静", "ヤマクチ", "しずおか"]),
+    "Thai": ("กรุงเทพ\nกรุงเทพตั้งอยู่ริมแม่น้ำเจ้าพระยาในภาคกลาง", ["แม่น้ำเจ้าพระยา", "ริมแม่น้ำ"], ["แม่น้ำโขง", "เจาพระยา", "พระยาเจ้า"]),
+    "Arabic": ("القاهرة\nتقعُ القاهرةُ على نهر النيل، وهي مدينة.", ["نهر النيل", "نَهْر النِّيل", "وهي مدينـــة"], ["النيل نهر", "قاهرة"]),
+    "Hindi": ("दिल्ली\nदिल्ली यमुना नदी के किनारे बसी है।", ["यमुना नदी", "दिल्ली यमुना", "बसी है"], ["नदी यमुना", "यमन", "दल", "दिल"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", IN_OTHER_SCRIPTS)
+def test_an_answer_in_another_script_is_found_where_it_stands_and_nowhere_else(script: str, tmp_path: Path) -> None:
+    """Words over 16 bytes were once told apart by their ends alone, and of unsegmented text no part was found."""
+    text, present, absent = IN_OTHER_SCRIPTS[script]
+    sought = Sought.of([*present, *absent], ())
+    rows = [("s", text), ("t", "Title\nNothing of it: " + " ".join(absent[0][::-1]))]
+    found = measure_corpus(write(tmp_path / "c.jsonl", rows), sought, 1000, tmp_path, lambda rows: None)
+    answered = {answer for answer in [*present, *absent] if sought.answered([answer], found.present)}
+    assert answered == set(present)
+
+
+@pytest.mark.parametrize("script", IN_OTHER_SCRIPTS)
+def test_passages_that_differ_in_one_letter_of_another_script_are_no_repeats(script: str, tmp_path: Path) -> None:
+    text = IN_OTHER_SCRIPTS[script][0]
+    middle = next(place for place in range(len(text) // 2, len(text)) if text[place].isalpha() and text[place] != text[0])
+    changed = text[:middle] + text[0] + text[middle + 1 :]
+    rows = [("a", text), ("b", changed), ("c", f"{text}!")]
+    found = measured(write(tmp_path / "c.jsonl", rows))
+    assert text != changed and found.defects["repeated_contents"] == 1
+    assert [item["line"] for item in found.examples["repeated_contents"]] == [3]

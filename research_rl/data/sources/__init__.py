@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from research_rl.config import DataConfig, TransferConfig
 from research_rl.errors import ConfigError, DataError
 
-__all__ = ["ChangedError", "Remote", "Source", "Sources", "TransientError"]
+__all__ = ["ChangedError", "FileSource", "Remote", "Sources", "TransientError"]
 
 
 _SUFFIX_OF = {"gzip": ".gz", "x-gzip": ".gz", "zstd": ".zst"}
@@ -53,7 +53,7 @@ class Remote:
     encoding: str = ""
 
 
-class Source(Protocol):
+class FileSource(Protocol):
     """One place that holds files by name."""
 
     @property
@@ -84,14 +84,14 @@ class Sources:
 
     def __init__(self, data: DataConfig, transfer: TransferConfig, root: Path) -> None:
         self._data, self._transfer, self._root = data, transfer, root
-        self._known: dict[str, Source] = {}
+        self._known: dict[str, FileSource] = {}
 
     @property
     def facts(self) -> dict[str, Any]:
         """Facts of the default source."""
         return self._default().facts
 
-    def of(self, name: str) -> tuple[Source, str]:
+    def of(self, name: str) -> tuple[FileSource, str]:
         """Return the source of a configured name and its name there. Raises ConfigError for an unusable one."""
         scheme, separator, rest = name.partition("://")
         if separator:
@@ -101,10 +101,10 @@ class Sources:
             raise ConfigError(f"{name!r} leaves the root of data.source={self._data.source}; name a file below the root or a whole address")
         return self._default(), name
 
-    def _default(self) -> Source:
+    def _default(self) -> FileSource:
         return self._open("", self._make)
 
-    def _make(self) -> Source:
+    def _make(self) -> FileSource:
         data, transfer = self._data, self._transfer
         if data.source == "folder":
             from research_rl.data.sources.folder import FolderSource
@@ -123,7 +123,7 @@ class Sources:
 
         return HttpSource(f"{scheme}://{rest}", transfer)
 
-    def _addressed(self, name: str, scheme: str, rest: str) -> tuple[Source, str]:
+    def _addressed(self, name: str, scheme: str, rest: str) -> tuple[FileSource, str]:
         if scheme in ("http", "https"):
             from research_rl.data.sources.http import HttpSource
 
@@ -138,17 +138,17 @@ class Sources:
         repository, _, revision = f"{parts[0]}/{parts[1]}".partition("@")
         return self._open(f"hub://{repository}@{revision}", lambda: self._hub(repository, revision or "main")), parts[2]
 
-    def _hub(self, repository: str, revision: str) -> Source:
+    def _hub(self, repository: str, revision: str) -> FileSource:
         from research_rl.data.sources.hub import HubSource
 
         return HubSource(repository, revision, self._transfer)
 
-    def _bucket(self, bucket: str, prefix: str) -> Source:
+    def _bucket(self, bucket: str, prefix: str) -> FileSource:
         from research_rl.data.sources.s3 import BucketSource
 
         return BucketSource(bucket, prefix, self._data.s3_endpoint, self._transfer)
 
-    def _open(self, key: str, make: Callable[[], Source]) -> Source:
+    def _open(self, key: str, make: Callable[[], FileSource]) -> FileSource:
         # One source an address: each keeps its connections, and a hub's its commit.
         if key not in self._known:
             self._known[key] = make()

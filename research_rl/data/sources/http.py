@@ -16,10 +16,12 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import httpx
 
-from research_rl.config import TransferConfig, addresses
+from research_rl.config import TransferConfig
+from research_rl.config.addresses import public
 from research_rl.data.sources import ChangedError, Remote, TransientError, encoding_suffix
 from research_rl.errors import DataError
 from research_rl.process.proxies import httpx_options
+from research_rl.process.redirects import STAY_OUTSIDE
 
 __all__ = ["HttpSource", "Web"]
 
@@ -78,7 +80,7 @@ class Web:
             timeout=transfer.timeout_s,
             follow_redirects=True,
             auth=auth,
-            event_hooks={"response": [_outside]},
+            event_hooks=STAY_OUTSIDE,
             **httpx_options(transfer.proxy),
         )
         self._headers = headers
@@ -112,12 +114,6 @@ class Web:
             yield reply.iter_raw(1 << 16)
 
 
-def public(url: str) -> str:
-    """Return an address without credentials, query and fragment."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
 def described(reply: httpx.Response, name: str, address: str) -> Remote:
     """Return what the reply to a request for the first byte says about the file."""
     total = _total(reply)
@@ -133,16 +129,6 @@ def described(reply: httpx.Response, name: str, address: str) -> Remote:
 def _total(reply: httpx.Response) -> int | None:
     total = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
     return int(total[1]) if total else None
-
-
-def _outside(reply: httpx.Response) -> None:
-    """Refuse a redirect from a public host to an internal one, which only this machine may reach."""
-    if reply.has_redirect_location and not addresses.is_internal(reply.request.url.host):
-        target = reply.request.url.join(reply.headers["Location"])
-        if addresses.is_internal(target.host):
-            raise DataError(
-                f"{public(str(reply.request.url))} redirects to the internal address {target.host}; name that address itself if it is meant"
-            )
 
 
 def _netrc() -> httpx.Auth | None:

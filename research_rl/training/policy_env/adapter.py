@@ -26,8 +26,8 @@ from research_rl.episode.prompts import FolderTokenizer, encode_prompt, load_tok
 from research_rl.episode.trajectory import Trajectory
 from research_rl.process.tokens import token_from
 from research_rl.retriever import TOKEN
-from research_rl.retriever.client import RetrieverClient
 from research_rl.retriever.gate import Patience, PauseGate
+from research_rl.retriever.source import SearchClient, Taping, opened
 from research_rl.reward.grader import Grader, GradingTarget
 from research_rl.reward.rules import Grade
 from research_rl.training.run import episodes, pauses
@@ -46,7 +46,7 @@ class _Shared:
     episodes: Path
     stopping: Mapping[str, Any]
     grader: Grader
-    client: RetrieverClient
+    client: SearchClient
     gate: PauseGate
     turns: asyncio.Semaphore
 
@@ -160,20 +160,21 @@ def eos_ids(model: Path, tokenizer: FolderTokenizer) -> frozenset[int]:
 @lru_cache(maxsize=4)
 def _shared(settings: str, model: str) -> _Shared:
     """Return what this process's episodes share: verl makes a loop per episode, and reading all this takes longer than a turn."""
-    told, tokenizer = json.loads(settings), load_tokenizer(Path(model))
-    limits = Limits(**told["limits"])
-    client = RetrieverClient(told["retriever_url"], token_from(TOKEN), limits.search_timeout_s, connections=told["in_flight"])
+    values, tokenizer = json.loads(settings), load_tokenizer(Path(model))
+    limits = Limits(**values["limits"])
+    taping = Taping.from_json(values["tape"]) if values["tape"] else None
+    client = opened(values["retriever_url"], token_from(TOKEN), limits.search_timeout_s, values["in_flight"], taping)
     return _Shared(
         tokenizer,
         eos_ids(Path(model), tokenizer),
-        PromptConfig(**told["prompt"]),
+        PromptConfig(**values["prompt"]),
         limits,
-        Path(told["episodes"]),
-        _STOPPING[told["engine"]],
-        Grader(RewardConfig(**told["reward"]), JudgeConfig(**told["judge"]), tokenizer.eos_token),
+        Path(values["episodes"]),
+        _STOPPING[values["engine"]],
+        Grader(RewardConfig(**values["reward"]), JudgeConfig(**values["judge"]), tokenizer.eos_token),
         client,
-        PauseGate(client.works, Patience(**told["patience"]), partial(pauses.append, Path(told["pauses"]))),
-        asyncio.Semaphore(told["in_flight"]),
+        PauseGate(client.works, Patience(**values["patience"]), partial(pauses.append, Path(values["pauses"]))),
+        asyncio.Semaphore(values["in_flight"]),
     )
 
 

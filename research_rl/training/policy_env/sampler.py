@@ -22,13 +22,13 @@ class EagerReplayBuffer(ReplayBuffer):
     """Looks for finished groups every 100 ms; `sampler_kwargs` holds verl's names for the filter, and `max_batches`."""
 
     def __init__(self, *args: Any, sampler_kwargs: Mapping[str, Any], refill_fn: Callable[[int], Any] | None = None, **kwargs: Any) -> None:
-        told = dict(sampler_kwargs)
-        self._batches = int(told.pop("max_batches", 0))
+        options = dict(sampler_kwargs)
+        self._batches = int(options.pop("max_batches", 0))
         self._left, self._submit = 0, refill_fn
         # Refills are single questions, which verl's trainer tells its own buffer alone.
-        if told:
-            told["gen_batch_size"] = 1
-        super().__init__(*args, sampler_kwargs=sampler_kwargs, refill_fn=self._refill, poll_interval=POLL_S, **told, **kwargs)
+        if options:
+            options["gen_batch_size"] = 1
+        super().__init__(*args, sampler_kwargs=sampler_kwargs, refill_fn=self._refill, poll_interval=POLL_S, **options, **kwargs)
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> Any:
         """Return a step's batch as verl does. Raises RuntimeError when the questions of `max_batches` do not give one."""
@@ -46,9 +46,9 @@ class EagerReplayBuffer(ReplayBuffer):
         # Both of verl's waiting loops come through here whenever a batch is not yet there.
         playing = self.pending_keys[partition_id] or self.running_keys[partition_id]
         if self.filter_groups_metric is not None and partition_id != "val" and not self._left and not playing:
-            kept = len(self.finished_keys[partition_id] | self.failure_keys[partition_id])
+            differing = len(self.finished_keys[partition_id] | self.failure_keys[partition_id])
             raise RuntimeError(
-                f"only {kept} of the groups of train.filter_groups.max_batches={self._batches} batches differ in "
+                f"only {differing} of the groups of train.filter_groups.max_batches={self._batches} batches differ in "
                 f"{self.filter_groups_metric}, {self.train_batch_size} are needed for a step; "
                 "raise it, ease the questions, raise train.temperature, or set train.filter_groups.enabled=false"
             )

@@ -90,7 +90,7 @@ class Collator:
         return {"input_ids": padded("input_ids", self.pad), "labels": padded("labels", _IGNORED)}
 
 
-class _Reporter(TrainerCallback):
+class _LossLines(TrainerCallback):
     """Says each logged loss as a JSON line on standard output."""
 
     def on_log(
@@ -108,7 +108,7 @@ def train(spec: Spec) -> dict[str, Any]:
         args=_arguments(spec),
         train_dataset=Lesson(spec, tokenizer),
         data_collator=Collator(tiny.token_id(tokenizer, str(tokenizer.pad_token or tokenizer.eos_token))),
-        callbacks=[_Reporter()],
+        callbacks=[_LossLines()],
     )
     trainer.train()
     # A model from outside goes back to bfloat16, the format that such models are published in; a tiny one keeps float32.

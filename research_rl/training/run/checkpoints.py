@@ -57,7 +57,7 @@ def silent(checkpoint: Checkpoint, why: str) -> None:
 def latest(
     folder: Path, at_most: int | None = None, *, verify: bool = False, passed_over: Callable[[Checkpoint, str], None] = silent
 ) -> Checkpoint | None:
-    """Return the newest whole checkpoint, of step `at_most` or before; `passed_over` hears of each newer one and why.
+    """Return the newest whole checkpoint, of step `at_most` or before; `passed_over` is called with each newer one and why.
 
     With `verify` every byte is read: against the seal where there is one, else against the archives' own checksums.
     """
@@ -127,21 +127,24 @@ def _broken_structure(path: Path, verify: bool) -> str | None:
     return next((why for why in map(tensors.fault, weights) if why), None) if weights else "actor/huggingface has no *.safetensors"
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints, and older folders that are not whole."""
-    kept = complete(folder)[-keep:]
+def prune(folder: Path, keep: int, judged: int | None = None) -> None:
+    """Remove all but the newest `keep` whole checkpoints, and older folders that are not whole.
+
+    Checkpoints of steps after `judged` are left out of account: a rule of the watch may yet call for the one before them.
+    """
+    newest = [each for each in complete(folder) if judged is None or each.step <= judged][-keep:]
     for checkpoint in _all(folder):
         # A newer folder that is not whole is the one that verl is writing.
-        if checkpoint not in kept and checkpoint.step < (kept[-1].step if kept else 0):
+        if checkpoint not in newest and checkpoint.step < (newest[-1].step if newest else 0):
             shutil.rmtree(checkpoint.path)
 
 
-def link(source: Path, target: Path, wanted: Callable[[Path], bool] = lambda path: True) -> None:
+def link(source: Path, target: Path, include: Callable[[Path], bool] = lambda path: True) -> None:
     """Give a finished file, or the wanted ones of a folder's files, a second place: nothing writes to them again."""
     if source.is_file():
         place(source, target)
         return
-    for path in sorted(path for path in source.rglob("*") if path.is_file() and wanted(path)):
+    for path in sorted(path for path in source.rglob("*") if path.is_file() and include(path)):
         other = target / path.relative_to(source)
         other.parent.mkdir(parents=True, exist_ok=True)
         place(path, other)

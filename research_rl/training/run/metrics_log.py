@@ -89,8 +89,8 @@ def parsed(line: str) -> dict[str, Any] | None:
 
 def numbers(data: Mapping[str, Any]) -> dict[str, float]:
     """Return the finite numbers of verl's step metrics; it also logs texts and nulls."""
-    kept: dict[str, float] = {}
+    finite: dict[str, float] = {}
     for name, value in data.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            kept[name] = float(value)
-    return kept
+            finite[name] = float(value)
+    return finite

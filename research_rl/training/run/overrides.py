@@ -19,6 +19,7 @@ import yaml
 
 from research_rl.config import Config
 from research_rl.paths import python_path
+from research_rl.retriever.source import Taping
 from research_rl.serving.launch import threads
 from research_rl.serving.tensors import weight_bytes
 from research_rl.training.run.variables import ENGINE_THREADS_VARIABLE, TOKEN_VARIABLE
@@ -81,19 +82,20 @@ def resolved(config: Config, paths: Paths) -> dict[str, Any]:
     return merged
 
 
-def agent_yaml(config: Config, paths: Paths, retriever_url: str) -> str:
+def agent_yaml(config: Config, paths: Paths, retriever_url: str, taping: Taping | None = None) -> str:
     """Return the agent loop file: which class drives an episode, and with which settings.
 
     They are one text: verl builds a loop for every episode, and Hydra's copy of a tree would cost more than the episode's turns.
     """
-    settings = json.dumps(agent_settings(config, paths, retriever_url))
+    settings = json.dumps(agent_settings(config, paths, retriever_url, taping))
     return yaml.safe_dump([{"name": "search_agent", "_target_": _ADAPTER, "settings": settings}], sort_keys=False)
 
 
-def agent_settings(config: Config, paths: Paths, retriever_url: str) -> dict[str, Any]:
-    """Return what every episode is told of its limits, prompt, reward and retriever. The token stays out of it."""
+def agent_settings(config: Config, paths: Paths, retriever_url: str, taping: Taping | None = None) -> dict[str, Any]:
+    """Return what every episode is told of its limits, prompt, reward, retriever and tape. The token stays out of it."""
     return {
         "retriever_url": retriever_url,
+        "tape": taping.to_json() if taping else None,
         "episodes": str(paths.episodes),
         "pauses": str(paths.pauses),
         "patience": {
@@ -205,30 +207,30 @@ def _objective(config: Config) -> dict[str, Any]:
 
 def _filter(config: Config) -> dict[str, Any]:
     """Dynamic sampling: `algorithm` makes verl fetch single questions, the sampler's words tell our replay buffer, which filters."""
-    wanted, sampler = config.train.filter_groups, "+trainer.v1.sampler.sampler_kwargs"
-    if not wanted.enabled:
+    groups, sampler = config.train.filter_groups, "+trainer.v1.sampler.sampler_kwargs"
+    if not groups.enabled:
         return {}
     return {
         "algorithm.filter_groups.enable": True,
-        "algorithm.filter_groups.metric": wanted.metric,
-        "algorithm.filter_groups.max_inflight_gen_batches": wanted.batches_in_flight,
-        f"{sampler}.filter_groups_metric": wanted.metric,
-        f"{sampler}.max_inflight_gen_batches": wanted.batches_in_flight,
+        "algorithm.filter_groups.metric": groups.metric,
+        "algorithm.filter_groups.max_inflight_gen_batches": groups.batches_in_flight,
+        f"{sampler}.filter_groups_metric": groups.metric,
+        f"{sampler}.max_inflight_gen_batches": groups.batches_in_flight,
         f"{sampler}.train_batch_size": config.train.prompts_per_step,
-        f"{sampler}.max_batches": wanted.max_batches,
+        f"{sampler}.max_batches": groups.max_batches,
     }
 
 
 def _correction(config: Config) -> dict[str, Any]:
     """Importance weights of the rollout; verl computes them only where it recomputes the old policy's log-probabilities."""
-    wanted, name = config.train.rollout_correction, "algorithm.rollout_correction"
-    if wanted.method == "none":
+    correction, name = config.train.rollout_correction, "algorithm.rollout_correction"
+    if correction.method == "none":
         return {}
     return {
         f"{name}.bypass_mode": False,
-        f"{name}.rollout_is": wanted.level,
-        f"{name}.rollout_is_threshold": wanted.threshold,
-        f"{name}.rollout_is_batch_normalize": wanted.normalise,
+        f"{name}.rollout_is": correction.level,
+        f"{name}.rollout_is_threshold": correction.threshold,
+        f"{name}.rollout_is_batch_normalize": correction.normalise,
     }
 
 
@@ -389,8 +391,12 @@ _SHORT: dict[Literal["float32", "bfloat16"], str] = {"float32": "fp32", "bfloat1
 
 def _cpu_environment(config: Config, paths: Paths, token: str) -> dict[str, str]:
     cores = str(os.cpu_count() or 1)
+    modules = [f"{_CPU}.platform", *([f"{_CPU}.ray_start"] if config.cluster.launcher == "local" else [])]
     return {
-        "VERL_USE_EXTERNAL_MODULES": f"{_CPU}.platform",
+        "VERL_USE_EXTERNAL_MODULES": ",".join(modules),
+        # How long the node waits for its agents and workers to answer; see `ray_start`.
+        "RAY_agent_register_timeout_ms": "600000",
+        "RAY_worker_register_timeout_seconds": "600",
         TOKEN_VARIABLE: token[:12],
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": str(config.trainer.kv_cache_gib),

@@ -7,7 +7,6 @@ worker died, counts for `longest_s` at most.
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,11 @@ class Pauses:
                 notes.append(note)
         return sorted(notes, key=lambda note: note["at"])
 
-    def seconds(self, since: float) -> float:
-        """Return for how much of the time from `since` (Unix time) until now any worker paused."""
-        until = time.time()
+    def seconds(self, since: float, until: float) -> float:
+        """Return for how much of the time from `since` to `until` any worker paused.
+
+        Both are Unix time, which the workers note: the monotonic clock of another machine means nothing here.
+        """
         spans = sorted((max(start, since), min(end, until)) for spans in self._spans.values() for start, end in spans)
         total, reached = 0.0, since
         for start, end in spans:

@@ -51,7 +51,9 @@ class Records:
         newest = checkpoints.latest(self.run.paths.checkpoints, self.run.config.train.steps)
         for step in sorted(self.log.rows):
             if newest and step <= newest.step:
-                self._tell(step)
+                self._hook(step)
+        if newest:
+            self.say(f"step {newest.step} of {self.run.config.train.steps} stands from an earlier start")
 
     def rewind(self) -> Checkpoint | None:
         """Return the checkpoint to go on from, after forgetting the unfinished steps later than it.
@@ -76,10 +78,10 @@ class Records:
 
     def _forget_after(self, step: int) -> None:
         """Remove what is left of steps after `step`, which are about to be done again, and say which. Raises TrainingError."""
-        wanted, whole = self.run.config.train.steps, [found.step for found in checkpoints.complete(self.run.paths.checkpoints)]
-        if whole and whole[-1] > wanted:
+        target, whole = self.run.config.train.steps, [checkpoint.step for checkpoint in checkpoints.complete(self.run.paths.checkpoints)]
+        if whole and whole[-1] > target:
             raise TrainingError(
-                f"train.steps={wanted}: this run was trained to step {whole[-1]} and has no checkpoint of step {wanted}, only of "
+                f"train.steps={target}: this run was trained to step {whole[-1]} and has no checkpoint of step {target}, only of "
                 f"{', '.join(map(str, whole))}; set train.steps to one of them to publish it, to more than {whole[-1]} to train on, or "
                 f"force the stage to train anew (`research run train --force` keeps the earlier run beside the new one)"
             )
@@ -92,14 +94,14 @@ class Records:
                 path.unlink()
         self.log.rewind(step)
 
-    def _with_metrics(self, found: Checkpoint | None) -> Checkpoint | None:
+    def _with_metrics(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
         """Return the one of the step before, where verl was killed between saving a step and logging it and this costs one step only."""
-        if found is None or found.step in self.log.rows or self._logged(found.step):
-            return found
-        before = checkpoints.latest(self.run.paths.checkpoints, found.step - 1, verify=True)
-        if (before.step if before else 0) < found.step - 1:
-            return found
-        self._passed_over(found, "the trainer ended before it wrote this step's metrics; the step is done again")
+        if checkpoint is None or checkpoint.step in self.log.rows or self._logged(checkpoint.step):
+            return checkpoint
+        before = checkpoints.latest(self.run.paths.checkpoints, checkpoint.step - 1, verify=True)
+        if (before.step if before else 0) < checkpoint.step - 1:
+            return checkpoint
+        self._passed_over(checkpoint, "the trainer ended before it wrote this step's metrics; the step is done again")
         return before
 
     def finish(self, step: int, metrics: dict[str, float]) -> None:
@@ -152,22 +154,25 @@ class Records:
         """Tell the caller what happens between two steps."""
         self.progress(text, min(1.0, self.log.last / self.run.config.train.steps))
 
-    def _tell(self, step: int) -> None:
-        metrics, steps = self.log.rows[step], self.run.config.train.steps
-        self.hooks.on_step(step, metrics)
+    def _hook(self, step: int) -> None:
+        self.hooks.on_step(step, self.log.rows[step])
         self.hooks.on_rollouts(step, self.run.rollouts / f"{step:06d}.jsonl.gz")
+
+    def _tell(self, step: int) -> None:
+        self._hook(step)
+        metrics, steps = self.log.rows[step], self.run.config.train.steps
         reward = metrics.get("episode/reward", metrics.get("critic/score/mean", 0.0))
         self.progress(f"step {step} of {steps}, reward {reward:.3f}", min(1.0, step / steps))
 
     def _heed(self, findings: Sequence[Finding]) -> None:
         """Keep the last good checkpoint, tell of breaches that begin, and raise CollapseError for one that stops the run."""
-        kept = watch.keep_good(self.run.paths.checkpoints, self.run.paths.work, findings, self.log.rows)
+        last_good = watch.keep_good(self.run.paths.checkpoints, self.run.paths.work, findings, self.log.rows)
         for finding in findings:
             if finding.stops or finding.since == finding.step:
-                self.hooks.on_finding(finding, kept)
+                self.hooks.on_finding(finding, last_good)
                 self.progress(f"watch {'stops' if finding.stops else 'warns'}: {finding.text}", finding.step / self.run.config.train.steps)
             if finding.stops:
-                raise watch.collapse(finding, kept)
+                raise watch.collapse(finding, last_good)
 
     def _require_whole(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         train = self.run.config.train

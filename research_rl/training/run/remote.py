@@ -102,8 +102,8 @@ class Store:
 class Uploader:
     """One background thread that copies each offered checkpoint of the run in `work` to `store` and keeps the newest `keep` there."""
 
-    def __init__(self, store: Store, work: Path, keep: int, told: Told) -> None:
-        self._store, self._work_folder, self._keep, self._told = store, work, keep, told
+    def __init__(self, store: Store, work: Path, keep: int, tell: Told) -> None:
+        self._store, self._work_folder, self._keep, self._tell = store, work, keep, tell
         self._folder = work / "upload"
         self._folder.mkdir(exist_ok=True)
         self._offers: queue.Queue[Checkpoint | None] = queue.Queue()
@@ -150,7 +150,7 @@ class Uploader:
             try:
                 self._copy(self._store.client(), checkpoint)
             except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
-                self._told(f"checkpoint of step {checkpoint.step} is not in S3 yet: {error}; again in {pause:g} s")
+                self._tell(f"checkpoint of step {checkpoint.step} is not in S3 yet: {error}; again in {pause:g} s")
                 # Not `sleep`: the end of the run ends the pause.
                 self._stopping.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -183,7 +183,7 @@ def _names(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
 
 
-def restore(store: Store, work: Path, checkpoints: Path, newer_than: int, at_most: int, told: Told) -> Checkpoint | None:
+def restore(store: Store, work: Path, checkpoints: Path, newer_than: int, at_most: int, tell: Told) -> Checkpoint | None:
     """Fetch the newest whole checkpoint of a later step than `newer_than`, with the run's metrics and episodes; None when there is none.
 
     It is compared with its seal before it counts. An unreachable or damaged store costs a message, not the run.
@@ -200,11 +200,11 @@ def restore(store: Store, work: Path, checkpoints: Path, newer_than: int, at_mos
             why = _fetch(store, client, step, files, checkpoints)
             if why is None:
                 _fetch_records(store, client, step, checkpoints / f"global_step_{step}", work)
-                told(f"checkpoint of step {step} came from S3 in {time.monotonic() - started:.1f} s")
+                tell(f"checkpoint of step {step} came from S3 in {time.monotonic() - started:.1f} s")
                 return Checkpoint(step, checkpoints / f"global_step_{step}")
-            told(f"checkpoint of step {step} in S3 is passed over: {why}")
+            tell(f"checkpoint of step {step} in S3 is passed over: {why}")
     except (Boto3Error, BotoCoreError, ClientError, OSError, ValueError, KeyError) as error:
-        told(f"no checkpoint could be fetched from S3: {error}")
+        tell(f"no checkpoint could be fetched from S3: {error}")
     return None
 
 

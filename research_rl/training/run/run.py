@@ -1,4 +1,4 @@
-"""One training run: what it is made of, who hears of it, and how it ended. Knows folders and names; starts nothing."""
+"""One training run: what it is made of, who is told of it, and how it ended. Knows folders and names; starts nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from research_rl.config import Config
 from research_rl.errors import TrainingError
 from research_rl.paths import interpreter_path
 from research_rl.process.private import private_folder
+from research_rl.retriever.source import Taping
 from research_rl.training.run import launch
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.overrides import Paths
@@ -43,13 +44,13 @@ class TrainHooks:
     def on_attempt_end(self, number: int, why: str | None) -> None:
         """Hear why a start of the trainer ended, None when all steps are done. Never called when this process is killed."""
 
-    def on_finding(self, finding: Finding, kept: Checkpoint | None) -> None:
+    def on_finding(self, finding: Finding, last_good: Checkpoint | None) -> None:
         """Hear of a rule of `watch` whose breach begins or stops the run, and of the last good checkpoint."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: what to train, where to work, whom to search. `services` holds the trainer's pid file."""
+    """One training run: what to train, where to work, whom to search, with which tape. `services` holds the trainer's pid file."""
 
     config: Config
     paths: Paths
@@ -57,6 +58,7 @@ class Run:
     retriever_url: str
     retriever_token: str | None = None
     store: Store | None = None
+    taping: Taping | None = None
 
     @cached_property
     def launcher(self) -> launch.Launcher:

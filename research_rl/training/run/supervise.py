@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from research_rl.errors import TrainingError
 from research_rl.pipeline.stages import Progress
 from research_rl.training.run import checkpoints
-from research_rl.training.run.attempt import Attempt, Failure
+from research_rl.training.run.attempt import Attempt, AttemptFailure
 from research_rl.training.run.checkpoints import Checkpoint
 from research_rl.training.run.metrics_log import MetricsLog
 from research_rl.training.run.records import Records
@@ -50,7 +50,7 @@ def supervise(run: Run, hooks: TrainHooks, progress: Progress) -> AttemptOutcome
 def _train(state: Records) -> Checkpoint:
     """Start the trainer until the last step has a whole checkpoint. Raises TrainingError."""
     run = state.run
-    failures: list[Failure] = []
+    failures: list[AttemptFailure] = []
     while (checkpoint := state.rewind()) is None or checkpoint.step < run.config.train.steps:
         # After two starts in a row without a step a third would most likely end alike.
         if len(failures) >= run.config.trainer.max_attempts or [f.progressed for f in failures[-2:]] == [False, False]:
@@ -88,7 +88,7 @@ def _to(progress: Progress) -> Callable[[str], None]:
     return lambda text: progress(text, 0.0)
 
 
-def _explain(run: Run, failures: Sequence[Failure]) -> str:
+def _explain(run: Run, failures: Sequence[AttemptFailure]) -> str:
     last = failures[-1]
     history = "; ".join(f"attempt {f.attempt} {f.why}" for f in failures)
     log = run.logs / f"attempt_{last.attempt}.log"

@@ -72,38 +72,38 @@ def levels(watch: WatchConfig, findings: Sequence[Finding]) -> dict[str, float]:
     return {**quiet, **{f"watch/{finding.rule}": 1.0 + finding.stops for finding in findings}}
 
 
-def _verdict(name: str, wanted: WatchRule, rows: Rows, step: int) -> Finding | None:
-    if wanted.action == "ignore":
+def _verdict(name: str, settings: WatchRule, rows: Rows, step: int) -> Finding | None:
+    if settings.action == "ignore":
         return None
     rule = RULES[name]
     # Drawn lazily, newest first, and no further back than a verdict depends on.
-    past = (_value(rule, wanted, rows[:end]) for end in range(len(rows), max(0, len(rows) - wanted.patience - 2), -1))
-    breaches = list(takewhile(lambda value: value is not None and rule.breached(value, wanted.limit), past))
+    past = (_value(rule, settings, rows[:end]) for end in range(len(rows), max(0, len(rows) - settings.patience - 2), -1))
+    breaches = list(takewhile(lambda value: value is not None and rule.breached(value, settings.limit), past))
     if not breaches or (value := breaches[0]) is None:
         return None
     run = len(breaches)
-    stops, text = wanted.action == "stop" and run > wanted.patience, _text(name, rule, wanted, rows, value)
-    return Finding(name, step, step - run + 1, wanted.window, value, wanted.limit, text, rule.remedy, wanted.action, stops)
+    stops, text = settings.action == "stop" and run > settings.patience, _text(name, rule, settings, rows, value)
+    return Finding(name, step, step - run + 1, settings.window, value, settings.limit, text, rule.remedy, settings.action, stops)
 
 
-def _value(rule: Rule, wanted: WatchRule, rows: Rows) -> float | None:
-    return rule.measure(rows, wanted.window) if len(rows) >= wanted.window else None
+def _value(rule: Rule, settings: WatchRule, rows: Rows) -> float | None:
+    return rule.measure(rows, settings.window) if len(rows) >= settings.window else None
 
 
-def _text(name: str, rule: Rule, wanted: WatchRule, rows: Rows, value: float) -> str:
+def _text(name: str, rule: Rule, settings: WatchRule, rows: Rows, value: float) -> str:
     broken = sorted(metric.removeprefix(NOT_FINITE) for metric in rows[-1] if metric.startswith(NOT_FINITE)) if name == "nan" else []
     which = f" ({', '.join(broken[:3])})" if broken else ""
-    over = f" over {wanted.window} steps" if wanted.window > 1 else ""
-    return f"{name}: {rule.text}{which} is {value:.4g}{over}, {rule.breach} the limit {wanted.limit:g}"
+    over = f" over {settings.window} steps" if settings.window > 1 else ""
+    return f"{name}: {rule.text}{which} is {value:.4g}{over}, {rule.breach} the limit {settings.limit:g}"
 
 
-def collapse(finding: Finding, kept: Checkpoint | None) -> CollapseError:
+def collapse(finding: Finding, last_good: Checkpoint | None) -> CollapseError:
     """Return the error that ends a run: rule, value, limit, step, last good checkpoint and remedy."""
     advice = f"{finding.remedy}. If this is no collapse: watch.{finding.rule}.action=warn, and the run goes on where it stands"
-    if kept is None:
+    if last_good is None:
         rescue = "no checkpoint from before stands (lower trainer.save_every to have one)"
     else:
-        rescue = f"the last good checkpoint is of step {kept.step} ({kept.path}); train.steps={kept.step} publishes it"
+        rescue = f"the last good checkpoint is of step {last_good.step} ({last_good.path}); train.steps={last_good.step} publishes it"
     return CollapseError(f"step {finding.step}: {finding.text}, since step {finding.since}; {rescue}. To train on: {advice}")
 
 
@@ -119,8 +119,8 @@ def keep_good(folder: Path, work: Path, findings: Sequence[Finding], history: Ma
         return None
     earliest = min(grave, key=lambda finding: finding.good_step)
     # What is kept is not replaced while the breach lasts: newer checkpoints come from after its beginning.
-    if (kept := good(work)) and kept.step < earliest.since:
-        return kept
+    if (standing := good(work)) and standing.step < earliest.since:
+        return standing
     last_good = _last_good(folder, earliest, history)
     if last_good is None:
         return None
@@ -147,9 +147,9 @@ def good(work: Path) -> Checkpoint | None:
 
 def restore(folder: Path, work: Path) -> None:
     """Put the kept checkpoint back among the run's checkpoints when it was pruned there."""
-    if (kept := good(work)) and checkpoints.fault(folder / kept.path.name) is not None:
-        shutil.rmtree(folder / kept.path.name, ignore_errors=True)
-        checkpoints.link(kept.path, folder / kept.path.name)
+    if (last_good := good(work)) and checkpoints.fault(folder / last_good.path.name) is not None:
+        shutil.rmtree(folder / last_good.path.name, ignore_errors=True)
+        checkpoints.link(last_good.path, folder / last_good.path.name)
 
 
 def _link(checkpoint: Checkpoint, folder: Path, pointer: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ class Rule:
 
 def _known(rows: Rows, name: str) -> list[float]:
     """Return a metric's values where it is there; `a|b` takes the first of two names that is."""
-    return [found[0] for row in rows if (found := [row[part] for part in name.split("|") if part in row])]
+    return [values[0] for row in rows if (values := [row[part] for part in name.split("|") if part in row])]
 
 
 def _mean(rows: Rows, name: str) -> float | None:

@@ -1,0 +1,104 @@
+"""The simulated latency of a fleet against a real one: four parts of an index, two services each, on one machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from research_rl.episode.agent import SearchFailure
+from research_rl.paths import CHECKOUT
+from research_rl.pipeline.stages import Workspace
+from research_rl.planning.simulation import Fleet, poisson, simulate
+from research_rl.process.services import free_port
+from research_rl.retriever import TOKEN
+from research_rl.retriever.client import RetrieverClient
+from tests.knowledge import built, until_ready
+
+PARTS, REPLICAS, ROWS, DIM = 4, 2, 16_000, 4096
+QUERIES, WARM_UP, SIZES, REPEATS = 400, 40, (1, 2, 4, 8), 25
+BUSY = 0.3
+"""Share of the machine's cores that the searches are to take: more would leave too little to client and HTTP."""
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Yield the fleet's address; each search takes some ten milliseconds of one core, so that HTTP is a small part of it."""
+    if (load := os.getloadavg()[0]) > 1.5 * (psutil.cpu_count() or 1):
+        pytest.skip(f"latencies mean nothing at a load of {load:.1f}")
+    workspace: Workspace = built(tmp_path_factory.mktemp("fleet"), ROWS, encoder={"dim": DIM}, index={"shard_rows": ROWS // PARTS})
+    started: list[tuple[subprocess.Popen[bytes], str]] = []
+    env = {name: value for name, value in os.environ.items() if name != TOKEN} | {"OMP_NUM_THREADS": "1"}
+    try:
+        for part in range(PARTS):
+            for _ in range(REPLICAS):
+                told = {"port": (port := free_port()), "verify": False, "threads": 1, "cache_entries": 0, "log_requests": False}
+                call = ["-m", "research_rl.retriever.command", "--workspace", str(workspace.root), "--part", f"{part + 1}/{PARTS}"]
+                process = subprocess.Popen([sys.executable, *call, "--config", json.dumps(told)], cwd=CHECKOUT, env=env)
+                started.append((process, f"http://127.0.0.1:{port}"))
+        for process, url in started:
+            until_ready(process, url)
+        urls = [url for _, url in started]
+        yield ";".join(",".join(urls[part * REPLICAS : (part + 1) * REPLICAS]) for part in range(PARTS))
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.wait()
+
+
+def alone(url: str) -> dict[int, list[float]]:
+    """Return the seconds of joint searches by their size, asked of one service that has nothing else to do."""
+    taken: dict[int, list[float]] = {size: [] for size in SIZES}
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        for number in range(REPEATS + 3):
+            for size in SIZES:
+                started = time.perf_counter()
+                queries = [f"Person{number} alone {size} {each}" for each in range(size)]
+                assert client.post(f"{url}/batch_search", json={"query": queries, "top_n": 5}).status_code == 200
+                taken[size].append(time.perf_counter() - started)
+    return {size: seconds[3:] for size, seconds in taken.items()}
+
+
+async def real(address: str, arrivals: Sequence[float]) -> list[float]:
+    """Return the seconds of every query that is sent when it comes."""
+    async with RetrieverClient(address, timeout_s=60.0, connections=64) as client:
+        begun = time.perf_counter()
+
+        async def one(number: int, when: float) -> float:
+            await asyncio.sleep(max(0.0, begun + when - time.perf_counter()))
+            answer = await client.search([f"Person{number} Surname{number} asked"], 5)
+            assert not isinstance(answer, SearchFailure), answer
+            # Since it should have been sent: a client that is late is part of what a query waits for.
+            return time.perf_counter() - begun - when
+
+        return await asyncio.gather(*(one(number, when) for number, when in enumerate(arrivals)))
+
+
+def test_the_simulated_latency_is_within_a_quarter_of_a_real_fleets(address: str) -> None:
+    taken = alone(address.split(",")[0])
+    usual = [float(np.median(taken[size])) for size in SIZES]
+    spread = [seconds / usual[0] for seconds in taken[1]]
+
+    def service(queries: int, draw: random.Random) -> float:
+        return float(np.interp(queries, SIZES, usual)) * draw.choice(spread)
+
+    cores = psutil.cpu_count() or 1
+    arrivals = poisson(BUSY * cores / (PARTS * usual[0]), QUERIES, seed=1)
+    simulated = simulate(Fleet(PARTS, REPLICAS, service, cores=cores), arrivals, seed=2).latencies
+    measured = asyncio.run(real(address, arrivals))
+    for quantile in (0.5, 0.95):
+        expected, found = (float(np.quantile(each[WARM_UP:], quantile)) for each in (simulated, measured))
+        print(f"quantile {quantile}: simulated {1000 * expected:.1f} ms, measured {1000 * found:.1f} ms")
+        assert found == pytest.approx(expected, rel=0.25), f"quantile {quantile}: simulated {expected:.4f} s, measured {found:.4f} s"

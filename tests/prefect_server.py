@@ -1,0 +1,55 @@
+"""Prefect's server as `make up` starts it, over a folder that outlives it: automations, limits and their clean-up run in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+from research_rl.process.services import require_free
+from tasks import settings
+from tasks.local import apps
+from tests.waiting import until
+
+KEY = "research:of-the-test"
+
+
+class Server:
+    """A server that runs; `env` is that of its clients, too."""
+
+    def __init__(self, home: Path) -> None:
+        port = require_free(apps.HOST, 0, "")
+        self.home, self.url = home, f"http://{apps.HOST}:{port}/api"
+        own = {"PREFECT_HOME": str(home), "PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": KEY}
+        self.env = {**os.environ, **settings.PATIENCE, **apps.prefect_environment(port, KEY), **own}
+        self.command = apps.command("prefect", port)
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(self.command, env=self.env, stdout=log, stderr=log)
+        assert until(self._answers, over=lambda: self.process.poll() is not None), (self.home / "log").read_text()[-3000:]
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", trust_env=False).is_success
+        except httpx.TransportError:
+            return False
+
+    def kill(self) -> None:
+        """End it as a machine that is switched off does."""
+        self.process.kill()
+        self.process.wait()
+
+    @contextmanager
+    def client(self) -> Generator[SyncPrefectClient]:
+        """Yield a client of it."""
+        with temporary_settings({PREFECT_API_URL: self.url, PREFECT_API_AUTH_STRING: KEY}), get_client(sync_client=True) as client:
+            yield client
