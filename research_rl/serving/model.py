@@ -110,12 +110,13 @@ def served_name(folder: Path) -> str:
 
 
 def stated_rows(folder: Path) -> int | None:
-    """Return how many tokens the model of a folder can read, by its config.json; None where that is not there or does not say it.
+    """Return how many tokens the model of a folder can read; None where neither its config.json nor its weights say it.
 
-    The folder may hold nothing else, as that of a tokenizer alone. Raises ModelError for a config.json that cannot be read.
+    The folder may hold nothing else, as that of a tokenizer alone. Raises ModelError for a config.json or weights that cannot be read.
     """
     path = folder / "config.json"
-    return _described(path).language.vocab_size if path.is_file() else None
+    stated = _described(path).language.vocab_size if path.is_file() else None
+    return _embedding_rows(tensors(folder)) if stated is None and any(folder.glob("*.safetensors")) else stated
 
 
 def _require_files(folder: Path) -> None:

@@ -136,7 +136,7 @@ def _rows(offer: Offer, tokenizer: Path) -> int | None:
         return None
     if has > (rows := min(stated)):
         raise ModelError(
-            f"the tokenizer in {tokenizer} has {has:,} tokens, {offer.model} at {offer.url} reads {rows:,} by {stated[rows]}/config.json; "
+            f"the tokenizer in {tokenizer} has {has:,} tokens, {offer.model} at {offer.url} reads {rows:,} by the model in {stated[rows]}; "
             "name the folder of the model's own tokenizer"
         )
     return rows

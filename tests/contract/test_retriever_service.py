@@ -266,6 +266,7 @@ def test_the_interface_describes_itself(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
     assert set(paths) == {"/search", "/batch_search", "/retrieve", "/health", "/readyz", "/metrics", "/info"}
     assert {"400", "413", "422", "503"} < set(paths["/search"]["post"]["responses"])
+    assert paths["/search"]["post"]["summary"] == "Passages for one query."
 
 
 def test_the_page_of_the_interface_needs_no_other_site_and_no_token(endpoint: Endpoint) -> None:

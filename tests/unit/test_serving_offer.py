@@ -109,7 +109,7 @@ def test_the_lower_of_two_sizes_counts_and_that_of_vllms_folder(tmp_path: Path) 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_a_question_is_asked(tmp_path: Path) -> None:
     tokenizer = folder(tmp_path / "t", 9, {"vocab_size": 8})
-    said = r"tokenizer in .*/t has 9 tokens, policy-x at http.* reads 8 by .*/t/config.json; name the folder of the model's own tokenizer"
+    said = r"tokenizer in .*/t has 9 tokens, policy-x at http.* reads 8 by the model in .*/t; name the folder of the model's own tokenizer"
     with listening(sglang()) as server, pytest.raises(ModelError, match=said):
         endpoint_of(server, tokenizer)
 
