@@ -21,6 +21,7 @@ from research_rl.embedding import Encoded, Vectors
 from research_rl.embedding.models import MODULES
 from research_rl.embedding.threads import Threaded
 from research_rl.errors import ModelError
+from research_rl.process.cores import multiplies_bfloat16
 
 __all__ = ["SentenceEncoder", "batches", "convert", "fast_bfloat16", "number_format", "own_batches"]
 
@@ -198,10 +199,7 @@ def fast_bfloat16() -> Literal["bfloat16", "float32"]:
 
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text(errors="replace") if cpu.is_file() else ""
-    # Without these instructions bfloat16 is emulated and slower than float32.
-    return "bfloat16" if " amx_bf16" in flags or " avx512_bf16" in flags else "float32"
+    return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
 def number_format(chosen: str) -> str:
@@ -210,21 +208,26 @@ def number_format(chosen: str) -> str:
 
 
 def _open(folder: Path, facts: dict[str, Any], device: str) -> Any:
+    from research_rl.embedding.usual import open_usual
+
+    try:
+        model = open_usual(folder, facts.get("pooling", ""), device) or _open_any(folder, facts, device)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder} is no usable sentence-transformers model ({reason}); set encoder.model to a whole one") from error
+    return model.eval()
+
+
+def _open_any(folder: Path, facts: dict[str, Any], device: str) -> Any:
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     kind: dict[str, Any] = {"dtype": torch.float32}
-    try:
-        if (folder / MODULES).is_file():
-            model = SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs=kind)
-        else:
-            body = Transformer(str(folder), model_kwargs={**kind, "local_files_only": True})
-            model = SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), facts["pooling"])], device=device)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} is no usable sentence-transformers model ({reason}); set encoder.model to a whole one") from error
-    return model.eval()
+    if (folder / MODULES).is_file():
+        return SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs=kind)
+    body = Transformer(str(folder), model_kwargs={**kind, "local_files_only": True})
+    return SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), facts["pooling"])], device=device)
 
 
 def convert(model: Any, dtype: str) -> None:

@@ -1,9 +1,9 @@
-"""Exact inner-product search faster than a flat scan: scores in bf16, candidates proven sufficient, rescored in float32.
+"""Exact inner-product search faster than a flat scan: scores of bf16 vectors, candidates proven sufficient, rescored in float32.
 
 Knows vectors and rows; knows no text. Invariant: the rows returned are those of an exhaustive float32 search. With e the
 largest error of an approximate score and a_k the k-th best of them, every true neighbour scores at least a_k - 2e, so
 rescoring all rows above that line misses none. Rows of equal score come in row order. Scan and vectors are memory-mapped:
-further workers share their pages.
+further workers share their pages. A processor that multiplies no bf16 is given the rows of the scan in float32, a cacheful at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from research_rl.embedding import Vectors
 from research_rl.errors import DataError, ManifestError
 from research_rl.index.rescore import LONGEST, SUM, merge, require_finite
+from research_rl.process.cores import multiplies_bfloat16
 
 __all__ = ["ExactScan", "scan_name", "write_scan"]
 
@@ -29,6 +30,8 @@ _ROUND = 2.0**-8
 """Bound on bf16's rounding of a score, relative to it; twice the unit roundoff."""
 _TINY = 1e-35
 """Bound on what is lost where products fall below float32's normal range and are taken for zero."""
+_WIDENED = 2048
+"""Rows that are brought to float32 at once: 3 MB of 384 numbers, which stay in the cache until they are multiplied."""
 _RESCORED = 1 << 14
 """Most candidates rescored at once: a query that scores all rows alike has all of them for candidates."""
 
@@ -74,6 +77,7 @@ class ExactScan:
         self._shards = shards
         self._starts = np.cumsum([0, *map(len, shards)])
         self._norm, self._error, self._threads = norm, error, threads
+        self._multiplies_bfloat16 = multiplies_bfloat16()
         size = self.rows * self.dim
         self._scan = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(self.rows, self.dim)
 
@@ -87,23 +91,28 @@ class ExactScan:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
         exact_Qd = torch.from_numpy(np.ascontiguousarray(queries, np.float32))
-        rounded_Qd = exact_Qd.to(torch.bfloat16)
-        slack_Q = 2 * self._bound(exact_Qd, rounded_Qd)
+        # One query waits for memory rather than for products, and bf16 is half as much of it.
+        narrow = self._multiplies_bfloat16 or len(queries) == 1
+        given_Qd = exact_Qd.to(torch.bfloat16) if narrow else exact_Qd
+        slack_Q = 2 * self._bound(exact_Qd, given_Qd)
         # A multiple of the group, so that no group but the last of all is cut.
-        step = max(_GROUP, _SCORE_BYTES // (2 * max(1, len(queries))) // _GROUP * _GROUP)
+        step = max(_GROUP, _SCORE_BYTES // (4 * max(1, len(queries))) // _GROUP * _GROUP)
         for start in range(0, self.rows, step):
-            part_QN = rounded_Qd @ self._scan[start : start + step].T
+            part_Nd = self._scan[start : start + step]
+            part_QN = given_Qd @ part_Nd.T if narrow else _widened(given_Qd, part_Nd)
+            maxima_QG = _maxima(part_QN)
             # Twice the error between two approximate scores; once where an exact score, the k-th best so far, is compared with one.
-            line_Q = torch.maximum(_kth_best(part_QN, k) - slack_Q, torch.from_numpy(scores[:, -1]) - slack_Q / 2)
-            for query, candidates in enumerate(_above(part_QN, line_Q)):
+            line_Q = torch.maximum(_kth_best(part_QN, maxima_QG, k) - slack_Q, torch.from_numpy(scores[:, -1]) - slack_Q / 2)
+            for query, candidates in enumerate(_above(part_QN, maxima_QG, line_Q)):
                 self._merge(queries[query], candidates + start, scores[query], rows[query])
         return scores, rows
 
-    def _bound(self, exact_Qd: torch.Tensor, rounded_Qd: torch.Tensor) -> torch.Tensor:
-        """Return for each query the largest difference between an approximate score and the true one."""
+    def _bound(self, exact_Qd: torch.Tensor, given_Qd: torch.Tensor) -> torch.Tensor:
+        """Return for each query the largest difference between an approximate score of `given_Qd`, bf16 or float32, and the true one."""
         norm_Q = exact_Qd.norm(dim=1)
-        rounding = (exact_Qd - rounded_Qd.float()).norm(dim=1) * self._norm + norm_Q * self._error
-        return rounding + norm_Q * (self._norm * (1 + _ROUND) * _ROUND + self._norm * SUM) + _TINY * self.dim
+        rounding = (exact_Qd - given_Qd.float()).norm(dim=1) * self._norm + norm_Q * self._error
+        of_products = (1 + _ROUND) * _ROUND if given_Qd.dtype == torch.bfloat16 else 0.0
+        return rounding + norm_Q * self._norm * (of_products + SUM) + _TINY * self.dim
 
     def _merge(self, query: Vectors, candidates: Rows, scores: Vectors, rows: Rows) -> None:
         """Rescore the candidates in float32 and keep the best of them and of what `scores` and `rows` hold."""
@@ -122,10 +131,17 @@ class ExactScan:
         return vectors
 
 
-def _kth_best(scores_QN: torch.Tensor, k: int) -> torch.Tensor:
+def _widened(queries_Qd: torch.Tensor, scan_Nd: torch.Tensor) -> torch.Tensor:
+    """Return the float32 products of queries and rows of the scan, shape [queries, rows]."""
+    products_QN = torch.empty(len(queries_Qd), len(scan_Nd))
+    for start in range(0, len(scan_Nd), _WIDENED):
+        products_QN[:, start : start + _WIDENED] = queries_Qd @ scan_Nd[start : start + _WIDENED].float().T
+    return products_QN
+
+
+def _kth_best(scores_QN: torch.Tensor, maxima_QG: torch.Tensor, k: int) -> torch.Tensor:
     """Return a lower bound of each row's k-th best score: the k-th best of its groups' maxima, or of its scores."""
     # The k best maxima are scores of k different rows, so the k-th of them cannot lie above the k-th best row.
-    maxima_QG = _maxima(scores_QN)
     source = maxima_QG if maxima_QG.shape[1] >= k else scores_QN
     if source.shape[1] < k:
         return torch.full((len(scores_QN),), -torch.inf)
@@ -133,6 +149,7 @@ def _kth_best(scores_QN: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _maxima(scores_QN: torch.Tensor) -> torch.Tensor:
+    """Return the largest score of each `_GROUP` rows."""
     whole = scores_QN.shape[1] // _GROUP * _GROUP
     parts = [scores_QN[:, :whole].view(len(scores_QN), -1, _GROUP).amax(-1)] if whole else []
     if whole < scores_QN.shape[1]:
@@ -140,10 +157,10 @@ def _maxima(scores_QN: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _above(scores_QN: torch.Tensor, line_Q: torch.Tensor) -> list[Rows]:
+def _above(scores_QN: torch.Tensor, maxima_QG: torch.Tensor, line_Q: torch.Tensor) -> list[Rows]:
     """Return for each query the columns that score at least its line."""
     # Groups first: whole groups below the line, which are nearly all, cost one comparison.
-    owners, groups = torch.nonzero(_maxima(scores_QN).float() >= line_Q[:, None], as_tuple=True)
+    owners, groups = torch.nonzero(maxima_QG.float() >= line_Q[:, None], as_tuple=True)
     ends = np.searchsorted(owners.numpy(), np.arange(len(scores_QN) + 1))
     offsets = np.arange(_GROUP)
     above: list[Rows] = []

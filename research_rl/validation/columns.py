@@ -45,7 +45,6 @@ _A, _B, _C = (np.uint64(value) for value in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4E
 # Masks of the first 0 to 8 bytes, which are the low ones on a little-endian machine.
 _HEAD = np.array([(1 << 8 * size) - 1 for size in range(8)] + [2**64 - 1], dtype=np.uint64)
 _BREAKS = bytes(code for code in range(128) if not (chr(code).isalnum() or chr(code) == "_"))
-_EMPTY, _SPACE = (pa.scalar(text, pa.large_string()) for text in ("", " "))
 # One pass lowers the letters and makes a space of all else that is ASCII; bytes above 127 belong to other letters and stay.
 _SPACED = bytes.maketrans(_BREAKS + bytes(range(65, 91)), b" " * len(_BREAKS) + bytes(range(97, 123)))
 
@@ -73,7 +72,9 @@ class RowWords:
 def words(texts: Any) -> RowWords:
     """Return the words of a string array without nulls; different words all but never share a key."""
     # With a space behind each row, so that no word goes on into the next one.
-    lowered = pc.binary_join_element_wise(_plain(texts), _EMPTY, _SPACE)
+    # Made here: pyarrow imports pandas for its first scalar, which takes a second or two of every process that imports this module.
+    empty, space = (pa.scalar(text, pa.large_string()) for text in ("", " "))
+    lowered = pc.binary_join_element_wise(_plain(texts), empty, space)
     offsets, raw = _buffer(lowered)
     # A space in front as well, so that the first word begins behind one like all others.
     spaced = b" " + raw.translate(_SPACED)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from research_rl.config import Config, EncoderConfig, TransferConfig
 from research_rl.embedding import build as embed
+from research_rl.embedding import usual
 from research_rl.embedding.models import copy_model, resolve, tree_sha256
 from research_rl.embedding.sentence import SentenceEncoder, batches, own_batches
 from research_rl.errors import ModelError
@@ -40,6 +44,48 @@ def test_vectors_are_those_of_sentence_transformers(folder: Path) -> None:
     given = texts(20)
     expected = model.encode(given, normalize_embeddings=True)
     np.testing.assert_allclose(SentenceEncoder.load(folder, FACTS).encode_passages(given), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("described", [True, False])
+def test_the_usual_folder_is_opened_without_sentence_transformers_to_the_same_vectors(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: str, dtype: str, described: bool
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    # As models of some years ago have it.
+    (copy / "1_Pooling" / "config.json").write_text(
+        json.dumps(
+            {"word_embedding_dimension": 32, "pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
+        )
+    )
+    if not described:
+        (copy / "modules.json").unlink()
+    facts, given = {**FACTS, "dtype": dtype, "pooling": pooling}, texts(80)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sentence_transformers", None)
+        alone = SentenceEncoder.load(copy, facts)
+    monkeypatch.setattr(usual, "open_usual", lambda *_: None)
+    library = SentenceEncoder.load(copy, facts)
+    assert alone.facts == library.facts
+    np.testing.assert_array_equal(alone.encode_passages(given), library.encode_passages(given))
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        ("modules.json", [{"type": "sentence_transformers.models.Transformer", "path": ""}]),
+        ("modules.json", {"type": "no list"}),
+        ("sentence_bert_config.json", {"do_lower_case": True}),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}),
+        ("config.json", {"model_type": "t5"}),
+    ],
+)
+def test_a_folder_of_another_kind_is_left_to_the_library(folder: Path, tmp_path: Path, file: str, value: object) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(json.dumps(value))
+    assert usual.open_usual(tmp_path / "model", "mean", "cpu") is None
 
 
 def test_prefixes_and_bfloat16_follow_the_facts(folder: Path) -> None:

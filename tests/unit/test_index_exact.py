@@ -20,6 +20,13 @@ from research_rl.retriever.retriever import Retriever
 from tests import knowledge
 
 
+@pytest.fixture(params=["multiplies bf16", "widens"], autouse=True)
+def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scan does depends on the processor; both ways hold on every one."""
+    monkeypatch.setattr(exact, "multiplies_bfloat16", lambda: request.param == "multiplies bf16")
+    monkeypatch.setattr(exact, "_WIDENED", 700)
+
+
 def _unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
