@@ -31,6 +31,15 @@ SPAWN += (
 )
 
 
+def test_a_flow_starts_without_libraries_that_it_may_not_need() -> None:
+    """Each takes seconds of every run: pandas, which pyarrow brings with its first scalar, and a grammar that jsonschema builds."""
+    found = subprocess.run(
+        [sys.executable, "-c", "import flows.train, sys; print(*sys.modules)"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    loaded = {"pandas", "scipy", "sklearn", "torch", "faiss", "mlflow", "great_expectations", "matplotlib", "lark"} & {*found.stdout.split()}
+    assert loaded == set()
+
+
 @pytest.fixture
 def holder(tmp_path: Path) -> Generator[subprocess.Popen[str]]:
     """Another process that holds the workspace."""
