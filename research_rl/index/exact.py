@@ -30,8 +30,8 @@ _ROUND = 2.0**-8
 """Bound on bf16's rounding of a score, relative to it; twice the unit roundoff."""
 _TINY = 1e-35
 """Bound on what is lost where products fall below float32's normal range and are taken for zero."""
-_WIDENED = 2048
-"""Rows that are brought to float32 at once: 3 MB of 384 numbers, which stay in the cache until they are multiplied."""
+_WIDENED_BYTES = 3 << 20
+"""What is brought to float32 at once, so that it is in the cache still when it is multiplied."""
 _RESCORED = 1 << 14
 """Most candidates rescored at once: a query that scores all rows alike has all of them for candidates."""
 
@@ -134,8 +134,12 @@ class ExactScan:
 def _widened(queries_Qd: torch.Tensor, scan_Nd: torch.Tensor) -> torch.Tensor:
     """Return the float32 products of queries and rows of the scan, shape [queries, rows]."""
     products_QN = torch.empty(len(queries_Qd), len(scan_Nd))
-    for start in range(0, len(scan_Nd), _WIDENED):
-        products_QN[:, start : start + _WIDENED] = queries_Qd @ scan_Nd[start : start + _WIDENED].float().T
+    # One piece of memory for all blocks: new pages for each would cost as much as the products of a small batch.
+    wide_Bd = torch.empty(max(1, _WIDENED_BYTES // (4 * scan_Nd.shape[1])), scan_Nd.shape[1])
+    for start in range(0, len(scan_Nd), len(wide_Bd)):
+        block_Bd = scan_Nd[start : start + len(wide_Bd)]
+        rows_Bd = wide_Bd[: len(block_Bd)].copy_(block_Bd)
+        products_QN[:, start : start + len(block_Bd)] = queries_Qd @ rows_Bd.T
     return products_QN
 
 

@@ -24,7 +24,7 @@ from tests import knowledge
 def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a scan does depends on the processor; both ways hold on every one."""
     monkeypatch.setattr(exact, "multiplies_bfloat16", lambda: request.param == "multiplies bf16")
-    monkeypatch.setattr(exact, "_WIDENED", 700)
+    monkeypatch.setattr(exact, "_WIDENED_BYTES", 700 * 4 * 96)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
