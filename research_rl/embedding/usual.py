@@ -82,18 +82,19 @@ def open_usual(folder: Path, pooling: str, device: str) -> UsualModel | None:
     config = _object(folder / "config.json")
     if config.get("model_type") not in _FAMILIES or "auto_map" in config:
         return None
-    normalises, longest = False, None
+    normalises, longest = False, 0
     if (folder / MODULES).is_file():
         kinds = _kinds(parse((folder / MODULES).read_bytes()))
         settings = _object(folder / "sentence_bert_config.json")
-        longest = settings.pop("max_seq_length", None)
-        if kinds is None or any(value not in _SETTINGS.get(name, ()) for name, value in settings.items()):
+        longest = settings.pop("max_seq_length", None) or 0
+        told = type(longest) is int and longest >= 0 and all(value in _SETTINGS.get(name, ()) for name, value in settings.items())
+        if kinds is None or not told:
             return None
         pooling, normalises = _pooling(_object(folder / kinds[1] / "config.json")), len(kinds) == 3
     return _opened(folder, pooling, longest, device, normalises=normalises) if pooling in _POOLINGS else None
 
 
-def _opened(folder: Path, pooling: str, longest: int | None, device: str, *, normalises: bool) -> UsualModel:
+def _opened(folder: Path, pooling: str, longest: int, device: str, *, normalises: bool) -> UsualModel:
     with _absent("sklearn", "scipy"):
         from transformers import AutoModel, AutoTokenizer
 

@@ -78,6 +78,7 @@ def test_the_usual_folder_is_opened_without_sentence_transformers_to_the_same_ve
         ("modules.json", [{"type": "sentence_transformers.models.Transformer", "path": ""}]),
         ("modules.json", {"type": "no list"}),
         ("sentence_bert_config.json", {"do_lower_case": True}),
+        ("sentence_bert_config.json", {"max_seq_length": "many"}),
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}),
         ("config.json", {"model_type": "t5"}),
     ],
