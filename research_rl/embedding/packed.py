@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["pack"]
+__all__ = ["FAMILIES", "pack"]
 
-_FAMILIES = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert")
-"""Models known to use their linear layers as functions alone; others may read the weights."""
+FAMILIES = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert")
+"""Types of models whose last hidden state is pooled, and which use their linear layers as functions alone; others may read the weights."""
 
 
 class _Packed(torch.nn.Module):
@@ -31,7 +31,7 @@ class _Packed(torch.nn.Module):
 
 def pack(model: Any) -> None:
     """Replace the linear layers of a bfloat16 transformers model in place, where its family is a known one."""
-    if model.config.model_type in _FAMILIES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if model.config.model_type in FAMILIES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         _pack(model)
 
 

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from research_rl.embedding.models import MODULES
+from research_rl.embedding.packed import FAMILIES
 from research_rl.errors import ModelError
 from research_rl.pipeline.json_files import parse, read_object
 
 __all__ = ["UsualModel", "open_usual"]
 
-_FAMILIES = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert")
-"""Types of models whose last hidden state is what is pooled."""
 _POOLINGS = ("mean", "cls")
 _SETTINGS = {
     "transformer_task": ("feature-extraction",),
@@ -80,7 +79,7 @@ def open_usual(folder: Path, pooling: str, device: str) -> UsualModel | None:
     read, and ModelError for files that are no JSON.
     """
     config = _object(folder / "config.json")
-    if config.get("model_type") not in _FAMILIES or "auto_map" in config:
+    if config.get("model_type") not in FAMILIES or "auto_map" in config:
         return None
     normalises, longest = False, 0
     if (folder / MODULES).is_file():

@@ -96,7 +96,7 @@ class ExactScan:
         given_Qd = exact_Qd.to(torch.bfloat16) if narrow else exact_Qd
         slack_Q = 2 * self._bound(exact_Qd, given_Qd)
         # A multiple of the group, so that no group but the last of all is cut.
-        step = max(_GROUP, _SCORE_BYTES // (4 * max(1, len(queries))) // _GROUP * _GROUP)
+        step = max(_GROUP, _SCORE_BYTES // (given_Qd.element_size() * max(1, len(queries))) // _GROUP * _GROUP)
         for start in range(0, self.rows, step):
             part_Nd = self._scan[start : start + step]
             part_QN = given_Qd @ part_Nd.T if narrow else _widened(given_Qd, part_Nd)

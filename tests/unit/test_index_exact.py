@@ -20,7 +20,7 @@ from research_rl.retriever.retriever import Retriever
 from tests import knowledge
 
 
-@pytest.fixture(params=["multiplies bf16", "widens"], autouse=True)
+@pytest.fixture(name="processor", params=["multiplies bf16", "widens"])
 def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a scan does depends on the processor; both ways hold on every one."""
     monkeypatch.setattr(exact, "multiplies_bfloat16", lambda: request.param == "multiplies bf16")
@@ -42,6 +42,7 @@ def _truth(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     return -np.sort(-(queries.astype(np.float64) @ vectors.astype(np.float64).T), axis=1)[:, :k]
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("spread", [1.0, 0.01, 0.0005])
 @pytest.mark.parametrize("rows", [3, 64, 1000, 5003])
 def test_every_true_neighbour_is_found_however_close_the_rows_lie(tmp_path: Path, rows: int, spread: float) -> None:
@@ -57,6 +58,7 @@ def test_every_true_neighbour_is_found_however_close_the_rows_lie(tmp_path: Path
         assert all(len(set(row)) == len(row) for row in found.tolist())
 
 
+@pytest.mark.usefixtures("processor")
 def test_small_score_buffers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     vectors, queries = _unit(generator.standard_normal((3000, 64))), _unit(generator.standard_normal((16, 64)))
@@ -74,6 +76,7 @@ def test_a_scan_of_another_length_is_refused(tmp_path: Path) -> None:
         ExactScan(tmp_path / exact.scan_name(0), [vectors[:99]], norm, error)
 
 
+@pytest.mark.usefixtures("processor")
 def test_the_retriever_answers_alike_over_the_scan_and_over_the_flat_index(tmp_path: Path) -> None:
     queries = [f"Person{n} Surname{n}" for n in range(0, 250, 7)]
     answers = []
@@ -93,6 +96,7 @@ def test_an_altered_vector_file_is_found_before_it_is_searched(tmp_path: Path) -
         Retriever.open(workspace, RetrieverConfig())
 
 
+@pytest.mark.usefixtures("processor")
 def test_equal_rows_come_in_row_order_with_equal_scores(tmp_path: Path) -> None:
     generator = np.random.default_rng(5)
     few = _unit(generator.standard_normal((7, 96)))
@@ -105,6 +109,7 @@ def test_equal_rows_come_in_row_order_with_equal_scores(tmp_path: Path) -> None:
         assert rows[query].tolist() == same[:50].tolist()
 
 
+@pytest.mark.usefixtures("processor")
 def test_zero_vectors_and_zero_queries_are_ranked_like_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "_RESCORED", 64)
     generator = np.random.default_rng(6)
@@ -116,6 +121,7 @@ def test_zero_vectors_and_zero_queries_are_ranked_like_any(tmp_path: Path, monke
     np.testing.assert_allclose(scores, _truth(vectors, queries, 5), atol=2e-6)
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("scale", [1e-18, 1e-12, 1e12, 1e17])
 def test_scores_hold_at_any_length_of_vectors(tmp_path: Path, scale: float) -> None:
     generator = np.random.default_rng(7)
