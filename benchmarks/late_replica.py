@@ -1,13 +1,16 @@
 """P15: what a second request for a late answer gains, with two replicas of which one stands still again and again.
 
 Both sides are our client over the same two services; the peer never asks a second replica for an answer that is late. A replica
-that stands still (a collection of garbage, a page that comes from a slow disk) is one that the kernel stops and lets go on.
+that stands still (a collection of garbage, a page that comes from a slow disk) is one that the kernel stops and lets go on. Searchers
+think between searches, as the model of an episode does, so that the machine has cores left: where it has none, what is asked twice is
+missed elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import statistics
 import tempfile
@@ -25,16 +28,16 @@ from research_rl.retriever.client import RetrieverClient
 from tests.faulty import Retriever
 from tests.knowledge import built
 
-SEARCHERS, TOP_K = 8, 5
+SEARCHERS, TOP_K, THOUGHT_S = 4, 5, 0.05
 STILL_S, RUNS_S = 0.5, 2.0
 BURSTS = (fleet._HEDGE_BURST, 0.0)
 """How many second requests may be saved up: ours, and none."""
-QUANTILES = (("p50", 0.5, 0.9), ("p99", 0.99, 2.0))
-"""Name, quantile, and the goal: the median must not suffer, the slowest hundredth must be clearly quicker."""
+QUANTILES = (("p50", 0.5, 0.9), ("p99", 0.99, 0.9), ("p99.8", 0.998, 2.0))
+"""Name, quantile, and the goal: most must not suffer, the slowest, which meet a replica that stands still, must be clearly quicker."""
 
 
 def run(quick: bool) -> Iterator[Duel]:
-    """Yield for p50 and p99 of a search's milliseconds the ratio to the client without second requests."""
+    """Yield for each quantile of a search's milliseconds the ratio to the client without second requests."""
     seconds, rounds = (10.0, 3) if quick else (30.0, 5)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as services:
         built(Path(folder), 2000)
@@ -52,19 +55,20 @@ def run(quick: bool) -> Iterator[Duel]:
 
 
 def searched(urls: str, seconds: float, seed: int, burst: float) -> list[float]:
-    """Return the milliseconds of every search that `SEARCHERS` tasks make in `seconds`; no query is asked twice."""
+    """Return the milliseconds of every search that `SEARCHERS` tasks make in `seconds`, each after a thought; no query is asked twice."""
     kept, fleet._HEDGE_BURST = fleet._HEDGE_BURST, burst
     try:
-        return asyncio.run(_searched(urls, time.monotonic() + seconds, iter(queries(seed))))
+        return asyncio.run(_searched(urls, time.monotonic() + seconds, iter(queries(seed)), random.Random(seed)))
     finally:
         fleet._HEDGE_BURST = kept
 
 
-async def _searched(urls: str, ends: float, left: Iterator[str]) -> list[float]:
+async def _searched(urls: str, ends: float, left: Iterator[str], draw: random.Random) -> list[float]:
     took: list[float] = []
 
     async def searcher(client: RetrieverClient) -> None:
         while time.monotonic() < ends:
+            await asyncio.sleep(draw.expovariate(1 / THOUGHT_S))
             started = time.perf_counter()
             answer = await client.search([next(left)], TOP_K)
             assert not isinstance(answer, SearchFailure), answer

