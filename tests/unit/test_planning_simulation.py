@@ -41,7 +41,7 @@ def on_shared_cores(service: Service, cores: int, load: float) -> list[Simulated
 @pytest.mark.parametrize("service", [exponential, constant])
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_a_core_that_is_shared_in_turns_makes_all_searches_longer_alike(service: Service, load: float) -> None:
-    """One core, and so many replicas that each search has its own: the mean of M/G/1 with processor sharing knows no law (Kleinrock 1967)."""
+    """One core, a replica a search: M/G/1 with processor sharing has one mean for all laws (Kleinrock 1967)."""
     outcomes = on_shared_cores(service, 1, load)
     taken = statistics.fmean(statistics.fmean(outcome.latencies) for outcome in outcomes)
     assert taken == pytest.approx(1 / RATE / (1 - load), rel=0.08)
