@@ -8,11 +8,14 @@ RUN useradd --create-home --uid 10001 research
 WORKDIR /app
 COPY requirements/ requirements/
 ARG LOCK=retriever
+# Compiled here: who runs it cannot write there, and would compile every module anew at each start.
+ENV UV_COMPILE_BYTECODE=1
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=certificates,target=/etc/ssl/certs/ca-certificates.crt \
     python requirements/install.py ${LOCK} \
   && rm -rf /root/.cache
 COPY research_rl/ research_rl/
+RUN python -m compileall -q research_rl
 
 ARG VERSION=local
 ARG COMMIT=unknown

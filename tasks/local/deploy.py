@@ -19,13 +19,9 @@ from research_rl.errors import ServiceError
 from research_rl.paths import CHECKOUT, PYTHON
 from research_rl.process import proxies
 
-__all__ = ["BUCKET", "POOLS", "deploy", "make_bucket", "with_workspace"]
+__all__ = ["BUCKET", "deploy", "make_bucket", "with_workspace"]
 
 BUCKET = "research-rl"
-POOLS = {"laptop": "process", "gpu": "process", "multinode": "process", "docker": "docker", "kubernetes": "kubernetes"}
-"""Work pools and their types."""
-TEMPLATES = {kind: CHECKOUT / "infra" / "prefect" / f"{kind}.json" for kind in ("docker", "kubernetes")}
-"""What a run of a pool is made of, by the type of the pool; the other types have Prefect's own."""
 _PREFECT = Path(PYTHON).parent / "prefect"
 _FILE = "prefect.yaml"
 
@@ -35,12 +31,10 @@ def deploy(env: Mapping[str, str], workspace: PurePosixPath | None = None) -> No
 
     With `workspace` the deployments work there and below it, in place of the checkout.
     """
-    for pool, kind in POOLS.items():
-        template = ("--base-job-template", str(TEMPLATES[kind])) if kind in TEMPLATES else ()
-        _run((str(_PREFECT), "--no-prompt", "work-pool", "create", pool, "--type", kind, *template, "--overwrite"), env)
+    # In processes of their own: Prefect's client takes address and key from the environment once, when it is imported.
+    _run((PYTHON, "-m", "tasks.local.pools"), env)
     with _file(workspace) as path:
         _run((str(_PREFECT), "--no-prompt", "deploy", "--all", "--prefect-file", str(path)), env)
-    # In a process of its own: Prefect's client takes address and key from the environment once, when it is imported.
     _run((PYTHON, "-m", "tasks.local.automations"), env)
 
 

@@ -85,8 +85,8 @@ def beside(urls: Sequence[str]) -> dict[int, list[float]]:
     return {size: [seconds for asked, seconds in taken if asked == size] for size in SIZES}
 
 
-async def real(address: str, arrivals: Sequence[float]) -> list[float]:
-    """Return the seconds of every query that is sent when it comes."""
+async def real(address: str, arrivals: Sequence[float]) -> tuple[list[float], int]:
+    """Return the seconds of every query that is sent when it comes, and the second requests."""
     async with RetrieverClient(address, timeout_s=60.0, connections=64) as client:
         begun = time.perf_counter()
 
@@ -97,7 +97,8 @@ async def real(address: str, arrivals: Sequence[float]) -> list[float]:
             # Since it should have been sent: a client that is late is part of what a query waits for.
             return time.perf_counter() - begun - when
 
-        return await asyncio.gather(*(one(number, when) for number, when in enumerate(arrivals)))
+        seconds = await asyncio.gather(*(one(number, when) for number, when in enumerate(arrivals)))
+        return seconds, client.take_counts().get("hedges", 0)
 
 
 def test_the_simulated_latency_is_within_a_quarter_of_a_real_fleets(address: str) -> None:
@@ -110,8 +111,10 @@ def test_the_simulated_latency_is_within_a_quarter_of_a_real_fleets(address: str
         return float(np.interp(queries, SIZES, usual)) * draw.choice(spread)
 
     arrivals = poisson(BUSY * cores / (PARTS * usual[0]), QUERIES, seed=1)
-    simulated = simulate(Fleet(PARTS, REPLICAS, service, cores=cores), arrivals, seed=2).latencies
-    measured = asyncio.run(real(address, arrivals))
+    outcome = simulate(Fleet(PARTS, REPLICAS, service, cores=cores), arrivals, seed=2)
+    simulated = outcome.latencies
+    measured, hedges = asyncio.run(real(address, arrivals))
+    print(f"second requests: simulated {outcome.hedges}, measured {hedges}")
     for quantile in (0.5, 0.95):
         expected, found = (float(np.quantile(each[WARM_UP:], quantile)) for each in (simulated, measured))
         print(f"quantile {quantile}: simulated {1000 * expected:.1f} ms, measured {1000 * found:.1f} ms")

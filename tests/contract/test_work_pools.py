@@ -14,14 +14,17 @@ from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.testing.utilities import prefect_test_harness
 from prefect_docker.deployments import steps
 from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
 from research_rl.paths import CHECKOUT
-from tasks.local.deploy import POOLS, TEMPLATES
+from tasks.local import pools
+from tasks.local.pools import POOLS, TEMPLATES
 
 COMPOSE = yaml.safe_load((CHECKOUT / "infra/compose.yaml").read_text())
 IMAGES = yaml.safe_load((CHECKOUT / "infra/prefect/images.yaml").read_text())
@@ -64,6 +67,19 @@ def test_a_template_has_every_variable_of_the_worker_and_no_other() -> None:
         assert ours["variables"]["properties"].keys() == theirs["variables"]["properties"].keys(), kind
         assert ours["job_configuration"].keys() == theirs["job_configuration"].keys(), kind
         assert worker.type == kind == POOLS[kind]
+
+
+def test_a_pool_is_made_once_and_keeps_what_a_user_set(server: None) -> None:
+    projects = [yaml.safe_load((CHECKOUT / name).read_text()) for name in ("prefect.yaml", "infra/prefect/images.yaml")]
+    assert {item["work_pool"]["name"] for project in projects for item in project["deployments"]} == set(POOLS)
+    with get_client(sync_client=True) as client:
+        assert pools.apply(client) == [f"made: {name}" for name in POOLS]
+        client.update_work_pool("docker", WorkPoolUpdate(is_paused=True, concurrency_limit=7, base_job_template=template("kubernetes")))
+        assert pools.apply(client) == [f"kept: {name}" for name in POOLS]
+        standing = {pool.name: pool for pool in client.read_work_pools()}
+    assert {name: pool.type for name, pool in standing.items() if name in POOLS} == POOLS
+    docker = standing["docker"]
+    assert docker.is_paused and docker.concurrency_limit == 7 and docker.base_job_template == template("docker")
 
 
 def test_a_container_has_no_rights_and_reaches_the_servers_of_compose(server: None) -> None:

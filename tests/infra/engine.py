@@ -123,6 +123,13 @@ class Engine:
             self.outside.wait()
             raise
 
+    def clear(self) -> None:
+        """Take away the containers and volumes of a run that was killed; the engine would start them again."""
+        for kind in ("container", "volume"):
+            if names := self.docker(kind, "ls", "--quiet", *(["--all"] if kind == "container" else [])).split():
+                self.docker(kind, "rm", "--force", *names)
+        self.docker("network", "prune", "--force")
+
     def kill(self, container: str) -> None:
         """Kill all processes of a container from outside, as the system does that runs out of memory: its restart policy then acts."""
         pid = self.docker("inspect", "--format", "{{.State.Pid}}", container).strip()

@@ -10,7 +10,8 @@ import pytest
 from docker.utils.build import exclude_paths
 
 from research_rl.paths import CHECKOUT
-from tasks.local.deploy import TEMPLATES
+from tasks.limits import PROJECTS
+from tasks.local.pools import TEMPLATES
 
 PACKAGES = ("research_rl", "tasks", "flows", "configs")
 DOCKERFILES = sorted((CHECKOUT / "infra/docker").glob("*.Dockerfile"))
@@ -43,7 +44,7 @@ def _checkout(tmp_path: Path) -> Path:
     shipped = [path for folder in PACKAGES for path in (CHECKOUT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     top = [CHECKOUT / name for name in ("pyproject.toml", "README.md", "LICENSE", "prefect.yaml", "dvc.yaml", "params.yaml")]
     locks = [*(CHECKOUT / "requirements").glob("*.txt"), CHECKOUT / "requirements/install.py"]
-    for path in (*shipped, *top, *locks, *TEMPLATES.values()):
+    for path in (*shipped, *top, *locks, *TEMPLATES.values(), *PROJECTS):
         copy = tmp_path / path.relative_to(CHECKOUT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.touch()
