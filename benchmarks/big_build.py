@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def main() -> int:
     return 0 if result["holds"] else 1
 
 
-def verdict(config: Config, result: dict, plan: dict[str, knowledge.Estimate]) -> dict:
+def verdict(config: Config, result: dict[str, Any], plan: dict[str, knowledge.ResourceEstimate]) -> dict[str, Any]:
     """Add planned figures, their ratios to the measured ones, and whether every promise held."""
     for stage in ("embed", "index"):
         result[stage] |= {"planned_mib": round(plan[stage].memory / 2**20), "planned_cpu_s": round(plan[stage].seconds, 1)}
@@ -91,7 +92,7 @@ def passages(rows: int) -> Iterator[str]:
             yield json.dumps({"id": str(number), "contents": f'"Entry {number}"\nEntry{number} {" ".join(row)}.'}) + "\n"
 
 
-def killed_and_resumed(workspace: Workspace, stage: str) -> dict:
+def killed_and_resumed(workspace: Workspace, stage: str) -> dict[str, Any]:
     """Kill a stage by SIGKILL when half of its files are done, run it again, and return what both runs took."""
     spent = cpu()
     process = start(workspace, stage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -29,6 +30,10 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.all)
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Return the texts of rows `start` to `stop` - 1."""
+        return self.all[start:stop]
 
     def batches(self, size: int) -> Iterator[tuple[int, list[str]]]:
         """Yield consecutive batches."""
@@ -57,7 +62,7 @@ def _searches(texts: Texts, folder: Path, seconds: float, rounds: int) -> Duel:
     raw = bm25s.BM25.load(folder / "raw", mmap=True)
     stemmer, queries = Stemmer.Stemmer("english"), _queries(texts.all)
 
-    def peer(some: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def peer(some: list[str]) -> Any:
         tokens = bm25s.tokenize(some, stopwords=list(STOP_WORDS), stemmer=stemmer, show_progress=False)
         return raw.retrieve(tokens, k=TOP, show_progress=False)
 

@@ -37,7 +37,7 @@ def run(quick: bool) -> Iterator[Duel]:
         peak = _bf16_peak()
         for name, peer, goal in (("FlashRAG's batching", flashrag, 4.0), ("sentence-transformers", sentence_transformers, 1.5)):
             what = f"e5-base shape, 20-100 words, against {name}"
-            mine, theirs = (_rate(side, passages) for side in (lambda texts: ours.encode(texts), peer))
+            mine, theirs = (_rate(side, passages) for side in (ours.encode, peer))
             duel = alternate("P4", what, "passages per CPU-second", mine, theirs, goal, rounds)
             reached = duel.ours * tokens / count * _flop_per_token(tokens / count)
             yield replace(
@@ -49,7 +49,7 @@ def run(quick: bool) -> Iterator[Duel]:
 
 def _model(folder: Path) -> np.ndarray:
     """Write a random model of e5-base's shape; return words of one or two tokens each."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     stems = [a + b + c + d for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES for d in SYLLABLES][:25_000]
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "passage", "query", ":", "##ly", *stems]

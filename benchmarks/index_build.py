@@ -93,10 +93,11 @@ def _ours(folder: Path, rows: int, model: Path) -> str:
 
 
 def _main(side: str, rows: int, folder: Path) -> None:
+    from research_rl.config import EncoderConfig, TransferConfig
     from research_rl.embedding.models import resolve
     from research_rl.paths import cache_folder
 
-    model = resolve(MODEL, cache_folder())
+    model = resolve(EncoderConfig(kind="sentence", model=MODEL), TransferConfig(), cache_folder(), folder)
     _corpus(folder / "corpus.jsonl", rows)
     before = resource.getrusage(resource.RUSAGE_SELF)
     if side == "ours":

@@ -92,8 +92,7 @@ def _draw_vectors(workspace: Workspace, rows: Rows, model: Path, real: set[str])
     bare, encoder = manifest.load(folder, verify=False), workspace.root / ENCODER
     shutil.copytree(folder / ENCODER, encoder)
     texts = sorted(real)
-    with load_encoder(folder, bare) as loaded:
-        known = dict(zip(texts, loaded.encode_passages(texts), strict=True))
+    known = dict(zip(texts, load_encoder(folder, bare).encode_passages(texts), strict=True))
     with manifest.publish(folder, "embed", "x", {"corpus": manifest.load(workspace.folder("corpus"), verify=False)}) as staging:
         shutil.copytree(encoder, staging.path / ENCODER)
         for number, start in enumerate(range(0, len(rows), size)):
@@ -152,7 +151,7 @@ def _changed(draw: np.random.Generator, rows: Rows) -> Rows:
 def _model(folder: Path, layers: int) -> Path:
     """Write a model of MiniLM's widths with `layers` layers."""
     import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     folder.mkdir(parents=True)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]

@@ -47,6 +47,7 @@ def main() -> None:
     searchers = {name: opened(workspace, kind) for name, kind in kinds(arguments.words).items()}
     store = PassageStore(workspace.folder("corpus"))
     print("| set | " + " | ".join(f"{name} @5 | @20" for name in searchers) + " |\n|---|" + "---|---|" * len(searchers))
+    questions: list[dict[str, Any]] = []
     for name, path in SETS.items():
         questions = [json.loads(line) for line in (arguments.data / path).open(encoding="utf-8")]
         cells = [cell for searcher in searchers.values() for cell in recalls(searcher, store, questions)]

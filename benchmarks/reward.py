@@ -19,8 +19,10 @@ from research_rl.reward.rules import grade
 
 PAIRS, GROUP, EOS = 10_000, 5, "<|im_end|>"
 PROMPT = "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n"
-WORDS = ["the", "Velmora", "river", "of", "Osk", "in", "an", "Ilva", "Brandt", "1812", "north", "U.S.", "Saint-Denis"]
-WORDS += ["yes", "no", "county", "É", "a", "town,", "museum", "(old)", "Łódź"]
+WORDS = [
+    *("the", "Velmora", "river", "of", "Osk", "in", "an", "Ilva", "Brandt", "1812", "north", "U.S.", "Saint-Denis"),
+    *("yes", "no", "county", "É", "a", "town,", "museum", "(old)", "Łódź"),
+]
 
 
 @dataclass(frozen=True)

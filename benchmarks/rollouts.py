@@ -13,7 +13,7 @@ import os
 import random
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import replace
@@ -166,8 +166,8 @@ class Costs:
     def __init__(self, model: Endpoint) -> None:
         self._model = model
         self._rounds = self._rollouts = 0
-        self._spent: Counter[str] = Counter()
-        self._before: Counter[str] = Counter()
+        self._spent = defaultdict[str, float](float)
+        self._before: dict[str, float] = {}
 
     def begin(self) -> None:
         """Note where every counter stands."""
@@ -178,7 +178,8 @@ class Costs:
         self._rounds += 1
         if self._rounds > 1:
             now = self._counters()
-            self._spent.update({name: now[name] - self._before[name] for name in now})
+            for name, count in now.items():
+                self._spent[name] += count - self._before.get(name, 0.0)
             self._rollouts += rollouts
 
     def __str__(self) -> str:
@@ -188,8 +189,8 @@ class Costs:
         times = ", ".join(f"{name} {1000 * seconds / self._rollouts:.1f}" for name, seconds in sorted(self._spent.items()))
         return f"CPU ms a rollout {times}; {steps / (self._rounds - 1):.0f} engine steps a round"
 
-    def _counters(self) -> Counter[str]:
-        seconds = Counter({"episodes": time.process_time()})
+    def _counters(self) -> dict[str, float]:
+        seconds = defaultdict[str, float](float, episodes=time.process_time())
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 times, command = process.cpu_times(), " ".join(process.cmdline())
@@ -197,7 +198,8 @@ class Costs:
                 seconds[name] += times.user + times.system
         text = httpx.get(f"{self._model.url}/metrics", timeout=60, **httpx_options()).text
         steps = [line for line in text.splitlines() if line.startswith("vllm:iteration_tokens_total_count")]
-        return seconds + Counter({"engine steps": sum(float(line.rpartition(" ")[2]) for line in steps)})
+        seconds["engine steps"] = sum(float(line.rpartition(" ")[2]) for line in steps)
+        return seconds
 
 
 def _on_vllm(

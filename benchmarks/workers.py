@@ -62,7 +62,7 @@ def _duels(made: Workspace, what: str, seconds: float, rounds: int) -> Iterator[
     rate, p99, cpu = ([statistics.median(turn[side][key] for turn in turns) for side in (0, 1)] for key in ("per_s", "p99_ms", "cpu_ms"))
     note = f"p99 {p99[0]:.0f} ms against {p99[1]:.0f}, {cpu[0]:.2f} CPU-ms a query against {cpu[1]:.2f}; "
     note += f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores"
-    yield Duel("P20", f"throughput, {CLIENTS} clients, {what}", "queries/s", *rate, rate[0] / rate[1], 1.0, rounds, note)
+    yield Duel("P20", f"throughput, {CLIENTS} clients, {what}", "queries/s", rate[0], rate[1], rate[0] / rate[1], 1.0, rounds, note)
     index = sum(entry.size for entry in manifest.load(made.folder("index"), verify=False).files) / _MIB
     needed = index + WORKERS * (theirs - index)
     note = f"the index of {index:.0f} MiB once and the rest of one process twice are {needed:.0f}; parent, keeper, workers: {each}"

@@ -77,20 +77,19 @@ def test_the_worker_trains_to_the_end_and_the_servers_have_it(client: Client) ->
     assert len(client.artifacts(train["info"]["run_id"], "rollouts")) == len(steps)
 
 
-def test_a_run_of_the_pool_docker_is_a_container_of_the_image_that_prefect_built(client: Client, bench: Bench, tmp_path: Path) -> None:
+def test_a_run_of_the_pool_docker_is_a_container_of_the_image_that_prefect_built(client: Client, tmp_path: Path) -> None:
     """Its image is built and pushed by Prefect's steps; in the workspace it finds everything trained."""
     engine, composed = client.composed.engine, client.composed
-    file = bench.checkout / "infra/prefect/images.yaml"
-    project = yaml.safe_load(file.read_text())
+    project = yaml.safe_load((CHECKOUT / "infra/prefect/images.yaml").read_text())
     for deployment in project["deployments"]:
         # The layers that stand were built with this network, which is in their keys; here is no other.
         deployment["build"][0]["prefect_docker.deployments.steps.build_docker_image"]["network"] = "host"
-    file.write_text(yaml.safe_dump(project))
+    (file := tmp_path / "images.yaml").write_text(yaml.safe_dump(project))
     key = composed.secrets["PREFECT_KEY"]
     env = {**engine.env, "PREFECT_API_URL": f"{PREFECT}/api", "PREFECT_API_AUTH_STRING": key, "PREFECT_HOME": str(tmp_path)}
 
     def prefect(*words: str) -> str:
-        return check(*engine.entered([str(Path(sys.executable).parent / "prefect"), "--no-prompt", *words]), cwd=bench.checkout, env=env)
+        return check(*engine.entered([str(Path(sys.executable).parent / "prefect"), "--no-prompt", *words]), cwd=CHECKOUT, env=env)
 
     with engine.registry(5001) as registry:
         env |= {"WORKER_IMAGE": f"{registry}/research-rl/worker", "WORKER_TAG": "test"}
