@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 from uuid import uuid4
 
 import pytest
@@ -119,6 +119,9 @@ def test_the_steps_take_what_the_deployments_give_them() -> None:
             given = step[f"prefect_docker.deployments.steps.{name}"]
             inspect.signature(getattr(steps, name)).bind(**{key: value for key, value in given.items() if key not in ("id", "requires")})
         (build,) = deployment["build"]
+        # An output of the step's own name would take the place of all outputs that are found below its id.
+        made = get_type_hints(steps.build_docker_image)["return"]
+        assert build["prefect_docker.deployments.steps.build_docker_image"]["id"] not in made.__annotations__
         dockerfile, target = (build["prefect_docker.deployments.steps.build_docker_image"][key] for key in ("dockerfile", "target"))
         assert f" AS {target}\n" in (CHECKOUT / dockerfile).read_text()
         path, _, function = deployment["entrypoint"].partition(":")
