@@ -152,7 +152,7 @@ def test_the_pages_show_the_training(client: Client) -> None:
     (experiment,) = {item["info"]["experiment_id"] for item in client.tracked(profile="laptop")}
     pages = [
         *("prefect", f"{PREFECT}/runs", client.keys[PREFECT], "document.body.innerText.includes('research-train')"),
-        *("mlflow", f"{MLFLOW}/#/experiments/{experiment}", client.keys[MLFLOW], "document.body.innerText.includes('train laptop')"),
+        *("mlflow", f"{MLFLOW}/#/experiments/{experiment}/runs", client.keys[MLFLOW], "document.body.innerText.includes('train laptop')"),
     ]
     folder = client.composed.engine.folder / "pictures"
     shutil.rmtree(folder, ignore_errors=True)
