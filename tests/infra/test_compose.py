@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_a_run_of_the_pool_docker_is_a_container_of_the_image_that_prefect_built
     printed = prefect("worker", "start", "--pool", "docker", "--run-once")
     ended = client.run(run)
     assert ended["state"]["type"] == "COMPLETED", (ended["state"], printed)
-    assert ended["infrastructure_pid"].startswith(engine.env["DOCKER_HOST"])
+    assert re.fullmatch(r"http\+docker://localhost:[0-9a-f]{64}", ended["infrastructure_pid"]), ended["infrastructure_pid"]
     states = {task["state_name"] for task in client.ask(PREFECT, "/api/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})}
     assert "Cached" in states and states <= {"Cached", "Completed"}
     (flow,) = client.tracked(prefect_flow_run_id=run)
