@@ -27,7 +27,7 @@ from tests.training import SMALLEST
 from tests.waiting import until
 
 pytestmark = [pytest.mark.infra, pytest.mark.timeout(7200)]
-STEPS = 60
+STEPS = 200
 DISK_MIB = 4096
 AWAY_S = 60
 LEASE_S = 240
