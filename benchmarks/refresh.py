@@ -21,6 +21,7 @@ from research_rl.config import Config
 from research_rl.corpus import build as corpus
 from research_rl.embedding import ENCODER, load_encoder
 from research_rl.embedding import build as embed
+from research_rl.embedding.sentence import SentenceEncoder
 from research_rl.embedding.standing import keys_name, keys_of
 from research_rl.index import build as index
 from research_rl.pipeline import manifest
@@ -92,7 +93,10 @@ def _draw_vectors(workspace: Workspace, rows: Rows, model: Path, real: set[str])
     bare, encoder = manifest.load(folder, verify=False), workspace.root / ENCODER
     shutil.copytree(folder / ENCODER, encoder)
     texts = sorted(real)
-    known = dict(zip(texts, load_encoder(folder, bare).encode_passages(texts), strict=True))
+    loaded = load_encoder(folder, bare)
+    assert isinstance(loaded, SentenceEncoder)
+    with loaded:
+        known = dict(zip(texts, loaded.encode_passages(texts), strict=True))
     with manifest.publish(folder, "embed", "x", {"corpus": manifest.load(workspace.folder("corpus"), verify=False)}) as staging:
         shutil.copytree(encoder, staging.path / ENCODER)
         for number, start in enumerate(range(0, len(rows), size)):

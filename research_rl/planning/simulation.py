@@ -176,7 +176,9 @@ class _Simulation:
         self._searched += seconds
         self._advance()
         heapq.heappush(self._searches, (self._work + seconds, next(self._numbers), replica))
-        self._plan()
+        # With cores of their own, others end when they would have: only one that ends before them changes the plan.
+        if self._fleet.cores is not None or self._searches[0][-1] is replica:
+            self._plan()
 
     def _speed(self) -> float:
         """Return the share of a core that each search under way has."""
@@ -199,11 +201,11 @@ class _Simulation:
             return
         self._advance()
         _, _, replica = heapq.heappop(self._searches)
-        self._plan()
         batch, replica.batch, replica.searching = replica.batch, [], False
         for request in batch:
             self._answer(request)
         self._begin(replica)
+        self._plan()
 
     def _answer(self, request: _ReplicaRequest) -> None:
         ask, replica, seconds = request.ask, request.replica, self._now - request.sent + self._fleet.request_s

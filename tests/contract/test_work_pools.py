@@ -23,6 +23,7 @@ from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
 from research_rl.paths import CHECKOUT
+from tasks.limits import PROJECTS
 from tasks.local import pools
 from tasks.local.pools import POOLS, TEMPLATES
 
@@ -70,7 +71,7 @@ def test_a_template_has_every_variable_of_the_worker_and_no_other() -> None:
 
 
 def test_a_pool_is_made_once_and_keeps_what_a_user_set(server: None) -> None:
-    projects = [yaml.safe_load((CHECKOUT / name).read_text()) for name in ("prefect.yaml", "infra/prefect/images.yaml")]
+    projects = [yaml.safe_load(path.read_text()) for path in PROJECTS]
     assert {item["work_pool"]["name"] for project in projects for item in project["deployments"]} == set(POOLS)
     with get_client(sync_client=True) as client:
         assert pools.apply(client) == [f"made: {name}" for name in POOLS]

@@ -49,8 +49,9 @@ def _bench() -> Generator[Bench]:
     engine, secret = Engine(folder), secrets.token_hex(16)
     try:
         engine.unpack()
-        with engine.running(building=True):
-            engine.clear()
+        if kept:
+            with engine.running(building=True):
+                engine.clear()
         with mirror(session) as settings:
             yield Bench(engine, settings, images.plant(session / "checkout", secret), secret)
     finally:

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -131,8 +132,8 @@ def test_prometheus_reaches_all_and_answers_what_the_dashboards_ask(client: Clie
         found = client.ask(PROMETHEUS, "/api/v1/targets")["data"]["activeTargets"]
         return {item["labels"]["job"] for item in found if item["health"] == "up"} == {"retriever", "agent", "training"}
 
-    def rows(expression: str) -> int:
-        return len(client.ask(PROMETHEUS, f"/api/v1/query?{urlencode({'query': expression})}")["data"]["result"])
+    def rows(expression: str) -> list[dict[str, Any]]:
+        return client.ask(PROMETHEUS, f"/api/v1/query?{urlencode({'query': expression})}")["data"]["result"]
 
     assert until(up, pause_s=5.0), client.ask(PROMETHEUS, "/api/v1/targets")
     groups = client.ask(PROMETHEUS, "/api/v1/rules")["data"]["groups"]
@@ -148,6 +149,8 @@ def test_prometheus_reaches_all_and_answers_what_the_dashboards_ask(client: Clie
         return all(rows(expression) for expression in asked)
 
     assert until(shown, pause_s=10.0), [item for item in asked if not rows(item)]
+    (refusals,) = {expression for expression in asked if expression.endswith("> 0")}
+    assert {row["metric"]["reason"] for row in rows(refusals)} == {"token"}
     client.composed.compose("stop", "agent", "retriever", "prometheus", "alertmanager")
 
 

@@ -54,6 +54,7 @@ def test_several_cores_are_shared_as_m_m_c_says(servers: int, load: float) -> No
     outcomes = on_shared_cores(exponential, servers, load)
     waited = statistics.fmean(statistics.fmean(outcome.latencies) for outcome in outcomes) - 1 / RATE
     assert waited == pytest.approx(erlang_c(servers, load) / (servers * RATE - load * RATE), rel=0.08)
+    assert statistics.fmean(outcome.busy * 40 for outcome in outcomes) == pytest.approx(load, rel=0.03)
 
 
 def test_one_replica_one_query_at_a_time_is_m_m_1_to_the_quantile() -> None:
