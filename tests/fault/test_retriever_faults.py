@@ -90,7 +90,9 @@ def test_slow_answers_are_answers(retriever: Retriever) -> None:
 @pytest.mark.parametrize("how", ["outage", "freeze"])
 def test_an_outage_longer_than_a_search_may_last_costs_none(retriever: Retriever, how: str) -> None:
     trajectories, _, notes, _ = play(retriever, act=lambda: getattr(retriever, how)(OUT_S), least=4, timeout_s=SHORT_S)
-    assert [note.event for note in notes] == ["paused", "resumed"]
-    assert set(notes[0].faults) <= {"unreachable", "timeout"} and sum(notes[0].faults.values()) >= 4
-    assert sum(told(trajectories).values()) < sum(notes[0].faults.values()), "searches that closed the gate are asked again"
+    # A machine that stands still for longer than a search may last closes the gate once more; each closing must end by the probe.
+    assert notes and [note.event for note in notes] == ["paused", "resumed"] * (len(notes) // 2)
+    closings = [sum(note.faults.values()) for note in notes if note.event == "paused"]
+    assert set(notes[0].faults) <= {"unreachable", "timeout"} and min(closings) >= 4
+    assert sum(told(trajectories).values()) < sum(closings), "searches that closed the gate are asked again"
     assert 1 < max(trajectory.paused_seconds for trajectory in trajectories) < GIVEN_UP_S
