@@ -1,6 +1,7 @@
 """A training under infra/compose.yaml while each of its servers, its worker and its machine is lost: it goes on, and nothing is missing.
 
-One flow run takes all faults, one after the other, so that each test begins where the last one left it. `faults.json` in the engine's
+One flow run takes all faults, one after the other, so that each test begins where the last one left it; it is cancelled in the end.
+`faults.json` in the engine's
 folder has a line for each: its name, the step before it, and the seconds until the next steps stood on disk and were in MLflow.
 """
 
@@ -27,7 +28,8 @@ from tests.training import SMALLEST
 from tests.waiting import until
 
 pytestmark = [pytest.mark.infra, pytest.mark.timeout(7200)]
-STEPS = 200
+STEPS = 3000
+"""More than the faults take on any machine; the run is cancelled after them."""
 DISK_MIB = 4096
 AWAY_S = 60
 LEASE_S = 240
@@ -45,6 +47,8 @@ class Run:
     client: Client
     id: str
     table: list[tuple[str, int, float, float]] = field(default_factory=list[tuple[str, int, float, float]])
+    leased: float = 0.0
+    """When the server that gave the run its place was killed, in seconds of `time.monotonic()`."""
 
     @property
     def composed(self) -> Composed:
@@ -89,7 +93,6 @@ class Run:
         """Wait for a step, do what the block does, and note how long the next steps and their metrics in MLflow took."""
         self.until(lambda: self.step() > 0)
         before, started = self.step(), time.monotonic()
-        assert before < STEPS - 5, f"the training was nearly over before: {name}; raise STEPS"
         yield
         self.until(lambda: self.step() > before + 1)
         on_disk, reached = time.monotonic() - started, self.step()
@@ -141,10 +144,7 @@ def test_prefects_server_is_killed(run: Run) -> None:
     with run.fault("Prefect's server killed"):
         run.composed.engine.kill(run.composed.container("prefect"))
         run.composed.up("prefect")
-    assert run.state() == "Running"
-    # The run holds its deployment's place by a lease of the server that is gone.
-    ends = time.monotonic() + LEASE_S
-    run.until(lambda: time.monotonic() > ends)
+        run.leased = time.monotonic()
     assert run.state() == "Running"
 
 
@@ -173,6 +173,8 @@ def test_the_disk_of_mlflows_artifacts_is_full(run: Run, disk: Path) -> None:
         before = run.step()
         run.until(lambda: run.step() > before + 3)
         (disk / "filler").unlink()
+    # The run holds its deployment's place by a lease of the server that was killed.
+    run.until(lambda: time.monotonic() > run.leased + LEASE_S)
     assert run.state() == "Running"
 
 
@@ -184,14 +186,15 @@ def test_all_is_killed_at_once(run: Run) -> None:
 
 
 def test_nothing_was_lost(run: Run) -> None:
-    assert until(lambda: run.client.over(run.id), pause_s=5.0)
-    assert run.state() == "Completed", run.composed.logs("worker")
-    assert run.step() == STEPS
-    space, every = Workspace(run.composed.workspace), list(range(1, STEPS + 1))
-    assert MetricsLog(space.folder("train") / "metrics.jsonl").missing(STEPS) == []
+    last = run.step()
+    run.until(lambda: run.tracked() >= last)
     flows = run.client.tracked(prefect_flow_run_id=run.id)
     trains = [train for flow in flows for train in run.trains(flow)]
-    assert sorted({step for train in trains for step in run.client.steps(train, "episode/reward")}) == every
+    every = set(range(1, last + 1))
+    assert {step for train in trains for step in run.client.steps(train, "episode/reward")} >= every
     # Each step's episodes are in the S3 store.
-    stored = {Path(path).name for train in trains for path in run.client.artifacts(train, "rollouts")}
-    assert len(stored) == STEPS
+    stored = lambda: {int(Path(path).name.partition(".")[0]) for train in trains for path in run.client.artifacts(train, "rollouts")}  # noqa: E731
+    run.until(lambda: stored() >= every)
+    run.client.ask(PREFECT, f"/api/flow_runs/{run.id}/set_state", {"state": {"type": "CANCELLING"}})
+    assert until(lambda: run.state() == "Cancelled", pause_s=3.0), (run.state(), run.composed.logs("worker"))
+    assert MetricsLog(next(run.composed.workspace.glob("artifacts/.work/train-*/metrics.jsonl"))).missing(last) == []
