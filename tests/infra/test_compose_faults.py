@@ -94,7 +94,9 @@ class Run:
         self.until(lambda: self.step() > 0)
         before, started = self.step(), time.monotonic()
         yield
-        self.until(lambda: self.step() > before + 1)
+        # Steps that ended while the fault was being set say nothing of it.
+        after = self.step()
+        self.until(lambda: self.step() > after + 1)
         on_disk, reached = time.monotonic() - started, self.step()
         self.until(lambda: self.tracked() >= reached)
         self.table.append((name, before, on_disk, time.monotonic() - started))
