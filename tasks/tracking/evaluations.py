@@ -18,7 +18,7 @@ from research_rl.errors import DataError
 from research_rl.evaluation.judging import read_verdicts
 from research_rl.evaluation.results import Result, read_results
 from research_rl.pipeline import manifest
-from tasks.tracking.traces import expected, is_verdict, log_judged, log_trace, run_traces, standing
+from tasks.tracking.traces import Target, arriving, expected, is_verdict, log_judged, log_trace, run_traces, standing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,13 +39,10 @@ Verdicts = Mapping[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Sent:
-    """Where an evaluation goes: the server, the experiment, the run, and the time and digest of the event that tells of it."""
+class Sent(Target):
+    """Where an evaluation goes, and the time and digest of the event that tells of it."""
 
     client: MlflowClient
-    uri: str
-    experiment: str
-    run: str
     time: int
     event: str
 
@@ -201,7 +198,8 @@ def _rows(to: Sent, results: Sequence[Result], verdicts: Sequence[Verdicts]) -> 
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_TYPE, MLFLOW_RUN_TYPE_GENAI_EVALUATE
 
     _forget(to)
-    rows = [log_trace(to.uri, to.experiment, to.run, _record(result, verdicts), to.time, to.event) for result in results]
+    with arriving():
+        rows = [log_trace(to, _record(result, verdicts), to.time, to.event) for result in results]
     _require_all(to, len(rows))
     for first in range(0, len(rows), _BATCH):
         to.client.link_traces_to_run(rows[first : first + _BATCH], to.run)
@@ -223,7 +221,7 @@ def _forget(to: Sent) -> None:
 
 
 def _require_all(to: Sent, count: int) -> None:
-    """Raise MlflowException, which is tried again, when a trace or a score is missing: MLflow's client only logs such a loss."""
+    """Raise MlflowException, which is tried again, when a trace or a score is missing."""
     from mlflow.exceptions import MlflowException
 
     whole = sum({*SCORES} <= {item.name for item in trace.info.assessments} for trace in standing(to.client, to.experiment, to.event))

@@ -77,7 +77,9 @@ class Place:
     """How far a journal was sent, and under which ids; `refused` counts events that MLflow did not accept.
 
     `failure` says why sending stopped, empty while it does not. `standing` is what the registry answered to the event of that name:
-    version and manifest of the champion, empty where there is none, None before it answered.
+    version and manifest of the champion, empty where there is none, None before it answered. `traces` names those that were begun
+    for the events after `offset`, of which MLflow may have a part. `doubted` says that an earlier place was lost, so that any event
+    may have been sent before.
     """
 
     offset: int = 0
@@ -88,6 +90,8 @@ class Place:
     refused: int = 0
     failure: str = ""
     standing: dict[str, str] | None = None
+    traces: list[str] = field(default_factory=list[str])
+    doubted: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> Place:
@@ -98,9 +102,9 @@ class Place:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            # Sending from the start is safe: runs are known again by their tag, equal metrics are stored once.
+            # Sending from the start is safe: runs and traces are known again by their tags, equal metrics are stored once.
             logger.warning("%s cannot be read (%s); the journal is sent from its start", path, error)
-            return cls()
+            return cls(doubted=True)
 
     def save(self, folder: Path) -> None:
         """Keep the place in `folder`, in one step."""

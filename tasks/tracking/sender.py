@@ -40,13 +40,16 @@ CLIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Threads that send traces are waited for by the second, and each event is to be sent before the next.
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 """Environment of a process with a client of MLflow, where the caller set nothing else."""
 _CHARS = 300
 _POLL_S = 0.3
 _LONGEST_WAIT_S = 10.0
-_BATCH = 1000
+_BATCH, _TRACES = 1000, 100
+"""As many metrics, and as many traces to be deleted, as MLflow takes in one request."""
 logger = logging.getLogger("sender")
 
 Event = Mapping[str, Any]
@@ -81,7 +84,7 @@ class _Sender:
         self.client: MlflowClient | None = None
         self.closed = False
         self.retrying = True
-        """Whether the next events may have been sent before, by a try whose reply was lost or a sender that was killed."""
+        """Whether the next group may have been sent before, by a try whose reply was lost or a sender that was killed."""
 
     def run(self) -> bool:
         """Send until the journal is closed (a live one) or at its end; return whether all of it went out."""
@@ -95,12 +98,14 @@ class _Sender:
                     return self._finish()
                 time.sleep(_POLL_S)
                 continue
+            before = self.place.offset
             try:
                 self._send(events)
-                failing_since, wait, self.retrying = None, 1.0, False
+                failing_since, wait = None, 1.0
             except Unreachable as error:
                 self._note(error)
-                failing_since = failing_since or time.monotonic()
+                if failing_since is None or self.place.offset > before:
+                    failing_since, wait = time.monotonic(), 1.0
                 # While the flow runs there is time to wait; after it the sender holds up its end.
                 if (self.closed or not self.live) and time.monotonic() - failing_since >= self.patience_s:
                     return False
@@ -118,8 +123,9 @@ class _Sender:
         for group in _groups(events):
             self._reach([event for _, event in group])
             # After MLflow took the group: a sender that is killed before sends it again, and nothing is lost.
-            self.place.offset, self.place.failure = group[-1][0], ""
+            self.place.offset, self.place.failure, self.place.traces = group[-1][0], "", []
             self.place.save(self.folder)
+            self.retrying = False
 
     def _reach(self, events: Sequence[Event]) -> None:
         """Deliver events that go out in one request; what MLflow refuses is logged, counted and passed over.
@@ -161,6 +167,10 @@ class _Sender:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         operation = events[0]["op"]
+        # What an earlier try left half done has no name by which it could be found.
+        for first in range(0, len(self.place.traces), _TRACES):
+            self._client().delete_traces(self.place.experiment, trace_ids=self.place.traces[first : first + _TRACES])
+        self.place.traces = []
         if operation == "metrics":
             self._metrics(events)
         else:
@@ -196,7 +206,7 @@ class _Sender:
 
     def _made(self, journal: str) -> str | None:
         """Return the run that an earlier try made and whose reply was lost; only a retried event looks for one."""
-        if not self.retrying:
+        if not (self.retrying or self.place.doubted):
             return None
         runs = self._client().search_runs([self.place.experiment], f"tags.`{_JOURNAL}` = '{journal}'", max_results=1)
         return runs[0].info.run_id if runs else None
@@ -231,31 +241,34 @@ class _Sender:
         from tasks.tracking import traces
 
         client, name = self._client(), self._name(event)
-        if not (self.retrying and traces.standing(client, self.place.experiment, name)):
-            uri, run = _address(self.place.uri), self._run(event)
-            traces.log_trace(uri, self.place.experiment, run, event["record"], int(event["time"]), name)
+        if not (self.place.doubted and traces.standing(client, self.place.experiment, name)):
+            to = traces.Target(_address(self.place.uri), self.place.experiment, self._run(event), self._begun)
+            with traces.arriving():
+                traces.log_trace(to, event["record"], int(event["time"]), name)
+
+    def _begun(self, trace: str) -> None:
+        """Note a trace before any part of it is sent."""
+        self.place.traces.append(trace)
+        self.place.save(self.folder)
 
     def _on_verdict(self, event: Event) -> None:
         from tasks.tracking import traces
 
-        uri = _address(self.place.uri)
-        traces.log_verdict(self._client(), uri, self.place.experiment, self._run(event), event)
+        to = traces.Target(_address(self.place.uri), self.place.experiment, self._run(event), self._begun)
+        traces.log_verdict(self._client(), to, event)
 
     def _on_evaluation(self, event: Event) -> None:
         from tasks.tracking import evaluations
 
-        client, run = self._client(), self._run(event)
-        to = evaluations.Sent(client, _address(self.place.uri), self.place.experiment, run, int(event["time"]), self._name(event))
-        evaluations.send(to, event["evaluation"])
+        where = _address(self.place.uri), self.place.experiment, self._run(event), self._begun
+        evaluations.send(evaluations.Sent(*where, self._client(), int(event["time"]), self._name(event)), event["evaluation"])
 
     def _on_judged(self, event: Event) -> None:
         from tasks.tracking import evaluations
 
         place = Place.load(self.folder.parent / str(event["told"]))
-        to = evaluations.Sent(
-            self._client(), _address(self.place.uri), place.experiment or self.place.experiment, "", int(event["time"]), self._name(event)
-        )
-        if not evaluations.judged(to, event):
+        where = _address(self.place.uri), place.experiment or self.place.experiment, "", self._begun
+        if not evaluations.judged(evaluations.Sent(*where, self._client(), int(event["time"]), self._name(event)), event):
             if not place.done:
                 raise Unreachable(f"evaluation {str(event['evaluation'])[:12]} is not in MLflow yet, and its verdicts wait for it")
             logger.warning("MLflow has no rows of evaluation %s; the verdicts on it are not sent", str(event["evaluation"])[:12])
@@ -323,11 +336,6 @@ class _Sender:
             except RefusedEvent as error:
                 self.place.refused += 1
                 logger.error("a run of a flow that died is not ended: %s", error)
-        if self.place.runs:
-            import mlflow
-
-            # Traces are sent by a thread of MLflow; the journal counts as sent only after them.
-            mlflow.flush_trace_async_logging()
         self.place.done = True
         self.place.save(self.folder)
         return True

@@ -8,8 +8,11 @@ Search times are measured; the engine's time is shared out over the model's segm
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,9 @@ __all__ = [
     "ANSWERS",
     "EVENT",
     "JUDGE",
+    "Target",
     "TraceSpan",
+    "arriving",
     "documents",
     "expected",
     "is_verdict",
@@ -39,6 +44,9 @@ __all__ = [
 EVENT = "research.event"
 """The tag that names the event a trace was made of, so that an event that comes twice makes one trace."""
 ANSWERS, JUDGE, VERDICT = "golden_answers", "judge", "verdict"
+_EXPORTER = "mlflow.tracing.export.mlflow_v3"
+"""MLflow's logger of what happens to a trace on its way."""
+_LOST = "Failed to"
 _SOURCE = "research-rl"
 # A block that the end of the response cut off counts up to there.
 _TAGS = re.compile(r"<(think|search|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
@@ -59,6 +67,16 @@ class TraceSpan:
     passage_ids: tuple[str, ...] = ()
     error: str | None = None
     places: tuple[Place, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a trace goes: the server, the experiment, the run. `begun` is told its id before any part of it is sent."""
+
+    uri: str
+    experiment: str
+    run: str
+    begun: Callable[[str], None]
 
 
 def pieces(record: Mapping[str, Any]) -> Iterator[TraceSpan]:
@@ -130,40 +148,78 @@ def expected(answers: Sequence[str]) -> dict[str, Any]:
     return {ANSWERS: list(answers), "expected_response": " or ".join(answers)}
 
 
-def log_trace(uri: str, experiment: str, run: str, record: Mapping[str, Any], end_ms: int, event: str) -> str:
-    """Log one episode, linked to `run`; it ends at `end_ms` (milliseconds since 1970). Return the trace's id.
+def log_trace(to: Target, record: Mapping[str, Any], end_ms: int, event: str) -> str:
+    """Log one episode, linked to a run; it ends at `end_ms` (milliseconds since 1970). Return the trace's id.
 
     Gold answers and scores go with it as assessments, in the same request.
     """
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
+    mlflow.set_tracking_uri(to.uri)
     spans = list(pieces(record))
     # Counted back from the end, which is known; spans then follow each other without gaps.
     now = end_ms * 1_000_000 - int(sum(piece.seconds for piece in spans) * 1e9)
-    root = _root(experiment, run, record, now, event)
+    root = _root(to, record, now, event)
+    to.begun(root.trace_id)
     for piece in spans:
         now = _span(root, piece, now)
-    _assess(root, run, record)
+    _assess(root, to.run, record)
     root.end(outputs=record.get("prediction", spans[-1].text if spans else ""), end_time_ns=now)
     return root.trace_id
 
 
-def log_verdict(client: MlflowClient, uri: str, experiment: str, run: str, event: Mapping[str, Any]) -> None:
+class _Losses(logging.Handler):
+    """Keeps by which exceptions traces were lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the exception that is handled at this moment."""
+        error = sys.exc_info()[1]
+        if error and record.getMessage().startswith(_LOST):
+            self.errors.append(error)
+
+
+@contextmanager
+def arriving() -> Generator[None]:
+    """Wait until the traces that are logged within are with MLflow. Raises what the first of them was lost by, which MLflow only logs."""
+    import mlflow
+
+    exporter, losses = logging.getLogger(_EXPORTER), _Losses()
+    before = exporter.level, exporter.propagate
+    # It tells of a trace that failed by a warning, of its spans at this level only.
+    exporter.setLevel(logging.DEBUG)
+    exporter.propagate = False
+    exporter.addHandler(losses)
+    try:
+        yield
+        mlflow.flush_trace_async_logging()
+    finally:
+        exporter.removeHandler(losses)
+        exporter.setLevel(before[0])
+        exporter.propagate = before[1]
+    if losses.errors:
+        raise losses.errors[0]
+
+
+def log_verdict(client: MlflowClient, to: Target, event: Mapping[str, Any]) -> None:
     """Log a person's verdict on an answer of the agent; the first one makes the trace of the answer. One that comes twice is one."""
     import mlflow
     from mlflow.entities import AssessmentSource
 
     said, answer = event["verdict"], f"answer-{event['answer']}"
     number = f"{answer}-{said['time']}"
-    traces = standing(client, experiment, answer)
+    traces = standing(client, to.experiment, answer)
     if not traces and event["record"]:
-        log_trace(uri, experiment, run, event["record"], int(event["time"]), answer)
-        traces = standing(client, experiment, answer)
+        with arriving():
+            log_trace(to, event["record"], int(event["time"]), answer)
+        traces = standing(client, to.experiment, answer)
     for trace in traces[:1]:
         if any((each.metadata or {}).get(EVENT) == number for each in trace.info.assessments or []):
             return
-        mlflow.set_tracking_uri(uri)
+        mlflow.set_tracking_uri(to.uri)
         person = AssessmentSource("HUMAN", "agent")
         about: dict[str, Any] = {"trace_id": trace.info.trace_id, "metadata": {EVENT: number}}
         if said["answer"]:
@@ -174,7 +230,7 @@ def log_verdict(client: MlflowClient, uri: str, experiment: str, run: str, event
 
 
 def standing(client: MlflowClient, experiment: str, event: str) -> list[Trace]:
-    """Return the traces that an event was made into, those included that are still on their way."""
+    """Return the traces that an event was made into."""
     return _found(client, experiment, f"tags.`{EVENT}` = '{event}'")
 
 
@@ -184,9 +240,6 @@ def run_traces(client: MlflowClient, experiment: str, run: str) -> list[Trace]:
 
 
 def _found(client: MlflowClient, experiment: str, what: str) -> list[Trace]:
-    import mlflow
-
-    mlflow.flush_trace_async_logging()
     traces: list[Trace] = []
     token: str | None = None
     while True:
@@ -196,7 +249,7 @@ def _found(client: MlflowClient, experiment: str, what: str) -> list[Trace]:
             return traces
 
 
-def _root(experiment: str, run: str, record: Mapping[str, Any], start_ns: int, event: str) -> LiveSpan:
+def _root(to: Target, record: Mapping[str, Any], start_ns: int, event: str) -> LiveSpan:
     import mlflow
     from mlflow.entities import SpanType
 
@@ -208,9 +261,9 @@ def _root(experiment: str, run: str, record: Mapping[str, Any], start_ns: int, e
         span_type=SpanType.AGENT,
         inputs={"question": record["question"]},
         attributes=attributes,
-        metadata={"mlflow.sourceRun": run},
+        metadata={"mlflow.sourceRun": to.run},
         tags={EVENT: event, "stop": str(record["stop"]), **{name: f"{value:.4g}" for name, value in scores.items()}},
-        experiment_id=experiment,
+        experiment_id=to.experiment,
         start_time_ns=start_ns,
     )
 

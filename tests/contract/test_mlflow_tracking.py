@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -322,6 +323,72 @@ def test_a_journal_that_mlflow_refuses_to_open_is_kept_and_sent_once_it_lets_us_
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{space.root}/mlflow.db")
     assert sender.send_all(journals(space), live=None) == 0
     assert Place.load(tracker.journal.folder).done
+
+
+@contextmanager
+def failing(target: str, paths: list[str]) -> Generator[tuple[str, list[str]]]:
+    """A way to a server that fails one request for each of `paths`; yields its address and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Forwarding(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if fault := next((path for path in paths if self.command != "GET" and self.path.endswith(path)), None):
+                paths.remove(fault)
+                status, content, kind = 500, b"{}", "application/json"
+            else:
+                kept = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection", "content-length")}
+                reply = httpx.request(self.command, target + self.path, content=body, headers=kept, timeout=PATIENCE_S, trust_env=False)
+                status, content, kind = reply.status_code, reply.content, reply.headers.get("Content-Type", "")
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    way = ThreadingHTTPServer(("127.0.0.1", 0), Forwarding)
+    threading.Thread(target=way.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{way.server_port}", asked
+    finally:
+        way.shutdown()
+        way.server_close()
+
+
+def test_a_trace_that_did_not_arrive_is_sent_again_and_stands_once(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, server: tuple[str, Any]
+) -> None:
+    """MLflow's client raises nothing for a trace that it could not send: it was lost with a line in the log."""
+    from mlflow import MlflowClient
+
+    url, running = server
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
+    tracker = opened(space, "1-run")
+    questions = [f"Who was {number}?" for number in range(8)]
+    for question in questions:
+        tracker.journal.write("trace", key="flow", record={**EPISODE, "question": question})
+    tracker.journal.write("close", status="FINISHED")
+    faults: list[str] = []
+    with running(), failing(url, faults) as (way, asked):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", way)
+        for part in ("/v1/traces", "/mlflow/traces"):
+            faults.append(part)
+            assert sender.send_all(journals(space), live=None) == 1
+            assert not faults and part in Place.load(tracker.journal.folder).failure
+        assert sender.send_all(journals(space), live=None) == 0
+        place = Place.load(tracker.journal.folder)
+        traces = MlflowClient().search_traces(locations=[place.experiment])
+    assert sorted(json.loads(trace.data.request)["question"] for trace in traces) == questions
+    assert [len(trace.data.spans) for trace in traces] == [6] * 8
+    searched = sum(path.endswith("traces/search") for path in asked)
+    assert searched == 1, "the sender looks for none of them"
 
 
 def test_a_deleted_experiment_is_restored_and_one_that_is_gone_is_made_anew(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
