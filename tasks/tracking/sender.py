@@ -167,14 +167,21 @@ class _Sender:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         operation = events[0]["op"]
-        # What an earlier try left half done has no name by which it could be found.
-        for first in range(0, len(self.place.traces), _TRACES):
-            self._client().delete_traces(self.place.experiment, trace_ids=self.place.traces[first : first + _TRACES])
-        self.place.traces = []
+        self._remove_begun()
         if operation == "metrics":
             self._metrics(events)
         else:
             getattr(self, f"_on_{operation}")(events[0])
+
+    def _remove_begun(self) -> None:
+        """Delete the traces that an earlier try left half done, of which some have no name yet by which they could be found."""
+        try:
+            for first in range(0, len(self.place.traces), _TRACES):
+                begun = self.place.traces[first : first + _TRACES]
+                reaching(lambda: self._client().delete_traces(self.place.experiment, trace_ids=begun))  # noqa: B023 (called at once)
+        except RefusedEvent as error:
+            logger.warning("what a failed try made of a trace stays: %s", error)
+        self.place.traces = []
 
     def _on_open(self, event: Event) -> None:
         from mlflow import MlflowClient
