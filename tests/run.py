@@ -2,7 +2,7 @@
 
 Usage: tests/run.py [--minutes N] [lint|unit|contract|fault|flow|long|infra ...]   (all but long and infra when none is named)
 
-unit, contract, fault and flow share one row of the table where several of them are named: they run at the same time.
+contract, fault and flow share one row of the table where they are named together: they run at the same time.
 
 With --minutes, what has not ended by then is stopped and named as not run; it counts neither as passed nor as failed.
 """
@@ -31,15 +31,16 @@ LINT = [
 ]
 PYTEST = [PYTHON, "-m", "pytest", "--durations=10"]
 BESIDE_EACH_OTHER = ["--dist", "loadfile", "--no-loadscope-reorder"]
-# A file for each core where tests compute. Where they start processes, they wait half of the time: two files more take the cores meanwhile.
+# A file for each core. Where tests start processes, they wait a third of the time: one file more takes the cores meanwhile.
 COMPUTING = [*PYTEST, "-n", "2", *BESIDE_EACH_OTHER]
-WAITING = [*PYTEST, "-n", "4", *BESIDE_EACH_OTHER]
-JOINED = ("flow", "contract", "fault", "unit")
-"""Tiers that one pytest runs when they are named together: the longest file first, and last those that compute, to fill all idle time."""
+WAITING = [*PYTEST, "-n", "3", *BESIDE_EACH_OTHER]
+JOINED = ("flow", "contract", "fault")
+"""Tiers that one pytest runs when they are named together, the longest file first, so that neither core idles between them."""
+# The shortest come first: should the time not be enough for all, the most of them ran.
 TIERS: dict[str, list[list[str]]] = {
     "lint": LINT,
     "unit": [[*COMPUTING, "tests/unit"]],
-    **{tier: [[*WAITING, f"tests/{tier}"]] for tier in ("flow", "contract", "fault")},
+    **{tier: [[*WAITING, f"tests/{tier}"]] for tier in JOINED},
     "long": [[*PYTEST, "-m", "long", "tests"]],
     "infra": [[*PYTEST, "-m", "infra", "tests/infra"]],
 }
@@ -79,10 +80,8 @@ class Outcome:
 def planned(tiers: list[str]) -> dict[str, list[list[str]]]:
     """Return the commands by the name of their row in the table: one row a tier, one for those that are joined."""
     joined = [tier for tier in JOINED if tier in tiers]
-    if len(joined) < 2:
-        return {tier: TIERS[tier] for tier in tiers}
     plan = {tier: TIERS[tier] for tier in tiers if tier not in joined}
-    return plan | {"+".join(joined): [[*WAITING, *(f"tests/{tier}" for tier in joined)]]}
+    return plan | ({"+".join(joined): [[*WAITING, *(f"tests/{tier}" for tier in joined)]]} if joined else {})
 
 
 def run(tier: str, commands: list[list[str]], ends: float) -> Outcome:

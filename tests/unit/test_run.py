@@ -54,8 +54,8 @@ def test_what_the_time_is_not_enough_for_is_named_and_counts_as_nothing(
     assert written[-1] == "the time was up: not run, or not to the end: first, second"
 
 
-def test_tiers_of_pytest_are_one_command_and_one_row_when_named_together() -> None:
+def test_tiers_whose_tests_wait_are_one_command_and_one_row_when_named_together() -> None:
     plan = run.planned(["lint", "unit", "contract", "fault", "flow"])
-    assert list(plan) == ["lint", "flow+contract+fault+unit"]
-    assert plan["flow+contract+fault+unit"][0][-4:] == ["tests/flow", "tests/contract", "tests/fault", "tests/unit"]
+    assert list(plan) == ["lint", "unit", "flow+contract+fault"]
+    assert plan["flow+contract+fault"][0][-3:] == ["tests/flow", "tests/contract", "tests/fault"]
     assert run.planned(["long", "contract"]) == {"long": run.TIERS["long"], "contract": run.TIERS["contract"]}
