@@ -18,7 +18,7 @@ from research_rl.errors import DataError
 from research_rl.evaluation.judging import read_verdicts
 from research_rl.evaluation.results import Result, read_results
 from research_rl.pipeline import manifest
-from tasks.tracking.traces import Target, arriving, expected, is_verdict, log_judged, log_trace, run_traces, standing
+from tasks.tracking.traces import Target, arriving, expected, is_verdict, log_judged, log_trace, remove, run_traces, standing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,7 +30,7 @@ __all__ = ["SCORES", "Sent", "judged", "send"]
 SCORES = ("em", "f1", "reward", "searches")
 """What each row of an evaluation is assessed by; a judge's verdict comes to it where there is one."""
 _BATCH = 100
-"""As many traces as MLflow takes in one request."""
+"""As many traces as MLflow links in one request."""
 _DONE = "research.evaluated"
 _CONTENT = "research.sha256"
 logger = logging.getLogger("sender")
@@ -215,9 +215,7 @@ def _record(result: Result, verdicts: Sequence[Verdicts]) -> dict[str, Any]:
 
 def _forget(to: Sent) -> None:
     """Remove what an earlier try of this event left half done."""
-    if left := [trace.info.trace_id for trace in standing(to.client, to.experiment, to.event)]:
-        for first in range(0, len(left), _BATCH):
-            to.client.delete_traces(to.experiment, trace_ids=left[first : first + _BATCH])
+    remove(to.client, to.experiment, [trace.info.trace_id for trace in standing(to.client, to.experiment, to.event)])
 
 
 def _require_all(to: Sent, count: int) -> None:

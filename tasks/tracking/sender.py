@@ -48,8 +48,7 @@ CLIENT = {
 _CHARS = 300
 _POLL_S = 0.3
 _LONGEST_WAIT_S = 10.0
-_BATCH, _TRACES = 1000, 100
-"""As many metrics, and as many traces to be deleted, as MLflow takes in one request."""
+_BATCH = 1000
 logger = logging.getLogger("sender")
 
 Event = Mapping[str, Any]
@@ -167,7 +166,8 @@ class _Sender:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         operation = events[0]["op"]
-        self._remove_begun()
+        if self.place.traces:
+            self._remove_begun()
         if operation == "metrics":
             self._metrics(events)
         else:
@@ -175,10 +175,10 @@ class _Sender:
 
     def _remove_begun(self) -> None:
         """Delete the traces that an earlier try left half done, of which some have no name yet by which they could be found."""
+        from tasks.tracking import traces
+
         try:
-            for first in range(0, len(self.place.traces), _TRACES):
-                begun = self.place.traces[first : first + _TRACES]
-                reaching(lambda: self._client().delete_traces(self.place.experiment, trace_ids=begun))  # noqa: B023 (called at once)
+            reaching(lambda: traces.remove(self._client(), self.place.experiment, self.place.traces))
         except RefusedEvent as error:
             logger.warning("what a failed try made of a trace stays: %s", error)
         self.place.traces = []
@@ -249,9 +249,12 @@ class _Sender:
 
         client, name = self._client(), self._name(event)
         if not (self.place.doubted and traces.standing(client, self.place.experiment, name)):
-            to = traces.Target(_address(self.place.uri), self.place.experiment, self._run(event), self._begun)
             with traces.arriving():
-                traces.log_trace(to, event["record"], int(event["time"]), name)
+                traces.log_trace(traces.Target(*self._where(event)), event["record"], int(event["time"]), name)
+
+    def _where(self, event: Event) -> tuple[str, str, str, Callable[[str], None]]:
+        """Return where the traces of an event go: the fields of `Target`."""
+        return _address(self.place.uri), self.place.experiment, self._run(event), self._begun
 
     def _begun(self, trace: str) -> None:
         """Note a trace before any part of it is sent."""
@@ -261,14 +264,13 @@ class _Sender:
     def _on_verdict(self, event: Event) -> None:
         from tasks.tracking import traces
 
-        to = traces.Target(_address(self.place.uri), self.place.experiment, self._run(event), self._begun)
-        traces.log_verdict(self._client(), to, event)
+        traces.log_verdict(self._client(), traces.Target(*self._where(event)), event)
 
     def _on_evaluation(self, event: Event) -> None:
         from tasks.tracking import evaluations
 
-        where = _address(self.place.uri), self.place.experiment, self._run(event), self._begun
-        evaluations.send(evaluations.Sent(*where, self._client(), int(event["time"]), self._name(event)), event["evaluation"])
+        to = evaluations.Sent(*self._where(event), self._client(), int(event["time"]), self._name(event))
+        evaluations.send(to, event["evaluation"])
 
     def _on_judged(self, event: Event) -> None:
         from tasks.tracking import evaluations

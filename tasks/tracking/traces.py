@@ -37,6 +37,7 @@ __all__ = [
     "log_trace",
     "log_verdict",
     "pieces",
+    "remove",
     "run_traces",
     "standing",
 ]
@@ -48,6 +49,8 @@ _EXPORTER = "mlflow.tracing.export.mlflow_v3"
 """MLflow's logger of what happens to a trace on its way."""
 _LOST = "Failed to"
 _SOURCE = "research-rl"
+_BATCH = 100
+"""As many traces as MLflow deletes in one request."""
 # A block that the end of the response cut off counts up to there.
 _TAGS = re.compile(r"<(think|search|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 
@@ -237,6 +240,12 @@ def standing(client: MlflowClient, experiment: str, event: str) -> list[Trace]:
 def run_traces(client: MlflowClient, experiment: str, run: str) -> list[Trace]:
     """Return the traces of a run."""
     return _found(client, experiment, f"attributes.run_id = '{run}'")
+
+
+def remove(client: MlflowClient, experiment: str, traces: Sequence[str]) -> None:
+    """Delete the traces of these ids; one that is not there is passed over."""
+    for first in range(0, len(traces), _BATCH):
+        client.delete_traces(experiment, trace_ids=list(traces[first : first + _BATCH]))
 
 
 def _found(client: MlflowClient, experiment: str, what: str) -> list[Trace]:

@@ -51,7 +51,7 @@ def killed(whole: Path, root: Path, stage: str, number: int) -> None:
 
 @pytest.mark.parametrize("stage", QUICK)
 def test_a_killed_stage_is_whole_or_absent_and_resumes(whole: Path, tmp_path: Path, stage: str) -> None:
-    killed(whole, tmp_path, stage, 8)
+    killed(whole, tmp_path, stage, 12)
 
 
 @pytest.mark.long
@@ -71,7 +71,7 @@ def refreshed(whole: Path, root: Path, stage: str, number: int) -> None:
 
 @pytest.mark.parametrize("stage", ["embed", "index"])
 def test_a_refresh_that_is_killed_is_whole_or_absent_and_resumes(tmp_path: Path, stage: str) -> None:
-    refreshed(tmp_path / "whole", tmp_path, stage, 6)
+    refreshed(tmp_path / "whole", tmp_path, stage, 12)
 
 
 @pytest.mark.long

@@ -1,8 +1,8 @@
 """A training under infra/compose.yaml while each of its servers, its worker and its machine is lost: it goes on, and nothing is missing.
 
 One flow run takes all faults, one after the other, so that each test begins where the last one left it; it is cancelled in the end.
-`faults.json` in the engine's
-folder has a line for each: its name, the step before it, and the seconds until the next steps stood on disk and were in MLflow.
+`faults.json` in the engine's folder has a line for each: its name, the step before it, and the seconds until the next steps stood on
+disk and were in MLflow.
 """
 
 from __future__ import annotations
