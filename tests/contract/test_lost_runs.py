@@ -1,4 +1,4 @@
-"""Lost runs on a real server: one goes back into its queue and keeps no place there; one that crashed otherwise, or too often, stays so."""
+"""Runs on a real server: a schedule makes them; a lost one goes back into its queue and keeps no place there; others stay as they are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from uuid import UUID
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.states import Crashed, Pending, Running
 
 from tasks import limits
@@ -20,18 +22,21 @@ from tests.prefect_server import Server
 from tests.waiting import until
 
 
-@pytest.fixture(scope="module", name="client")
-def _client(tmp_path_factory: pytest.TempPathFactory) -> Generator[SyncPrefectClient]:
+@pytest.fixture(scope="module", name="server")
+def _server(tmp_path_factory: pytest.TempPathFactory) -> Generator[Server]:
     server = Server(tmp_path_factory.mktemp("home"))
-    try:
-        with server.client() as client:
-            client.create_work_pool(WorkPoolCreate(name="laptop", type="process"))
-            client.create_work_queue("nightly", work_pool_name="laptop")
-            limits.apply_to_queues(client, "laptop")
-            automations.apply(client, automations.all_automations(None))
-            yield client
-    finally:
-        server.kill()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module", name="client")
+def _client(server: Server) -> Generator[SyncPrefectClient]:
+    with server.client() as client:
+        client.create_work_pool(WorkPoolCreate(name="laptop", type="process"))
+        client.create_work_queue("nightly", work_pool_name="laptop")
+        limits.apply_to_queues(client, "laptop")
+        automations.apply(client, automations.all_automations(None))
+        yield client
 
 
 @pytest.fixture(scope="module", name="deployment")
@@ -56,6 +61,15 @@ def lost(client: SyncPrefectClient, deployment: UUID, message: str, starts: int 
 def message_of_silence() -> str:
     (silent,) = [item for item in automations.all_automations(None) if item.name == automations.ZOMBIE]
     return str(silent.actions[0].message)  # type: ignore[union-attr]
+
+
+def test_a_schedule_makes_runs(server: Server, client: SyncPrefectClient) -> None:
+    daily = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 3 * * *", timezone="UTC"))
+    made = client.create_deployment(client.create_flow_from_name("scheduled"), "scheduled", schedules=[daily])
+    runs = lambda: client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[made])))  # noqa: E731
+    log = server.home / "log"
+    assert until(runs, over=lambda: "InvalidRequestError" in log.read_text() or server.process.poll() is not None), log.read_text()[-3000:]
+    assert {(run.state_name, run.expected_start_time.hour) for run in runs() if run.expected_start_time} == {("Scheduled", 3)}
 
 
 def test_a_silent_run_goes_on_and_no_other(client: SyncPrefectClient, deployment: UUID, tmp_path: Path) -> None:
