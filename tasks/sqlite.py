@@ -11,8 +11,8 @@ __all__ = ["sqlite_uri"]
 def sqlite_uri(path: Path) -> str:
     """Return the address of a sqlite file, whatever characters its path holds.
 
-    MLflow makes the parent folder of the path as the address spells it. Where characters have to be escaped, the slashes are too, so
-    that no folder of the escaped name comes into being.
+    SQLAlchemy 2.0 takes a path as it is spelled, up to a question mark; the escapes of a file: address are read by sqlite itself. MLflow
+    makes the parent folder of the path as the address spells it: with the slashes escaped too, no folder of that name comes into being.
     """
     text = str(path)
-    return f"sqlite:///{quote(text, safe='') if set(text) & set('?%#') else text}"
+    return f"sqlite:///file:{quote(text, safe='')}?uri=true" if set(text) & set("?%#") else f"sqlite:///{text}"

@@ -18,7 +18,7 @@ from research_rl.errors import DataError
 from research_rl.evaluation.judging import read_verdicts
 from research_rl.evaluation.results import Result, read_results
 from research_rl.pipeline import manifest
-from tasks.tracking.traces import Target, arriving, expected, is_verdict, log_judged, log_trace, remove, run_traces, standing
+from tasks.tracking.traces import Episode, Target, expected, is_verdict, log_judged, log_traces, remove, run_traces, standing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -198,8 +198,7 @@ def _rows(to: Sent, results: Sequence[Result], verdicts: Sequence[Verdicts]) -> 
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_TYPE, MLFLOW_RUN_TYPE_GENAI_EVALUATE
 
     _forget(to)
-    with arriving():
-        rows = [log_trace(to, _record(result, verdicts), to.time, to.event) for result in results]
+    rows = log_traces([Episode(to, _record(result, verdicts), to.time, to.event) for result in results])
     _require_all(to, len(rows))
     for first in range(0, len(rows), _BATCH):
         to.client.link_traces_to_run(rows[first : first + _BATCH], to.run)

@@ -40,8 +40,11 @@ CLIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # Threads that send traces are waited for by the second, and each event is to be sent before the next.
-    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
+    # Spans of many traces go out in one request, where each took one of its own; none is dropped before the traces are waited for.
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "true",
+    "MLFLOW_ASYNC_TRACE_LOGGING_MAX_SPAN_BATCH_SIZE": "65536",
+    # One after the other: requests of several threads at once wait for each other in sqlite.
+    "MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS": "1",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 """Environment of a process with a client of MLflow, where the caller set nothing else."""
@@ -49,6 +52,10 @@ _CHARS = 300
 _POLL_S = 0.3
 _LONGEST_WAIT_S = 10.0
 _BATCH = 1000
+_ORDER = ("artifact", "metrics", "trace")
+"""Events whose order means nothing, in the order they are sent: what most likely fails first, what is deleted by another try last."""
+_WINDOW = 100
+"""As many of them are sent before the place is kept."""
 logger = logging.getLogger("sender")
 
 Event = Mapping[str, Any]
@@ -119,12 +126,23 @@ class _Sender:
         logger.warning("events are kept: %s", error)
 
     def _send(self, events: Sequence[tuple[int, Event]]) -> None:
-        for group in _groups(events):
-            self._reach([event for _, event in group])
-            # After MLflow took the group: a sender that is killed before sends it again, and nothing is lost.
-            self.place.offset, self.place.failure, self.place.traces = group[-1][0], "", []
+        for window in _windows(events):
+            self._send_window([event for _, event in window])
+            # After MLflow took all of it: a sender that is killed before sends it again, and nothing is lost.
+            self.place.offset, self.place.failure, self.place.traces = window[-1][0], "", []
             self.place.save(self.folder)
             self.retrying = False
+
+    def _send_window(self, events: Sequence[Event]) -> None:
+        refused = self.place.refused
+        try:
+            self._remove_begun()
+            for group in _groups(events):
+                self._reach(group)
+        except Unreachable:
+            # The next try refuses them once more.
+            self.place.refused = refused
+            raise
 
     def _reach(self, events: Sequence[Event]) -> None:
         """Deliver events that go out in one request; what MLflow refuses is logged, counted and passed over.
@@ -134,19 +152,33 @@ class _Sender:
         """
         try:
             reaching(lambda: self._deliver(events))
-        except _UnknownRun as error:
-            self._refuse(events, f"its run {error} was never opened")
-        except RefusedEvent as error:
-            if events[0]["op"] == "open" or error.status in _LOGIN:
-                raise Unreachable(f"MLflow refused to open the run: {error}" if events[0]["op"] == "open" else str(error)) from error
-            # MLflow answers for runs of a deleted experiment as if the event were wrong.
-            if self._revived():
-                raise Unreachable(f"the experiment was deleted and is restored: {error}") from error
-            self._refuse(events, str(error))
+        except (_UnknownRun, RefusedEvent) as error:
+            if len(events) > 1:
+                self._reach_each(events)
+            elif isinstance(error, _UnknownRun):
+                self._refuse(events[0], f"its run {error} was never opened")
+            else:
+                self._decide(events[0], error)
 
-    def _refuse(self, events: Sequence[Event], why: str) -> None:
-        self.place.refused += len(events)
-        logger.error("an event (%s) is not sent: %s", events[0]["op"], why)
+    def _reach_each(self, events: Sequence[Event]) -> None:
+        """Deliver events one by one: of those that were refused together, MLflow may take all but one."""
+        if events[0]["op"] == "trace":
+            self._remove_begun()
+        for event in events:
+            self._reach([event])
+
+    def _decide(self, event: Event, error: RefusedEvent) -> None:
+        """Pass over an event that MLflow refused. Raises Unreachable where another try may help."""
+        if event["op"] == "open" or error.status in _LOGIN:
+            raise Unreachable(f"MLflow refused to open the run: {error}" if event["op"] == "open" else str(error)) from error
+        # MLflow answers for runs of a deleted experiment as if the event were wrong.
+        if self._revived():
+            raise Unreachable(f"the experiment was deleted and is restored: {error}") from error
+        self._refuse(event, str(error))
+
+    def _refuse(self, event: Event, why: str) -> None:
+        self.place.refused += 1
+        logger.error("an event (%s) is not sent: %s", event["op"], why)
 
     def _revived(self) -> bool:
         """Bring back the experiment that the journal's runs belong to; return whether it had been deleted.
@@ -166,10 +198,10 @@ class _Sender:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         operation = events[0]["op"]
-        if self.place.traces:
-            self._remove_begun()
         if operation == "metrics":
             self._metrics(events)
+        elif operation == "trace":
+            self._traces(events)
         else:
             getattr(self, f"_on_{operation}")(events[0])
 
@@ -177,6 +209,8 @@ class _Sender:
         """Delete the traces that an earlier try left half done, of which some have no name yet by which they could be found."""
         from tasks.tracking import traces
 
+        if not self.place.traces:
+            return
         try:
             reaching(lambda: traces.remove(self._client(), self.place.experiment, self.place.traces))
         except RefusedEvent as error:
@@ -244,13 +278,14 @@ class _Sender:
         else:
             logger.warning("%s is gone; it is not uploaded", path)
 
-    def _on_trace(self, event: Event) -> None:
+    def _traces(self, events: Sequence[Event]) -> None:
         from tasks.tracking import traces
 
-        client, name = self._client(), self._name(event)
-        if not (self.place.doubted and traces.standing(client, self.place.experiment, name)):
-            with traces.arriving():
-                traces.log_trace(traces.Target(*self._where(event)), event["record"], int(event["time"]), name)
+        client, doubted = self._client(), self.place.doubted
+        episodes = [
+            traces.Episode(traces.Target(*self._where(event)), event["record"], int(event["time"]), self._name(event)) for event in events
+        ]
+        traces.log_traces([item for item in episodes if not (doubted and traces.standing(client, self.place.experiment, item.event))])
 
     def _where(self, event: Event) -> tuple[str, str, str, Callable[[str], None]]:
         """Return where the traces of an event go: the fields of `Target`."""
@@ -397,18 +432,26 @@ def _address(uri: str) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or uri
 
 
-def _groups(events: Sequence[tuple[int, Event]]) -> Iterable[list[tuple[int, Event]]]:
-    """Put neighbouring metric events of one run together; every other event stands alone."""
-    group: list[tuple[int, Event]] = []
+def _windows(events: Sequence[tuple[int, Event]]) -> Iterable[list[tuple[int, Event]]]:
+    """Put neighbours together whose order means nothing; every other event stands alone."""
+    window: list[tuple[int, Event]] = []
     for item in events:
-        event = item[1]
-        fits = group and event["op"] == group[-1][1]["op"] == "metrics" and event["key"] == group[-1][1]["key"] and len(group) < 100
-        if group and not fits:
-            yield group
-            group = []
-        group.append(item)
-    if group:
-        yield group
+        if window and not (item[1]["op"] in _ORDER and window[-1][1]["op"] in _ORDER and len(window) < _WINDOW):
+            yield window
+            window = []
+        window.append(item)
+    if window:
+        yield window
+
+
+def _groups(events: Sequence[Event]) -> list[list[Event]]:
+    """Return the events of a window as they go out together: the metrics of a run, all traces, every other event by itself."""
+    groups: dict[tuple[int, object], list[Event]] = {}
+    for number, event in enumerate(events):
+        place = _ORDER.index(event["op"]) if event["op"] in _ORDER else 0
+        alike = {"metrics": event.get("key"), "trace": ""}.get(event["op"], number)
+        groups.setdefault((place, alike), []).append(event)
+    return [groups[which] for which in sorted(groups, key=lambda which: which[0])]
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: str) -> str:

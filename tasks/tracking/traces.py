@@ -27,14 +27,14 @@ __all__ = [
     "ANSWERS",
     "EVENT",
     "JUDGE",
+    "Episode",
     "Target",
     "TraceSpan",
-    "arriving",
     "documents",
     "expected",
     "is_verdict",
     "log_judged",
-    "log_trace",
+    "log_traces",
     "log_verdict",
     "pieces",
     "remove",
@@ -51,6 +51,8 @@ _LOST = "Failed to"
 _SOURCE = "research-rl"
 _BATCH = 100
 """As many traces as MLflow deletes in one request."""
+_SPANS = 2000
+"""As many spans go out together, in one request; a trace that has more goes alone."""
 # A block that the end of the response cut off counts up to there.
 _TAGS = re.compile(r"<(think|search|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 
@@ -80,6 +82,16 @@ class Target:
     experiment: str
     run: str
     begun: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An episode to log: `record` as the module says, which ended at `end_ms` (milliseconds since 1970), and the event that tells of it."""
+
+    to: Target
+    record: Mapping[str, Any]
+    end_ms: int
+    event: str
 
 
 def pieces(record: Mapping[str, Any]) -> Iterator[TraceSpan]:
@@ -151,18 +163,40 @@ def expected(answers: Sequence[str]) -> dict[str, Any]:
     return {ANSWERS: list(answers), "expected_response": " or ".join(answers)}
 
 
-def log_trace(to: Target, record: Mapping[str, Any], end_ms: int, event: str) -> str:
-    """Log one episode, linked to a run; it ends at `end_ms` (milliseconds since 1970). Return the trace's id.
+def log_traces(episodes: Sequence[Episode]) -> list[str]:
+    """Log each episode, linked to its run, and wait until MLflow has all of them; return their traces' ids.
 
-    Gold answers and scores go with it as assessments, in the same request.
+    Raises what the first trace was lost by; the others may be there then.
     """
+    traces: list[str] = []
+    for batch in _batches(episodes):
+        with _arriving():
+            traces += [_log_trace(episode, spans) for episode, spans in batch]
+    return traces
+
+
+def _batches(episodes: Sequence[Episode]) -> Iterator[list[tuple[Episode, list[TraceSpan]]]]:
+    """Put episodes together with their spans, as many as go out in one request."""
+    batch: list[tuple[Episode, list[TraceSpan]]] = []
+    for episode in episodes:
+        spans = list(pieces(episode.record))
+        if batch and len(spans) + sum(len(others) for _, others in batch) > _SPANS:
+            yield batch
+            batch = []
+        batch.append((episode, spans))
+    if batch:
+        yield batch
+
+
+def _log_trace(episode: Episode, spans: Sequence[TraceSpan]) -> str:
+    """Log one episode and return its trace's id. Gold answers and scores go with it as assessments, in the same request."""
     import mlflow
 
+    to, record = episode.to, episode.record
     mlflow.set_tracking_uri(to.uri)
-    spans = list(pieces(record))
     # Counted back from the end, which is known; spans then follow each other without gaps.
-    now = end_ms * 1_000_000 - int(sum(piece.seconds for piece in spans) * 1e9)
-    root = _root(to, record, now, event)
+    now = episode.end_ms * 1_000_000 - int(sum(piece.seconds for piece in spans) * 1e9)
+    root = _root(to, record, now, episode.event)
     to.begun(root.trace_id)
     for piece in spans:
         now = _span(root, piece, now)
@@ -186,7 +220,7 @@ class _Losses(logging.Handler):
 
 
 @contextmanager
-def arriving() -> Generator[None]:
+def _arriving() -> Generator[None]:
     """Wait until the traces that are logged within are with MLflow. Raises what the first of them was lost by, which MLflow only logs."""
     import mlflow
 
@@ -216,8 +250,7 @@ def log_verdict(client: MlflowClient, to: Target, event: Mapping[str, Any]) -> N
     number = f"{answer}-{said['time']}"
     traces = standing(client, to.experiment, answer)
     if not traces and event["record"]:
-        with arriving():
-            log_trace(to, event["record"], int(event["time"]), answer)
+        log_traces([Episode(to, event["record"], int(event["time"]), answer)])
         traces = standing(client, to.experiment, answer)
     for trace in traces[:1]:
         if any((each.metadata or {}).get(EVENT) == number for each in trace.info.assessments or []):

@@ -326,17 +326,21 @@ def test_a_journal_that_mlflow_refuses_to_open_is_kept_and_sent_once_it_lets_us_
 
 
 @contextmanager
-def failing(target: str, paths: list[str]) -> Generator[tuple[str, list[str]]]:
-    """A way to a server that fails one request for each of `paths`; yields its address and the paths that were asked for."""
+def failing(target: str, faults: list[tuple[str, int]]) -> Generator[tuple[str, list[str]]]:
+    """A way to a server that answers a request by each of `faults`, which are the end of a path and a status, and passes the others on.
+
+    Yields its address and the paths that were asked for.
+    """
     asked: list[str] = []
 
     class Forwarding(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if fault := next((path for path in paths if self.command != "GET" and self.path.endswith(path)), None):
-                paths.remove(fault)
-                status, content, kind = 500, b"{}", "application/json"
+            if fault := next((fault for fault in faults if self.command != "GET" and self.path.endswith(fault[0])), None):
+                faults.remove(fault)
+                code = "INVALID_PARAMETER_VALUE" if fault[1] == 400 else "INTERNAL_ERROR"
+                status, content, kind = fault[1], json.dumps({"error_code": code, "message": "no"}).encode(), "application/json"
             else:
                 kept = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection", "content-length")}
                 reply = httpx.request(self.command, target + self.path, content=body, headers=kept, timeout=PATIENCE_S, trust_env=False)
@@ -368,27 +372,38 @@ def test_a_trace_that_did_not_arrive_is_sent_again_and_stands_once(
     from mlflow import MlflowClient
 
     url, running = server
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
-    tracker = opened(space, "1-run")
+    for name, value in (sender.CLIENT | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}).items():
+        monkeypatch.setenv(name, value)
     questions = [f"Who was {number}?" for number in range(8)]
-    for question in questions:
-        tracker.journal.write("trace", key="flow", record={**EPISODE, "question": question})
-    tracker.journal.write("close", status="FINISHED")
-    faults: list[str] = []
+    tracker, other = opened(space, "1-run"), opened(space, "2-run")
+    for each in (tracker, other):
+        for question in questions:
+            each.journal.write("trace", key="flow", record={**EPISODE, "question": question})
+        each.journal.write("close", status="FINISHED")
+    faults: list[tuple[str, int]] = []
+
+    def in_mlflow(sent: Tracker) -> tuple[Place, list[str]]:
+        """Return where a journal is, and the questions of the whole traces of its run."""
+        place = Place.load(sent.journal.folder)
+        found = MlflowClient().search_traces(locations=[place.experiment], filter_string=f"attributes.run_id = '{place.runs['flow']}'")
+        assert {len(trace.data.spans) for trace in found} == {6}
+        return place, sorted(json.loads(trace.data.request or "")["question"] for trace in found)
+
     with running(), failing(url, faults) as (way, asked):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", way)
         for part in ("/v1/traces", "/mlflow/traces"):
-            faults.append(part)
-            assert sender.send_all(journals(space), live=None) == 1
+            faults.append((part, 500))
+            assert not sender._Sender(tracker.journal.folder, 0.0, live=False).run()
             assert not faults and part in Place.load(tracker.journal.folder).failure
-        assert sender.send_all(journals(space), live=None) == 0
-        place = Place.load(tracker.journal.folder)
-        traces = MlflowClient().search_traces(locations=[place.experiment])
-    assert sorted(json.loads(trace.data.request)["question"] for trace in traces) == questions
-    assert [len(trace.data.spans) for trace in traces] == [6] * 8
-    searched = sum(path.endswith("traces/search") for path in asked)
-    assert searched == 1, "the sender looks for none of them"
+        assert sender._Sender(tracker.journal.folder, 0.0, live=False).run()
+        requests = {part: sum(path.endswith(part) for path in asked) for part in ("traces/search", "/v1/traces", "/mlflow/traces")}
+        assert requests == {"traces/search": 0, "/v1/traces": 3, "/mlflow/traces": 3 * 8}, "none is looked for, and all spans go together"
+        assert in_mlflow(tracker)[1] == questions
+        # One that MLflow refuses takes no other with it.
+        faults += [("/mlflow/traces", 400)] * (len(questions) + 1)
+        assert sender._Sender(other.journal.folder, 0.0, live=False).run()
+        place, stand = in_mlflow(other)
+        assert (place.refused, stand) == (1, questions[1:])
 
 
 def test_a_deleted_experiment_is_restored_and_one_that_is_gone_is_made_anew(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,8 @@ def test_everything_is_deployed_and_asks_for_a_key(client: Client) -> None:
     assert client.status(PREFECT, "/", key=True) == 200, "the page of Prefect's server"
     limits = client.ask(PREFECT, "/api/v2/concurrency_limits/filter", {})
     assert {item["name"] for item in limits} >= {"research-heavy-laptop", "research-heavy-gpu"}
+    of_the_night = {"deployments": {"name": {"any_": ["nightly"]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    assert until(lambda: client.ask(PREFECT, "/api/flow_runs/filter", of_the_night), pause_s=5.0), client.composed.logs("prefect")
 
 
 def test_the_worker_runs_a_deployment_in_the_workspace(client: Client) -> None:
