@@ -52,8 +52,8 @@ _CHARS = 300
 _POLL_S = 0.3
 _LONGEST_WAIT_S = 10.0
 _BATCH = 1000
-_ORDER = ("artifact", "metrics", "trace")
-"""Events whose order means nothing, in the order they are sent: what most likely fails first, what is deleted by another try last."""
+_ORDER = ("artifact", "metrics", "tags", "trace")
+"""Kinds of events that do not wait for each other, as they are sent: what most likely fails first, what is deleted by another try last."""
 _WINDOW = 100
 """As many of them are sent before the place is kept."""
 logger = logging.getLogger("sender")
@@ -198,10 +198,9 @@ class _Sender:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         operation = events[0]["op"]
-        if operation == "metrics":
-            self._metrics(events)
-        elif operation == "trace":
-            self._traces(events)
+        together = {"metrics": self._metrics, "tags": self._tags, "trace": self._traces}.get(operation)
+        if together:
+            together(events)
         else:
             getattr(self, f"_on_{operation}")(events[0])
 
@@ -264,10 +263,12 @@ class _Sender:
         for first in range(0, len(metrics), _BATCH):
             self._client().log_batch(self._run(events[0]), metrics=metrics[first : first + _BATCH])
 
-    def _on_tags(self, event: Event) -> None:
+    def _tags(self, events: Sequence[Event]) -> None:
         from mlflow.entities import RunTag
 
-        self._client().log_batch(self._run(event), tags=[RunTag(name, str(value)) for name, value in event["values"].items()])
+        # The last value of a tag stands.
+        values = {name: str(value) for event in events for name, value in event["values"].items()}
+        self._client().log_batch(self._run(events[0]), tags=[RunTag(name, value) for name, value in values.items()])
 
     def _on_artifact(self, event: Event) -> None:
         path = Path(event["path"])
@@ -433,7 +434,7 @@ def _address(uri: str) -> str:
 
 
 def _windows(events: Sequence[tuple[int, Event]]) -> Iterable[list[tuple[int, Event]]]:
-    """Put neighbours together whose order means nothing; every other event stands alone."""
+    """Put neighbours together that do not wait for each other; every other event stands alone."""
     window: list[tuple[int, Event]] = []
     for item in events:
         if window and not (item[1]["op"] in _ORDER and window[-1][1]["op"] in _ORDER and len(window) < _WINDOW):
@@ -445,11 +446,11 @@ def _windows(events: Sequence[tuple[int, Event]]) -> Iterable[list[tuple[int, Ev
 
 
 def _groups(events: Sequence[Event]) -> list[list[Event]]:
-    """Return the events of a window as they go out together: the metrics of a run, all traces, every other event by itself."""
+    """Return the events of a window as they go out together: metrics and tags of a run, all traces, every other event by itself."""
     groups: dict[tuple[int, object], list[Event]] = {}
     for number, event in enumerate(events):
         place = _ORDER.index(event["op"]) if event["op"] in _ORDER else 0
-        alike = {"metrics": event.get("key"), "trace": ""}.get(event["op"], number)
+        alike = {"metrics": event.get("key"), "tags": event.get("key"), "trace": ""}.get(event["op"], number)
         groups.setdefault((place, alike), []).append(event)
     return [groups[which] for which in sorted(groups, key=lambda which: which[0])]
 
