@@ -37,7 +37,9 @@ LEASE_S = 240
 NO_RULE_STOPS = {
     f"watch.{rule}.action": "warn" for rule in ("reward_spread", "no_signal", "answered", "cut_off", "searches", "response_short")
 }
-SIZE: dict[str, Any] = {**SMALLEST, **NO_RULE_STOPS, "train.steps": STEPS}
+PACE = {"train.prompts_per_step": 8, "train.rollouts_per_prompt": 4, "tracking.traces_per_step": 1}
+"""Steps of some seconds: MLflow, which checks a password at each request, has the training's cores to share."""
+SIZE: dict[str, Any] = {**SMALLEST, **NO_RULE_STOPS, **PACE, "train.steps": STEPS}
 
 
 @dataclass
@@ -77,9 +79,9 @@ class Run:
         """Return the name of the flow run's state."""
         return self.client.run(self.id)["state"]["name"]
 
-    def until(self, true: Callable[[], object]) -> None:
+    def until(self, true: Callable[[], object], pause_s: float = 3.0) -> None:
         """Wait for something that the training does while it runs. A server that is away has not said that the run is over."""
-        assert until(true, over=self._over, pause_s=3.0), (self.state(), self.composed.logs("worker", "prefect", "mlflow"))
+        assert until(true, over=self._over, pause_s=pause_s), (self.state(), self.composed.logs("worker", "prefect", "mlflow"))
 
     def _over(self) -> bool:
         if self.client.status(PREFECT, "/api/health", key=True) != 200:
@@ -98,7 +100,8 @@ class Run:
         after = self.step()
         self.until(lambda: self.step() > after + 1)
         on_disk, reached = time.monotonic() - started, self.step()
-        self.until(lambda: self.tracked() >= reached)
+        # Each question costs MLflow as much as an event does.
+        self.until(lambda: self.tracked() >= reached, pause_s=10.0)
         self.table.append((name, before, on_disk, time.monotonic() - started))
         (self.composed.engine.folder / "faults.json").write_text(json.dumps(self.table, indent=1))
         print(f"\n{name}: step {before}, {on_disk:.0f} s until the next but one, {time.monotonic() - started:.0f} s until MLflow has it")
