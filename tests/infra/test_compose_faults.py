@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.infra, pytest.mark.timeout(7200)]
 STEPS = 3000
 """More than the faults take on any machine; the run is cancelled after them."""
 DISK_MIB = 4096
+REST = 64 << 20
+"""Bytes of it that are filled by writing."""
 AWAY_S = 60
 LEASE_S = 240
 """Longer than the 225 s after which a run's lease of its deployment's limit is renewed."""
@@ -125,6 +127,27 @@ def _disk(bench: Bench) -> Generator[Path]:
         image.unlink()
 
 
+def _write_endlessly(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 20))
+
+
+@contextmanager
+def filled(disk: Path) -> Generator[None]:
+    """Leave no byte free on a disk while the block runs."""
+    filler, rest = disk / "filler", disk / "rest"
+    try:
+        check("fallocate", "--length", str(shutil.disk_usage(disk).free - REST), str(filler))
+        # The last blocks go to whoever comes first: the file system needs some for the file, and the store writes.
+        with pytest.raises(OSError, match="No space left"):
+            _write_endlessly(rest)
+        yield
+    finally:
+        for path in (filler, rest):
+            path.unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="module", name="composed")
 def _composed(bench: Bench, disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Composed]:
     volume = f"volumes: {{s3: {{driver_opts: {{type: none, o: bind, device: {disk / 'data'}}}}}}}\n"
@@ -172,12 +195,9 @@ def test_the_s3_store_is_gone_for_a_minute(run: Run) -> None:
 
 
 def test_the_disk_of_mlflows_artifacts_is_full(run: Run, disk: Path) -> None:
-    with run.fault("disk of MLflow's artifacts full"):
-        check("fallocate", "--length", str(shutil.disk_usage(disk).free), str(disk / "filler"))
-        assert shutil.disk_usage(disk).free < 1 << 20
+    with run.fault("disk of MLflow's artifacts full"), filled(disk):
         before = run.step()
         run.until(lambda: run.step() > before + 3)
-        (disk / "filler").unlink()
     # The run holds its deployment's place by a lease of the server that was killed.
     run.until(lambda: time.monotonic() > run.leased + LEASE_S)
     assert run.state() == "Running"
