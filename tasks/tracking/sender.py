@@ -52,7 +52,9 @@ _CHARS = 300
 _POLL_S = 0.3
 _LONGEST_WAIT_S = 10.0
 _BATCH = 1000
-_ORDER = ("artifact", "metrics", "tags", "trace")
+_TOGETHER = ("metrics", "tags", "trace")
+"""Kinds of events of which those of one run go out together."""
+_ORDER = ("artifact", *_TOGETHER)
 """Kinds of events that do not wait for each other, as they are sent: what most likely fails first, what is deleted by another try last."""
 _WINDOW = 100
 """As many of them are sent before the place is kept."""
@@ -198,11 +200,7 @@ class _Sender:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         operation = events[0]["op"]
-        together = {"metrics": self._metrics, "tags": self._tags, "trace": self._traces}.get(operation)
-        if together:
-            together(events)
-        else:
-            getattr(self, f"_on_{operation}")(events[0])
+        getattr(self, f"_on_{operation}")(events if operation in _TOGETHER else events[0])
 
     def _remove_begun(self) -> None:
         """Delete the traces that an earlier try left half done, of which some have no name yet by which they could be found."""
@@ -251,7 +249,7 @@ class _Sender:
         runs = self._client().search_runs([self.place.experiment], f"tags.`{_JOURNAL}` = '{journal}'", max_results=1)
         return runs[0].info.run_id if runs else None
 
-    def _metrics(self, events: Sequence[Event]) -> None:
+    def _on_metrics(self, events: Sequence[Event]) -> None:
         from mlflow.entities import Metric
 
         metrics = [
@@ -263,7 +261,7 @@ class _Sender:
         for first in range(0, len(metrics), _BATCH):
             self._client().log_batch(self._run(events[0]), metrics=metrics[first : first + _BATCH])
 
-    def _tags(self, events: Sequence[Event]) -> None:
+    def _on_tags(self, events: Sequence[Event]) -> None:
         from mlflow.entities import RunTag
 
         # The last value of a tag stands.
@@ -279,7 +277,7 @@ class _Sender:
         else:
             logger.warning("%s is gone; it is not uploaded", path)
 
-    def _traces(self, events: Sequence[Event]) -> None:
+    def _on_trace(self, events: Sequence[Event]) -> None:
         from tasks.tracking import traces
 
         client, doubted = self._client(), self.place.doubted
@@ -446,12 +444,11 @@ def _windows(events: Sequence[tuple[int, Event]]) -> Iterable[list[tuple[int, Ev
 
 
 def _groups(events: Sequence[Event]) -> list[list[Event]]:
-    """Return the events of a window as they go out together: metrics and tags of a run, all traces, every other event by itself."""
+    """Return the events of a window as they go out: metrics, tags and traces of a run together, every other event by itself."""
     groups: dict[tuple[int, object], list[Event]] = {}
     for number, event in enumerate(events):
         place = _ORDER.index(event["op"]) if event["op"] in _ORDER else 0
-        alike = {"metrics": event.get("key"), "tags": event.get("key"), "trace": ""}.get(event["op"], number)
-        groups.setdefault((place, alike), []).append(event)
+        groups.setdefault((place, event["key"] if event["op"] in _TOGETHER else number), []).append(event)
     return [groups[which] for which in sorted(groups, key=lambda which: which[0])]
 
 

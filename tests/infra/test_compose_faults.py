@@ -39,8 +39,8 @@ LEASE_S = 240
 NO_RULE_STOPS = {
     f"watch.{rule}.action": "warn" for rule in ("reward_spread", "no_signal", "answered", "cut_off", "searches", "response_short")
 }
-PACE = {"train.prompts_per_step": 8, "train.rollouts_per_prompt": 4, "tracking.traces_per_step": 1}
-"""Steps of some seconds: MLflow, which checks a password at each request, has the training's cores to share."""
+PACE = {"train.prompts_per_step": 8, "tracking.traces_per_step": 1}
+"""Larger steps with fewer traces: MLflow, which checks a password at each request, has the training's cores to share."""
 SIZE: dict[str, Any] = {**SMALLEST, **NO_RULE_STOPS, **PACE, "train.steps": STEPS}
 
 
@@ -142,6 +142,7 @@ def filled(disk: Path) -> Generator[None]:
         # The last blocks go to whoever comes first: the file system needs some for the file, and the store writes.
         with pytest.raises(OSError, match="No space left"):
             _write_endlessly(rest)
+        assert shutil.disk_usage(disk).free < 1 << 20
         yield
     finally:
         for path in (filler, rest):
@@ -204,8 +205,8 @@ def test_the_disk_of_mlflows_artifacts_is_full(run: Run, disk: Path) -> None:
 
 
 def test_all_is_killed_at_once(run: Run) -> None:
-    starts = run.client.run(run.id)["run_count"]
     with run.fault("all containers killed at once"):
+        starts = run.client.run(run.id)["run_count"]
         run.composed.engine.crash()
         run.composed.up(*SERVERS)
     assert run.client.run(run.id)["run_count"] == starts + 1
