@@ -174,10 +174,10 @@ def test_a_damaged_place_starts_the_journal_anew(tmp_path: Path, content: str) -
     assert Place.load(tmp_path) == Place(doubted=True)
 
 
-def test_neighbouring_metrics_of_one_run_go_out_together() -> None:
-    events = [{"op": op, "key": key} for op, key in (("metrics", "a"), ("metrics", "a"), ("metrics", "b"), ("tags", "b"), ("tags", "b"))]
-    groups = [[event["key"] for _, event in group] for group in _groups(list(enumerate(events)))]
-    assert groups == [["a", "a"], ["b"], ["b"], ["b"]]
+def test_metrics_and_tags_of_one_run_go_out_together_after_the_files() -> None:
+    kinds = (("metrics", "a"), ("tags", "b"), ("metrics", "b"), ("artifact", "a"), ("metrics", "a"), ("tags", "b"), ("artifact", "a"))
+    groups = [[(event["op"], event["key"]) for event in group] for group in _groups([{"op": op, "key": key} for op, key in kinds])]
+    assert groups == [[("artifact", "a")], [("artifact", "a")], [("metrics", "a")] * 2, [("metrics", "b")], [("tags", "b")] * 2]
 
 
 def test_names_fit_mlflow() -> None:
