@@ -6,12 +6,11 @@ from collections.abc import Generator
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.testing.utilities import prefect_test_harness
 
 from research_rl.errors import ConfigError
 from tasks.local import automations
 from tasks.settings import HEARTBEAT_S
-from tests.waiting import PATIENCE_S
+from tests.prefect_server import harness
 
 NAMES = {
     *("A run failed", "A run crashed", "A run is late", "A run is silent", "A silent run goes on"),
@@ -21,7 +20,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def client() -> Generator[SyncPrefectClient]:
-    with prefect_test_harness(server_startup_timeout=int(PATIENCE_S)), get_client(sync_client=True) as client:
+    with harness(), get_client(sync_client=True) as client:
         yield client
 
 

@@ -14,7 +14,6 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_runs import resume_flow_run
 from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
 
 from research_rl import config as configuration
 from research_rl.config import Config
@@ -26,6 +25,7 @@ from tasks.job import Job
 from tasks.tracking import announce, champion, registry, track
 from tasks.tracking.track import Tracker
 from tests.contract.test_mlflow_tracking import database
+from tests.prefect_server import harness
 from tests.unit.test_gate_run import Ring, ring, tokenizer
 from tests.waiting import PATIENCE_S, until
 
@@ -41,7 +41,7 @@ FACTS: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Generator[None]:
-    with prefect_test_harness(server_startup_timeout=int(PATIENCE_S)):
+    with harness():
         yield
 
 

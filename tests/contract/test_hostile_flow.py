@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 from prefect import get_client
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.data import research_data
 from flows.train import research_train
 from research_rl.errors import ConfigError, DataError, ResearchError, StorageError
-from tests.waiting import PATIENCE_S
+from tests.prefect_server import harness
 
 SECRET = "hunter2"
 LONGEST_MESSAGE = 1200
@@ -35,7 +34,7 @@ OVERRIDES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Generator[None]:
-    with prefect_test_harness(server_startup_timeout=int(PATIENCE_S)):
+    with harness():
         yield
 
 

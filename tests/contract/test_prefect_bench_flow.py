@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.bench import research_bench
 from flows.nightly import research_nightly
@@ -29,13 +28,13 @@ from tasks.evaluation.night import NOTHING_TO_MEASURE
 from tasks.tracking import track
 from tasks.tracking.journal import read
 from tasks.tracking.track import journals
+from tests.prefect_server import harness
 from tests.unit.test_blame import Space, right
-from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Generator[None]:
-    with prefect_test_harness(server_startup_timeout=int(PATIENCE_S)):
+    with harness():
         yield
 
 

@@ -17,7 +17,6 @@ from prefect import get_client
 from prefect.cli.deploy._triggers import _initialize_deployment_triggers
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.data import research_data
 from research_rl import config
@@ -40,7 +39,7 @@ from tasks.tracking.track import StageRun, Tracker, journals
 from tasks.train import Watcher
 from tasks.versioning import commit
 from tests import defects
-from tests.waiting import PATIENCE_S
+from tests.prefect_server import harness
 
 SMALL: dict[str, Any] = {
     "data.generated.entities": 60,
@@ -53,7 +52,7 @@ STAGES = ("download", "validate", "prepare", "corpus", "embed", "index")
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Generator[None]:
-    with prefect_test_harness(server_startup_timeout=int(PATIENCE_S)):
+    with harness():
         yield
 
 

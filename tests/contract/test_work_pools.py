@@ -17,7 +17,6 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
 from prefect.client.schemas.actions import WorkPoolUpdate
-from prefect.testing.utilities import prefect_test_harness
 from prefect_docker.deployments import steps
 from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
@@ -26,6 +25,7 @@ from research_rl.paths import CHECKOUT
 from tasks.limits import PROJECTS
 from tasks.local import pools
 from tasks.local.pools import POOLS, TEMPLATES
+from tests.prefect_server import harness
 
 COMPOSE = yaml.safe_load((CHECKOUT / "infra/compose.yaml").read_text())
 IMAGES = yaml.safe_load((CHECKOUT / "infra/prefect/images.yaml").read_text())
@@ -40,7 +40,7 @@ WORKER, WORKER_LABELS = TEMPLATE["spec"], TEMPLATE["metadata"]["labels"]
 @pytest.fixture(scope="module", name="server")
 def _server() -> Generator[None]:
     """The workers' code asks a server for the blocks and variables that a template names."""
-    with prefect_test_harness(server_startup_timeout=600):
+    with harness():
         yield
 
 
