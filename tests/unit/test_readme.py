@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 
 from research_rl import config
 from research_rl.cli import _parse, _shift_question
+from research_rl.data.encyclopedia import generate
 from research_rl.pipeline.stages import STAGES
 from research_rl.planning import fleet
 
@@ -59,7 +61,7 @@ MAKE, RUNS = found(("make",)), found(("prefect", "deployment", "run"), (".venv/b
 
 def test_the_commands_of_tables_and_pages_are_found() -> None:
     assert ("research", "blame", "artifacts/baseline", "artifacts/evaluation", "--plan") in RESEARCH, "a row of the README's table"
-    assert ("research", "ask", "serving.engine=sglang", "Who founded Aldmoor Mill?") in RESEARCH, "a page"
+    assert ("research", "ask", "serving.engine=sglang", "Which is older, Keri Tatras or Merdil Brusdron?") in RESEARCH, "a page"
     assert len(RESEARCH) > 60 and MODULES and len(MAKE) > 5 and len(RUNS) > 2
 
 
@@ -72,6 +74,14 @@ def test_research_commands_parse_and_their_parameters_exist(words: Command) -> N
     if overrides[:1] == ["retriever"]:
         _, overrides = fleet.asked(overrides[1:])
     config.load_profile(getattr(arguments, "profile", None) or "laptop", overrides)
+
+
+def test_questions_to_the_model_are_about_the_encyclopedia_of_the_demo(tmp_path: Path) -> None:
+    laptop = config.load_profile("laptop")
+    generate(laptop.data.generated, laptop.data_seed, tmp_path)
+    posed = {json.loads(line)["question"] for line in (tmp_path / "test.jsonl").read_text(encoding="utf-8").splitlines()}
+    asked = [command[-1] for command in RESEARCH if command[1] == "ask" and " " in command[-1]]
+    assert len(asked) > 2 and set(asked) <= posed, "nobody can answer it"
 
 
 @pytest.mark.parametrize("words", MODULES, ids=" ".join)
