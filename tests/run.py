@@ -2,7 +2,7 @@
 
 Usage: tests/run.py [--minutes N] [lint|unit|contract|fault|flow|long|infra ...]   (all but long and infra when none is named)
 
-All but lint, long and infra share one row of the table where they are named together: they run at the same time.
+contract, fault and flow share one row of the table where they are named together: they run at the same time.
 
 With --minutes, what has not ended by then is stopped and named as not run; it counts neither as passed nor as failed.
 """
@@ -30,13 +30,17 @@ LINT = [
     [str(BIN / "lint-imports"), "--no-cache"],
 ]
 PYTEST = [PYTHON, "-m", "pytest", "--durations=10"]
-# Two files a core: tests wait a third of the time, for processes that they started, and another file takes the core meanwhile.
-BESIDE = [*PYTEST, "-n", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
-JOINED = ("flow", "contract", "fault", "unit")
+BESIDE_EACH_OTHER = ["--dist", "loadfile", "--no-loadscope-reorder"]
+# A file for each core. Where tests start processes, they wait a third of the time: one file more takes the cores meanwhile.
+COMPUTING = [*PYTEST, "-n", "2", *BESIDE_EACH_OTHER]
+WAITING = [*PYTEST, "-n", "3", *BESIDE_EACH_OTHER]
+JOINED = ("flow", "contract", "fault")
 """Tiers that one pytest runs when they are named together, the longest file first, so that neither core idles between them."""
+# The shortest come first: should the time not be enough for all, the most of them ran.
 TIERS: dict[str, list[list[str]]] = {
     "lint": LINT,
-    **{tier: [[*BESIDE, f"tests/{tier}"]] for tier in JOINED},
+    "unit": [[*COMPUTING, "tests/unit"]],
+    **{tier: [[*WAITING, f"tests/{tier}"]] for tier in JOINED},
     "long": [[*PYTEST, "-m", "long", "tests"]],
     "infra": [[*PYTEST, "-m", "infra", "tests/infra"]],
 }
@@ -77,7 +81,7 @@ def planned(tiers: list[str]) -> dict[str, list[list[str]]]:
     """Return the commands by the name of their row in the table: one row a tier, one for those that are joined."""
     joined = [tier for tier in JOINED if tier in tiers]
     plan = {tier: TIERS[tier] for tier in tiers if tier not in joined}
-    return plan | ({"+".join(joined): [[*BESIDE, *(f"tests/{tier}" for tier in joined)]]} if joined else {})
+    return plan | ({"+".join(joined): [[*WAITING, *(f"tests/{tier}" for tier in joined)]]} if joined else {})
 
 
 def run(tier: str, commands: list[list[str]], ends: float) -> Outcome:
