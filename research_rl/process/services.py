@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -38,6 +39,7 @@ __all__ = [
     "base_url",
     "find",
     "free_port",
+    "free_ports",
     "guarded",
     "listening",
     "reap",
@@ -47,6 +49,8 @@ __all__ = [
     "wait_healthy",
 ]
 
+_PORTS = range(20_000, 32_768)
+"""Below those that Linux gives to connections: none of these takes one before the server that it was drawn for binds it."""
 _GUARDIAN = Path(__file__).with_name("_guardian.py")
 _MARKER = "RESEARCH_SERVICE_ID"
 _GRACE = "RESEARCH_GRACE_S"
@@ -242,10 +246,22 @@ def base_url(host: str, port: int) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Return a TCP port that was free a moment ago."""
-    with socket.socket(_family(host)) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that was free a moment ago. Raises ServiceError when none is."""
+    return free_ports(1, host)[0]
+
+
+def free_ports(number: int, host: str = "127.0.0.1") -> list[int]:
+    """Return different TCP ports that were free a moment ago. Raises ServiceError when too few are."""
+    found: list[int] = []
+    # Not of a seed: processes that start from the same one must not draw the same ports.
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket(_family(host)) as probe, suppress(OSError):
+            probe.bind((host, port))
+            found.append(port)
+        if len(found) == number:
+            return found
+    limits = f"from {_PORTS.start} to {_PORTS.stop - 1}"
+    raise ServiceError(f"{host} has {len(found)} free ports {limits}, {number} are needed; end what listens there")
 
 
 def require_free(host: str, port: int, setting: str) -> int:
@@ -259,7 +275,7 @@ def require_free(host: str, port: int, setting: str) -> int:
             raise ServiceError(
                 f"{setting}={port} on {host} cannot be bound ({error.strerror}); set {setting} to a free port or to 0"
             ) from None
-        return int(probe.getsockname()[1])
+    return port or free_port(host)
 
 
 @contextmanager

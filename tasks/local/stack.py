@@ -19,7 +19,7 @@ from research_rl.errors import ResearchError, ServiceError
 from research_rl.paths import CHECKOUT, PYTHON
 from research_rl.process import proxies, services
 from research_rl.process.private import write_private
-from research_rl.process.services import reap, require_free
+from research_rl.process.services import free_ports, reap, require_free
 from research_rl.terminal import say
 from tasks import settings
 from tasks.local import apps, sign_in
@@ -101,7 +101,7 @@ class Stack:
             return addresses
         ports = [require_free(apps.HOST, int(os.environ.get("RESEARCH_S3_PORT", "8333")), "RESEARCH_S3_PORT")]
         # SeaweedFS derives the ports that are not named from others, which may be in use.
-        ports += [require_free(apps.HOST, 0, "") for _ in range(7)]
+        ports += free_ports(7, apps.HOST)
         addresses |= {
             "AWS_ENDPOINT_URL": f"http://{apps.HOST}:{ports[0]}",
             "AWS_ACCESS_KEY_ID": settings.USER,

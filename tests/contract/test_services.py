@@ -15,7 +15,7 @@ import pytest
 
 from research_rl.errors import ServiceError
 from research_rl.paths import CHECKOUT
-from research_rl.process.services import free_port, guarded, reap, require_free, running, spawn
+from research_rl.process.services import free_port, free_ports, guarded, reap, require_free, running, spawn
 from tests.waiting import PATIENCE_S, until
 
 
@@ -171,6 +171,19 @@ def test_a_port_in_use_is_named_with_its_setting() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ServiceError, match=f"retriever.port={port} .* set retriever.port to a free port"):
             require_free("127.0.0.1", port, "retriever.port")
+
+
+def test_free_ports_differ_and_no_connection_takes_one() -> None:
+    import socket
+
+    ports = free_ports(50)
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert len(set(ports)) == 50 and max(*ports, require_free("127.0.0.1", 0, "retriever.port"), free_port()) < ephemeral
+    with (
+        socket.create_server(("127.0.0.1", ports[0])),
+        pytest.raises(ServiceError, match=r"has \d+ free ports from 20000 to 32767, 12768 are"),
+    ):
+        free_ports(12_768)
 
 
 _BLIND = """
