@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import psutil
+
 PATIENCE_S = 1800.0
 
 
@@ -14,3 +16,11 @@ def until(true: Callable[[], object], over: Callable[[], object] = lambda: False
     while not (held := bool(true())) and not over() and time.monotonic() < deadline:
         time.sleep(pause_s)
     return held or bool(true())
+
+
+def ended(pid: int) -> bool:
+    """Return whether a process is gone, or waits only for its parent to notice."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -30,7 +30,7 @@ from research_rl.retriever import TOKEN
 from research_rl.retriever.retriever import Retriever
 from tests.encoder_model import write_model, write_reranker
 from tests.knowledge import built, until_ready
-from tests.waiting import until
+from tests.waiting import ended, until
 
 ROWS, SECRET, WORKERS = 250, "a-secret", 2
 HEADERS = {"Authorization": f"Bearer {SECRET}"}
@@ -287,7 +287,8 @@ def test_a_signal_drains_all(start: Callable[..., Served], everyone: bool) -> No
             response = answer.result()
             assert response.status_code == 200 and len(response.json()) == len(body["query"])
     assert served.process.wait(60) == -signal.SIGTERM
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in every)
+    # A worker is known to have ended when its last file is closed, which is a moment before the process is gone.
+    assert until(lambda: all(ended(process.pid) for process in every))
     for client in clients:
         client.close()
 
@@ -297,7 +298,7 @@ def test_nothing_outlives_a_killed_parent(start: Callable[..., Served]) -> None:
     every = [*served.keepers(), *served.workers()]
     assert len(every) == 1 + WORKERS
     served.process.kill()
-    assert until(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in every))
+    assert until(lambda: all(ended(process.pid) for process in every))
 
 
 def test_a_file_that_is_cut_short_ends_the_service_with_the_reason(tmp_path: Path) -> None:

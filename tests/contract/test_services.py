@@ -16,7 +16,7 @@ import pytest
 from research_rl.errors import ServiceError
 from research_rl.paths import CHECKOUT
 from research_rl.process.services import free_port, free_ports, guarded, reap, require_free, running, spawn
-from tests.waiting import PATIENCE_S, until
+from tests.waiting import PATIENCE_S, ended, until
 
 
 def _http(port: int) -> list[str]:
@@ -24,7 +24,7 @@ def _http(port: int) -> list[str]:
 
 
 def _gone(pid: int) -> bool:
-    return until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    return until(lambda: ended(pid))
 
 
 def test_guarded_service_answers_and_leaves_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from research_rl.pipeline.lock import locked
 from research_rl.pipeline.stages import Workspace
 from tasks import settings
 from tasks.job import _leaves, opened, reap_all, resolve, stop_services
-from tests.waiting import until
+from tests.waiting import ended, until
 
 HOLD = "import sys; from pathlib import Path; from research_rl.pipeline.stages import Workspace\n"
 HOLD += "from research_rl.pipeline.lock import locked\n"
@@ -104,18 +104,13 @@ def crash(owner: subprocess.Popen[str], services: list[psutil.Process]) -> None:
     owner.wait()
 
 
-def ended(process: psutil.Process) -> bool:
-    psutil.wait_procs([process], timeout=10)
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
 def test_services_whose_owner_crashed_are_ended_and_those_of_make_up_are_not(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
     folders = [space.services / name for name in (".", "train", settings.stack_folder().name)]
     with spawned(*folders) as (owner, services):
         crash(owner, services)
         assert reap_all(space) == ["sleeper", "sleeper"]
-        assert [ended(service) for service in services[:2]] == [True, True]
+        assert until(lambda: all(ended(service.pid) for service in services[:2]))
         assert services[2].is_running()
 
 
@@ -129,7 +124,7 @@ def test_the_hook_leaves_a_workspace_in_use_alone(tmp_path: Path, holder: subpro
         holder.kill()
         holder.wait()
         stop_services(None, run, None)
-        assert ended(service)
+        assert until(lambda: ended(service.pid))
 
 
 def research(tmp_path: Path, stage: str) -> subprocess.Popen[str]:

@@ -31,6 +31,7 @@ from research_rl.training.run.run import Run, TrainHooks
 from research_rl.training.run.supervise import supervise
 from research_rl.training.run.watch import Finding
 from tests.training import sections
+from tests.waiting import ended
 
 TRAINER = r"""
 import json, os, pickle, re, subprocess, sys, time, zipfile, struct
@@ -173,11 +174,6 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.metrics.read_text().splitlines()]
 
 
-def alive(pid: int) -> bool:
-    """A zombie waits only for its parent to notice."""
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 def ignore(text: str, share: float) -> None: ...
 
 
@@ -213,7 +209,7 @@ def test_a_silent_trainer_is_ended_with_all_it_started_and_resumed(tmp_path: Pat
     outcome = supervise(run, listener, ignore)
     assert outcome.attempts == 2 and outcome.checkpoint.step == 4
     assert listener.steps == [1, 2, 3, 4]
-    assert not alive(int((run.paths.work / "grandchild").read_text()))
+    assert ended(int((run.paths.work / "grandchild").read_text()))
     assert [row["metrics"]["attempt"] for row in read_metrics(run)] == [1, 1, 2, 2]
     redone = gzip.decompress((run.rollouts / "000003.jsonl.gz").read_bytes()).splitlines()
     assert {json.loads(line)["attempt"] for line in redone} == {2}
