@@ -273,9 +273,10 @@ def test_a_judgement_waits_for_a_silent_mlflow_and_for_its_evaluation(
     tracker = tell(space, "judged before it was sent")
     config.update(CONFIG, tmp_path / "params.yaml")
     judge(tmp_path, tmp_path / "evaluate", {0: True})
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert judgements.main(passed_on) == 3 and "MLflow takes no verdicts now" in capsys.readouterr().err
+    with monkeypatch.context() as silent:
+        silent.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        silent.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        assert judgements.main(passed_on) == 3 and "MLflow takes no verdicts now" in capsys.readouterr().err
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
     assert not _Sender(newest(space), 0.0, live=False).run(), "its evaluation has not been sent"
     assert [item.feedback.value for _, item in verdicts_in(url, send(tracker))] == [True]
