@@ -253,8 +253,8 @@ def free_port(host: str = "127.0.0.1") -> int:
 def free_ports(number: int, host: str = "127.0.0.1") -> list[int]:
     """Return different TCP ports that were free a moment ago. Raises ServiceError when too few are."""
     found: list[int] = []
-    # Not of a seed: processes that start from the same one must not draw the same ports.
-    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+    # Of its own: processes that gave `random` the same seed must not draw the same ports.
+    for port in random.Random().sample(_PORTS, len(_PORTS)):
         with socket.socket(_family(host)) as probe, suppress(OSError):
             probe.bind((host, port))
             found.append(port)

@@ -43,7 +43,7 @@ CLIENT = {
     # Spans of many traces go out in one request, where each took one of its own; none is dropped before the traces are waited for.
     "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "true",
     "MLFLOW_ASYNC_TRACE_LOGGING_MAX_SPAN_BATCH_SIZE": "65536",
-    # Not what was there every five seconds: on a busy machine that cut one request into many. What is waited for is sent at once.
+    # MLflow sends every five seconds what is there, which on a busy machine makes many requests of one; we ask for it when all is there.
     "MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS": "600000",
     # One after the other: requests of several threads at once wait for each other in sqlite.
     "MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS": "1",

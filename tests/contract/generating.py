@@ -10,6 +10,7 @@ import psutil
 from research_rl.episode.agent import Completion
 from research_rl.process.services import Endpoint
 from research_rl.serving.client import EngineName, HttpEngine, Sampling
+from tests.waiting import ended
 
 __all__ = ["SEARCH_END", "ask", "children", "once"]
 
@@ -18,7 +19,7 @@ SEARCH_END = ("</search>",)
 
 def children() -> set[int]:
     """Return the ids of this process's living descendants."""
-    return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE}
+    return {child.pid for child in psutil.Process().children(recursive=True) if not ended(child.pid)}
 
 
 def ask(

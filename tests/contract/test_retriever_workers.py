@@ -64,13 +64,10 @@ class Served:
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:
-    """Return the children that run: one may end while it is asked, and one that has ended may not have been reaped yet."""
-    running = []
+    """Return the children that run, none when the process itself is gone."""
     with suppress(psutil.NoSuchProcess):
-        for child in process.children():
-            with suppress(psutil.NoSuchProcess):
-                running += [child] if child.status() != psutil.STATUS_ZOMBIE else []
-    return running
+        return [child for child in process.children() if not ended(child.pid)]
+    return []
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def test_a_refusal_that_passes_is_tried_again_and_never_told(retriever: Retrieve
     trajectories, counts, _, proxy = play(retriever, [fault] * 7)
     # Searches that wait for the trial of a replica share its refusal: each counts a failed try.
     assert proxy.injected == {fault: 7} and counts[f"failed_tries/{kind}"] >= 7 and told(trajectories) == {}
+    assert proxy.received == EPISODES * SEARCHES + 7 and counts["tries"] == EPISODES * SEARCHES + counts[f"failed_tries/{kind}"]
 
 
 def test_slow_answers_are_answers(retriever: Retriever) -> None:
