@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,39 +11,24 @@ from pathlib import Path
 from unittest import mock
 
 import httpx
-import prefect
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.testing import utilities
 
-from research_rl.paths import CHECKOUT
 from research_rl.process.services import require_free
 from tasks import settings
 from tasks.local import apps
+from tests.databases import lay_prefect
 from tests.waiting import PATIENCE_S, until
 
 KEY = "research:of-the-test"
-MIGRATED = CHECKOUT / f".cache/tests/prefect-{prefect.__version__}.db"
-
-
-def lay_database(path: Path) -> None:
-    """Put an empty database of Prefect there. Its migrations take eleven CPU-seconds: they run once for all tests, not in each server."""
-    MIGRATED.parent.mkdir(parents=True, exist_ok=True)
-    with MIGRATED.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=MIGRATED.parent) as folder:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not MIGRATED.is_file():
-            own = {"PREFECT_HOME": folder, "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{folder}/made.db"}
-            command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", "server", "database", "upgrade", "--yes"]
-            subprocess.run(command, check=True, capture_output=True, env={**os.environ, **own})
-            os.replace(Path(folder) / "made.db", MIGRATED)
-    shutil.copyfile(MIGRATED, path)
 
 
 @contextmanager
 def harness() -> Generator[None]:
-    """Run flows against a server of their own, as Prefect's harness for tests does, over a database of `lay_database`."""
+    """Run flows against a server of their own, as Prefect's harness for tests does, over a database of `lay_prefect`."""
     folder = tempfile.mkdtemp()
-    lay_database(Path(folder) / "prefect-test.db")
+    lay_prefect(Path(folder) / "prefect-test.db")
     there = mock.patch.object(utilities, "mkdtemp", return_value=folder)
     with there, utilities.prefect_test_harness(server_startup_timeout=int(PATIENCE_S)):
         yield
@@ -57,7 +39,7 @@ class Server:
 
     def __init__(self, home: Path) -> None:
         port = require_free(apps.HOST, 0, "")
-        lay_database(home / "prefect.db")
+        lay_prefect(home / "prefect.db")
         self.home, self.url = home, f"http://{apps.HOST}:{port}/api"
         own = {"PREFECT_HOME": str(home), "PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": KEY}
         self.env = {**os.environ, **settings.PATIENCE, **apps.prefect_environment(port, KEY), **own}

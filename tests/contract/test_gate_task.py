@@ -6,7 +6,6 @@ import json
 import shutil
 import threading
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,12 +23,12 @@ from tasks.evaluation.gate import Held, ask_standing, conclude, gate
 from tasks.job import Job
 from tasks.tracking import announce, champion, registry, track
 from tasks.tracking.track import Tracker
-from tests.contract.test_mlflow_tracking import database
+from tests.databases import lay_mlflow
 from tests.prefect_server import harness
 from tests.unit.test_gate_run import Ring, ring, tokenizer
 from tests.waiting import PATIENCE_S, until
 
-__all__ = ["database", "ring", "tokenizer"]
+__all__ = ["ring", "tokenizer"]
 
 MODEL = "research-rl"
 FACTS: dict[str, Any] = {
@@ -64,10 +63,10 @@ def become(ring: Ring, stage: str, name: str) -> str:
 
 
 @pytest.fixture
-def trained(ring: Ring, database: Path, monkeypatch: pytest.MonkeyPatch) -> Ring:
+def trained(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> Ring:
     """A workspace whose training made a good policy out of a bad one; nothing is registered yet."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{ring.workspace.root}/mlflow.db")
-    shutil.copy(database, ring.workspace.root / "mlflow.db")
+    lay_mlflow(ring.workspace.root / "mlflow.db")
     become(ring, "policy", "bad")
     with manifest.publish(ring.workspace.folder("report"), "report", "x", {}) as staging:
         staging.facts |= FACTS

@@ -18,10 +18,10 @@ from tasks.tracking import registry, track
 from tasks.tracking.champion import Desk, main
 from tasks.tracking.registry import BY_HAND, GATE, ROLLBACK, Move, Reason, before
 from tasks.tracking.track import Tracker
-from tests.contract.test_mlflow_tracking import database, server, space
+from tests.contract.test_mlflow_tracking import server, space
 from tests.waiting import PATIENCE_S
 
-__all__ = ["database", "server", "space"]
+__all__ = ["server", "space"]
 
 MODEL = "research-rl"
 

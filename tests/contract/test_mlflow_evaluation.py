@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,6 @@ from research_rl.evaluation.results import read_results
 from research_rl.pipeline import manifest
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
-from research_rl.process.services import free_port, guarded
 from tasks import artifacts
 from tasks.artifacts import _brought, _headline, _verdict
 from tasks.evaluation import bench
@@ -36,8 +34,8 @@ from tasks.tracking.experiment import COLUMNS, VIEW
 from tasks.tracking.journal import Place, TrackingJournal, read
 from tasks.tracking.sender import _Sender
 from tasks.tracking.track import StageRun, Tracker, journals, run_title
+from tests.mlflow_server import mlflow_server
 from tests.results import lost, played, standing
-from tests.waiting import PATIENCE_S
 
 CONFIG = config.load_profile("laptop", {"tracking.traces": 8, "evaluation.bootstrap": 100})
 PROMPT = _prompt(CONFIG)["name"]
@@ -62,12 +60,8 @@ def evaluated(folder: Path, right: int) -> Manifest:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     """The address of a server that runs for all tests of this file."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    address = f"http://127.0.0.1:{port}"
-    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "stored")]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store]
-    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with guarded("mlflow", command, folder=folder / "server", health_url=f"{address}/health", deadline_s=PATIENCE_S, env=env):
+    address, running = mlflow_server(tmp_path_factory.mktemp("mlflow"))
+    with running():
         yield address
 
 

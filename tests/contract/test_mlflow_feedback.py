@@ -11,9 +11,9 @@ import pytest
 from research_rl.agent.feedback import Feedback, FeedbackRequest, Given, feedback_folder
 from research_rl.pipeline.stages import Workspace
 from tasks.tracking.feedback import main
-from tests.contract.test_mlflow_tracking import database, space
+from tests.contract.test_mlflow_tracking import space
 
-__all__ = ["database", "space"]
+__all__ = ["space"]
 
 EPISODE: dict[str, Any] = {
     "stop": "answered",

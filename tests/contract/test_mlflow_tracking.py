@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sqlite3
 import statistics
 import subprocess
@@ -26,12 +25,14 @@ from research_rl.evaluation.intervals import FEWEST
 from research_rl.paths import CHECKOUT
 from research_rl.pipeline.manifest import Manifest
 from research_rl.pipeline.stages import Workspace
-from research_rl.process.services import Process, free_port, guarded
+from research_rl.process.services import Process
 from tasks.artifacts import _headline, _verdict
 from tasks.tracking import sender, track
 from tasks.tracking.journal import EVENTS, Place, TrackingJournal, read
 from tasks.tracking.registry import moves
 from tasks.tracking.track import Tracker, journals, tracking_uri
+from tests.databases import lay_mlflow
+from tests.mlflow_server import mlflow_server
 from tests.waiting import PATIENCE_S, until
 
 EPISODE: dict[str, Any] = {
@@ -66,20 +67,10 @@ def play(space: Workspace, monkeypatch: pytest.MonkeyPatch, uri: str) -> Tracker
     return tracker
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database; making its tables takes longer than most of these tests."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def space(tmp_path: Path, database: Path) -> Workspace:
+def space(tmp_path: Path) -> Workspace:
     config.save(config.load_profile("laptop"), tmp_path / "params.yaml")
-    shutil.copy(database, tmp_path / "mlflow.db")
+    lay_mlflow(tmp_path / "mlflow.db")
     journals(Workspace(tmp_path)).mkdir(parents=True)
     return Workspace(tmp_path)
 
@@ -122,12 +113,7 @@ def test_everything_reaches_a_sqlite_file_and_what_is_refused_is_skipped(space: 
 @pytest.fixture
 def server(tmp_path: Path) -> tuple[str, Any]:
     """The address of a server, and a function that opens a block in which it runs."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    store = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "stored")]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store]
-    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    return url, lambda: guarded("mlflow", command, folder=tmp_path / "server", health_url=f"{url}/health", deadline_s=PATIENCE_S, env=env)
+    return mlflow_server(tmp_path)
 
 
 def test_an_absent_server_costs_seconds_and_is_told_later(
@@ -451,13 +437,11 @@ def test_a_journal_damaged_by_a_full_disk_stops_no_other(space: Workspace, monke
 
 
 @pytest.mark.parametrize("name", ["a%20b", "what?", "é [x] #1 & ;=", "100%"])
-def test_the_database_lies_in_the_workspace_whatever_its_path_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, database: Path
-) -> None:
+def test_the_database_lies_in_the_workspace_whatever_its_path_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     space = Workspace(tmp_path / name)
     space.root.mkdir()
-    shutil.copy(database, space.root / "mlflow.db")
+    lay_mlflow(space.root / "mlflow.db")
     tracker = opened(space, "1-run")
     (space.root / "file.txt").write_text("x")
     tracker.journal.write("artifact", key="flow", path=str(space.root / "file.txt"), folder="")

@@ -16,7 +16,7 @@ import pytest
 from research_rl.paths import CHECKOUT
 from research_rl.training.run.checkpoints import complete
 from research_rl.training.run.metrics_log import MetricsLog
-from tests.prefect_server import lay_database
+from tests.databases import lay_prefect
 from tests.training import SMALLEST
 from tests.waiting import until
 
@@ -87,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Run research-train, kill it once a step is saved, run it again to the end."""
     root = tmp_path_factory.mktemp("trained")
     found = Trained(root, tmp_path_factory.mktemp("home"))
-    lay_database(found.home / "prefect.db")
+    lay_prefect(found.home / "prefect.db")
     first = found.start()
     until(found.steps, over=lambda: first.poll() is not None)
     assert first.poll() is None and found.steps(), found._log().read_text()[-6000:]

@@ -191,6 +191,22 @@ def test_a_query_alone_is_searched_in_all_files_side_by_side(tmp_path: Path, mon
     assert seen == {threading.get_ident()}, "faiss has threads for several queries"
 
 
+@pytest.mark.parametrize(("factory", "search"), [("PQ4x4", ""), ("IVF4,PQ4x4", "nprobe=4"), ("PCA16,PQ4x4", "")])
+def test_a_product_quantizer_learns_once_and_replies_as_if_it_had_learnt_twice(tmp_path: Path, factory: str, search: str) -> None:
+    vectors = sets(32, 3)["clusters"]
+    ours, twice = dense.learn(IndexConfig(factory=factory, search=search), files(tmp_path, vectors)), faiss.index_factory(32, factory, 0)
+    twice.train(vectors)
+    for index in (ours, twice):
+        faiss.ParameterSpace().set_index_parameters(index, search or "verbose=0")
+        index.add(vectors)
+    for mine, theirs in zip(ours.search(vectors[:50], 5), twice.search(vectors[:50], 5), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    innermost = faiss.downcast_index(getattr(ours, "index", ours))
+    assert not innermost.do_polysemous_training
+    bits = dense.learn(IndexConfig(factory=factory, search="ht=8"), files(tmp_path, vectors))
+    assert faiss.downcast_index(getattr(bits, "index", bits)).do_polysemous_training, "a search by the codes' bits needs it"
+
+
 def test_a_certificate_needs_a_known_bound(tmp_path: Path) -> None:
     vectors = sets(32, 3)["clusters"]
     for number, (factory, search) in enumerate([("RR32,IVF8,RaBitQ", ""), ("PQ16x4fs", ""), ("PCA16,SQ8", "")]):
