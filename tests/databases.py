@@ -36,4 +36,5 @@ def _lay(path: Path, program: str, upgrade: list[str]) -> None:
             own = {"PREFECT_HOME": folder, "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{folder}/made.db"}
             subprocess.run([str(_BIN / program), *upgrade], check=True, capture_output=True, cwd=folder, env={**os.environ, **own})
             os.replace(Path(folder) / "made.db", made)
+    path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(made, path)

@@ -2,7 +2,8 @@
 
 Usage: tests/run.py [--minutes N] [lint|unit|contract|fault|flow|long|infra ...]   (all but long and infra when none is named)
 
-contract, fault and flow share one row of the table where they are named together: they run at the same time.
+contract, fault and flow share one row of the table where they are named together: they run at the same time. lint, which leaves a core
+idle, runs beside the tier after it and is shown when that has ended.
 
 With --minutes, what has not ended by then is stopped and named as not run; it counts neither as passed nor as failed.
 """
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,23 +87,40 @@ def planned(tiers: list[str]) -> dict[str, list[list[str]]]:
     return plan | ({"+".join(joined): [[*WAITING, *(f"tests/{tier}" for tier in joined)]]} if joined else {})
 
 
-def run(tier: str, commands: list[list[str]], ends: float) -> Outcome:
-    """Run the commands of a row of the table until `ends` (monotonic seconds); their output is shown as it comes."""
+def run(tier: str, commands: list[list[str]], ends: float, output: IO[bytes] | None = None) -> Outcome:
+    """Run the commands of a row of the table until `ends` (monotonic seconds); their output goes to `output`, or is shown as it comes."""
     outcome, started = Outcome(tier), time.monotonic()
     for command in commands:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             reporting = [f"--junitxml={report}"] if "pytest" in command else []
-            outcome.count(exit_code([*command, *reporting], ends), report)
+            outcome.count(exit_code([*command, *reporting], ends, output), report)
     outcome.seconds = time.monotonic() - started
     return outcome
 
 
-def exit_code(command: list[str], ends: float) -> int | None:
+def run_all(rows: dict[str, list[list[str]]], ends: float) -> list[Outcome]:
+    """Run the rows one after the other, lint beside the one after it."""
+    first = [rows.pop("lint")] if "lint" in rows and len(rows) > 1 else []
+    outcomes = list[Outcome]()
+    with ThreadPoolExecutor(1) as beside, tempfile.TemporaryFile() as output:
+        linting = [beside.submit(run, "lint", commands, ends, output) for commands in first]
+        for name, commands in rows.items():
+            print(f"== {name}", flush=True)
+            outcomes.append(run(name, commands, ends))
+            if linting:
+                outcomes.insert(0, linting.pop().result())
+                output.seek(0)
+                print(f"== lint\n{output.read().decode(errors='replace')}", flush=True)
+    return outcomes
+
+
+def exit_code(command: list[str], ends: float, output: IO[bytes] | None = None) -> int | None:
     """Run a command and return its exit code, or None when it was not started or was stopped because the time was up."""
     if time.monotonic() >= ends:
         return None
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
     try:
         return process.wait(None if ends == float("inf") else ends - time.monotonic())
     except subprocess.TimeoutExpired:
@@ -114,9 +134,9 @@ def exit_code(command: list[str], ends: float) -> int | None:
     return None
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """Return one line a tier and one for the whole, and one that names what the time was not enough for."""
-    whole = Outcome("all", *(sum(getattr(outcome, name) for outcome in outcomes) for name in ("passed", "failed", "skipped", "seconds")))
+def table(outcomes: list[Outcome], seconds: float) -> str:
+    """Return one line a tier and one for the whole, which took `seconds`, and one that names what the time was not enough for."""
+    whole = Outcome("all", *(sum(getattr(outcome, name) for outcome in outcomes) for name in ("passed", "failed", "skipped")), seconds)
     rows = [f"{'tier':20}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
     rows += [f"{o.tier:20}{o.passed:8}{o.failed:8}{o.skipped:9}{o.seconds:9.0f}" for o in (*outcomes, whole)]
     stopped = ", ".join(outcome.tier for outcome in outcomes if outcome.stopped)
@@ -135,11 +155,10 @@ def main(arguments: list[str]) -> int:
         return 2
     # A shell starts what runs in its background with interrupts ignored, which children inherit; they are stopped by one, see exit_code.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    ends, outcomes = time.monotonic() + 60 * options.minutes, list[Outcome]()
-    for name, commands in planned(options.tiers or [tier for tier in TIERS if tier not in ON_DEMAND]).items():
-        print(f"== {name}", flush=True)
-        outcomes.append(run(name, commands, ends))
-    print(f"\n{table(outcomes)}", flush=True)
+    rows = planned(options.tiers or [tier for tier in TIERS if tier not in ON_DEMAND])
+    started = time.monotonic()
+    outcomes = run_all(rows, started + 60 * options.minutes)
+    print(f"\n{table(outcomes, time.monotonic() - started)}", flush=True)
     return int(any(outcome.failed for outcome in outcomes))
 
 

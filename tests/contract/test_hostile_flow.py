@@ -15,6 +15,7 @@ from prefect import get_client
 from flows.data import research_data
 from flows.train import research_train
 from research_rl.errors import ConfigError, DataError, ResearchError, StorageError
+from tests.databases import lay_mlflow
 from tests.prefect_server import harness
 
 SECRET = "hunter2"
@@ -76,6 +77,7 @@ SOURCES = {
 def test_a_hostile_file_is_one_message_and_no_data_is_published(name: str, tmp_path: Path) -> None:
     file, content, says = SOURCES[name]
     (tmp_path / "s").mkdir()
+    lay_mlflow(tmp_path / "w/mlflow.db")
     (tmp_path / "s" / file).write_bytes(content)
     (tmp_path / "s" / "q.jsonl").write_text(json.dumps({"id": "1", "question": "Who?", "golden_answers": ["Ada"]}))
     sets = {f"data.{split}": ["q.jsonl"] for split in ("train", "dev", "test")}

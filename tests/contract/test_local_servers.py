@@ -24,6 +24,7 @@ from tasks import settings
 from tasks.local import sign_in
 from tasks.local.stack import LocalService, Stack, _pages
 from tests.browser import CHROMIUM, browser
+from tests.databases import lay_prefect
 from tests.waiting import PATIENCE_S
 
 RUN = """
@@ -135,6 +136,7 @@ def test_the_mlflow_client_and_the_prefect_command_use_the_key(stack: Stack, mlf
 
 
 def test_a_run_by_hand_works_behind_a_dead_proxy_and_its_server_asks_for_a_key(tmp_path: Path) -> None:
+    lay_prefect(tmp_path / "prefect.db")
     shown = run(RUN, tmp_path, PREFECT_HOME=str(tmp_path), HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9")
     assert shown.split() == ["401", "42"]
 
@@ -164,6 +166,7 @@ except ServiceError as error:
 
 def test_a_server_that_dies_during_a_run_is_one_message_and_not_waited_for_a_minute_at_each_request(tmp_path: Path) -> None:
     started = time.monotonic()
+    lay_prefect(tmp_path / "prefect.db")
     shown = run(LOST, tmp_path, PREFECT_HOME=str(tmp_path), PREFECT_LOGGING_LEVEL="CRITICAL")
     assert re.fullmatch(r"Prefect's server at http://127.0.0.1:\d+/api stopped answering during the run .*goes on where it was\n", shown)
     print(f"from start to message {time.monotonic() - started:.0f} s")

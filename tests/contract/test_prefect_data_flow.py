@@ -39,6 +39,7 @@ from tasks.tracking.track import StageRun, Tracker, journals
 from tasks.train import Watcher
 from tasks.versioning import commit
 from tests import defects
+from tests.databases import lay_mlflow
 from tests.prefect_server import harness
 
 SMALL: dict[str, Any] = {
@@ -58,7 +59,9 @@ def server() -> Generator[None]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("flow")
+    folder = tmp_path_factory.mktemp("flow")
+    lay_mlflow(folder / "mlflow.db")
+    return folder
 
 
 def last_run() -> FlowRun:
@@ -113,6 +116,7 @@ def test_a_second_run_skips_everything_and_a_parameter_reruns_what_depends_on_it
 
 
 def test_a_weekly_run_ends_at_once_where_nothing_changed_and_brings_what_did(tmp_path: Path) -> None:
+    lay_mlflow(tmp_path / "mlflow.db")
     named = {split: [f"s/{split}.jsonl"] for split in ("train", "dev", "test")}
     source = tmp_path / "source/s"
     source.mkdir(parents=True)
@@ -288,6 +292,7 @@ def test_a_finding_of_the_watch_is_an_artifact_and_tags(tmp_path: Path) -> None:
 def run_one_stage(folder: Path, errors: list[Exception]) -> FlowRun:
     """Run the stage `download` as a real Prefect task whose first tries fail with `errors`, one each."""
     remaining = list(errors)
+    lay_mlflow(folder / "mlflow.db")
 
     def build(context: Context, run: StageRun) -> None:
         if remaining:

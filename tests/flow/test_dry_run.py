@@ -13,6 +13,7 @@ import yaml
 
 from research_rl.config import Config, load_profile
 from research_rl.paths import CHECKOUT
+from tests.databases import lay_prefect
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -20,6 +21,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     workspace = folder / "workspace"
     workspace.mkdir(exist_ok=True)
+    lay_prefect(folder / "home/prefect.db")
     command = [sys.executable, "-m", "flows.train", "--dry-run", *arguments]
     return subprocess.run(command, cwd=workspace, env={**kept, **own}, capture_output=True, text=True)
 

@@ -59,3 +59,23 @@ def test_tiers_whose_tests_wait_are_one_command_and_one_row_when_named_together(
     assert list(plan) == ["lint", "unit", "flow+contract+fault"]
     assert plan["flow+contract+fault"][0][-3:] == ["tests/flow", "tests/contract", "tests/fault"]
     assert run.planned(["long", "contract"]) == {"long": run.TIERS["long"], "contract": run.TIERS["contract"]}
+
+
+def test_lint_runs_beside_the_tier_after_it_and_is_shown_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each waits for a file of the other's."""
+    waits = "import sys, time, pathlib; me, other = map(pathlib.Path, sys.argv[2:]); me.touch()\n"
+    waits += "while not other.exists(): time.sleep(0.01)\nprint(sys.argv[1], 'met')"
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    lint, first = ([sys.executable, "-c", waits, name, *order] for name, order in (("lint", files), ("first", files[::-1])))
+    monkeypatch.setattr(run, "TIERS", {"lint": [lint], "first": [first]})
+    assert run.main(["--minutes", "2"]) == 0
+    written = capfd.readouterr().out.splitlines()
+    assert [line for line in written if line.startswith(("==", "lint met", "first met"))] == [
+        "== first",
+        "first met",
+        "== lint",
+        "lint met",
+    ]
+    assert [" ".join(line.split()[:4]) for line in written[-3:]] == ["lint 1 0 0", "first 1 0 0", "all 2 0 0"]
