@@ -169,7 +169,9 @@ def test_a_server_that_dies_during_a_run_is_one_message_and_not_waited_for_a_min
     lay_prefect(tmp_path / "prefect.db")
     shown = run(LOST, tmp_path, PREFECT_HOME=str(tmp_path), PREFECT_LOGGING_LEVEL="CRITICAL")
     assert re.fullmatch(r"Prefect's server at http://127.0.0.1:\d+/api stopped answering during the run .*goes on where it was\n", shown)
-    print(f"from start to message {time.monotonic() - started:.0f} s")
+    seconds = time.monotonic() - started
+    assert seconds < 300, "Prefect's client alone asks for a minute at each request: 405 s in all"
+    print(f"from start to message {seconds:.0f} s")
 
 
 PAGE = """<title>waits</title><iframe name="frame"></iframe><script>

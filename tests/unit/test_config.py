@@ -53,6 +53,9 @@ def test_saved_tree_reads_back_equal_and_second_save_changes_nothing(tmp_path: P
         ("train.steps", r"not of the form section\.key=value"),
         ("seed.x=1", r"seed=\{'x': 1\}: Input should be a valid integer"),
         ("prompt.template.x=1", "template is a value, not a section"),
+        ("steps=26", "steps is unknown; did you mean"),
+        ("tracking.mlflow_uri=http://ada:secret@host", "the address at host carries a user or password; parameters are recorded"),
+        ("judge.url=http://ada:secret@host/v1", "the address at host carries a user or password; parameters are recorded"),
     ],
 )
 def test_a_bad_override_is_named(override: str, message: str) -> None:

@@ -51,6 +51,18 @@ def test_a_policy_is_stale_when_its_model_folder_changed(tmp_path: Path) -> None
     assert row(resolved, space, "policy")[0] == "current"
 
 
+def test_an_edit_in_place_of_the_users_model_leaves_the_policy_as_it_was(tmp_path: Path) -> None:
+    """The policy held hard links to the user's files."""
+    model = chain_model.build(tmp_path / "model", {"tick": "tock", "tock": "tick"})
+    resolved = config.load_profile("laptop", ["policy.source=folder", f"policy.path={model}", "policy.warm_up=false"])
+    space = Workspace(tmp_path / "workspace")
+    run_stage("policy", resolved, space)
+    with (model / "config.json").open("a") as edited:
+        edited.write("\n\n")
+    assert manifest.load(space.folder("policy"), verify=True).stage == "policy", "a file that changed is refused"
+    assert not (space.folder("policy") / "config.json").read_text().endswith("\n\n")
+
+
 @pytest.mark.parametrize("left", [[], ["README.md"]])
 def test_a_policy_stays_current_where_its_source_is_not(tmp_path: Path, left: list[str]) -> None:
     """`dvc pull` brings the artifact to machines that never had the model folder; an unmounted disk leaves an empty one."""
