@@ -33,8 +33,18 @@ CHOICES: dict[str, list[str]] = {
 
 
 @pytest.fixture(scope="module")
-def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return workspace(tmp_path_factory.mktemp("knobs") / AWKWARD, *SIZE)
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, bytes]:
+    """What comes before training, and the parameters it was built with."""
+    space = workspace(tmp_path_factory.mktemp("knobs") / AWKWARD, *SIZE)
+    return space, (space.root / "params.yaml").read_bytes()
+
+
+@pytest.fixture
+def space(built: tuple[Workspace, bytes]) -> Workspace:
+    """Return the workspace without the choices of the test before, which its training wrote to params.yaml."""
+    space, parameters = built
+    (space.root / "params.yaml").write_bytes(parameters)
+    return space
 
 
 def trained(space: Workspace, *overrides: str) -> list[dict[str, Any]]:
