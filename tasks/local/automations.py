@@ -1,6 +1,7 @@
 """`python -m tasks.local.automations`: what the Prefect server does by itself when a run goes wrong, and its limits. Knows events.
 
-Invariants: (1) each is found by its name: applying again changes it and makes no second one; (2) one that a user turned off stays off.
+Invariants: (1) each is found by its name: applying again changes it and makes no second one; (2) one that a user turned off stays off;
+(3) one that is as it should be is left alone, and with it the runs that it waits to hear of.
 A message is sent where RESEARCH_NOTIFY_BLOCK names a notification block, as TYPE/NAME, for example slack-webhook/operations.
 """
 
@@ -124,7 +125,11 @@ def _applied(client: SyncPrefectClient, automation: AutomationCore) -> str:
     # A server may hold the same one twice, from before they were found by name.
     for twin in standing[1:]:
         client.delete_automation(twin.id)
-    client.update_automation(standing[0].id, automation.model_copy(update={"enabled": standing[0].enabled}))
+    wanted = automation.model_copy(update={"enabled": standing[0].enabled})
+    # What is changed gets another trigger, which waits to hear of no run that it has not heard itself.
+    if AutomationCore.model_validate(standing[0].model_dump()) != wanted:
+        client.update_automation(standing[0].id, wanted)
+        return "changed"
     return "kept"
 
 

@@ -37,6 +37,19 @@ def test_applied_twice_each_stands_once_and_twins_go(client: SyncPrefectClient) 
     assert {item.name: item.enabled for item in standing} == {name: name != "A run is silent" for name in NAMES}
 
 
+def test_what_is_as_it_should_be_is_left_alone_and_what_is_not_is_changed(client: SyncPrefectClient) -> None:
+    wanted = automations.all_automations(None)
+    automations.apply(client, wanted)
+    client.update_automation(client.read_automations_by_name("A run is late")[0].id, wanted[0].model_copy(update={"name": "A run is late"}))
+    triggers = lambda: {item["name"]: item["trigger"]["id"] for item in client.request("POST", "/automations/filter", json={}).json()}  # noqa: E731
+    before = triggers()
+    said = automations.apply(client, wanted)
+    assert [line for line in said if not line.startswith("kept: ")] == ["changed: A run is late"]
+    assert {name for name, trigger in triggers().items() if before[name] != trigger} == {"A run is late"}
+    (late,) = [item for item in wanted if item.name == "A run is late"]
+    assert client.read_automations_by_name("A run is late")[0].trigger == late.trigger
+
+
 def test_a_silent_run_is_crashed_after_several_heartbeats(client: SyncPrefectClient) -> None:
     automations.apply(client, automations.all_automations(None))
     (silent,) = client.read_automations_by_name("A run is silent")

@@ -18,6 +18,7 @@ from research_rl.paths import CHECKOUT
 from research_rl.retriever import TOKEN
 from research_rl.training.run.metrics_log import MetricsLog
 from tasks.local import compose, exporter, kubernetes
+from tasks.settings import LASTING
 from tests.exposed import agent_metrics, retriever_metrics
 from tests.knowledge import built
 
@@ -105,6 +106,14 @@ def test_prefect_in_compose_asks_for_a_key_that_is_in_no_file_and_answers_no_for
         item.removeprefix("http://") for item in origins
     }
     assert "*" not in origins
+
+
+def test_prefect_keeps_the_same_over_an_outage_in_compose_and_on_a_cluster_as_on_one_machine() -> None:
+    deployment = next(part for part in yaml.safe_load_all((INFRA / "k8s/base/prefect.yaml").read_text()) if part["kind"] == "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    on_cluster = {item["name"]: item.get("value") for item in container["env"]}
+    for environment in (SERVICES["prefect"]["environment"], on_cluster):
+        assert LASTING.items() <= environment.items()
 
 
 def test_kubernetes_manifests_fit_their_schemas_and_the_service() -> None:

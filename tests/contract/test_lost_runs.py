@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from uuid import UUID
 
@@ -14,6 +16,7 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.events.schemas.events import Event, Resource
 from prefect.states import Crashed, Pending, Running
 
 from tasks import limits
@@ -83,6 +86,33 @@ def test_a_silent_run_goes_on_and_no_other(client: SyncPrefectClient, deployment
     assert [client.read_flow_run(run.id).state_name for run in (other, often)] == ["Crashed", "Crashed"]
     found = client.read_flow_run(once.id).state
     assert found is not None and found.is_scheduled() and found.state_details.scheduled_time is not None
+
+
+def heard(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Let the server hear a heartbeat of a run, as its process sends it."""
+    resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name}
+    event = Event(event="prefect.flow-run.heartbeat", resource=Resource.model_validate(resource))
+    client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
+
+
+def test_a_run_is_called_silent_after_an_outage_in_which_its_automation_was_applied_again(
+    server: Server, client: SyncPrefectClient, deployment: UUID
+) -> None:
+    run = client.create_flow_run_from_deployment(deployment)
+    for state in (Pending(), Running()):
+        client.set_flow_run_state(run.id, state, force=True)
+    heard(client, run)
+    with closing(sqlite3.connect(server.home / "prefect.db")) as database:
+        waited_for = lambda: any(str(run.id) in key for (key,) in database.execute("SELECT bucketing_key FROM automation_bucket"))  # noqa: E731
+        assert until(waited_for, over=lambda: server.process.poll() is not None)
+        automations.apply(client, automations.all_automations(None))
+        server.kill()
+        # As if it had stood still for an hour.
+        with database:
+            for table, column in (("automation_bucket", "start"), ("automation_bucket", "end"), ("flow_run_state", "timestamp")):
+                database.execute(f"UPDATE {table} SET \"{column}\" = strftime('%Y-%m-%d %H:%M:%f', \"{column}\", '-1 hour')")
+    server.start()
+    assert until(lambda: client.read_flow_run(run.id).state_name == "AwaitingRetry", pause_s=1.0)
 
 
 def test_a_queue_gives_out_one_run_at_a_time_and_the_next_after_a_crash(client: SyncPrefectClient, deployment: UUID) -> None:
