@@ -84,7 +84,9 @@ def _ours(folder: Path, rows: int, model: Path) -> str:
             staging.counts["corpus"] = rows
             if stage == "download":
                 os.link(folder / "corpus.jsonl", staging.path / "corpus.jsonl")
-    tree = {"encoder": {"kind": "sentence", "model": str(model), "dim": DIM}, "retriever": {"threads": 1}}
+    # One thread, as the pattern has by OMP_NUM_THREADS: threads that share a core take more of its time, and more memory.
+    one = {"threads": 1}
+    tree = {"encoder": {"kind": "sentence", "model": str(model), "dim": DIM}, "encoding": one, "retriever": one}
     config = Config.model_validate(tree)
     for stage in ("corpus", "embed", "index"):
         parents = {name: manifest.load(workspace.folder(name)) for name in STAGES[stage].parents}
