@@ -22,7 +22,7 @@ __all__ = [
     "HEARTBEAT",
     "HEARTBEAT_S",
     "KEYS",
-    "LASTING",
+    "LEASES",
     "PATIENCE",
     "apply",
     "keys",
@@ -42,13 +42,9 @@ PATIENCE = {"PREFECT_CLIENT_MAX_RETRIES": "3"}
 HEARTBEAT_S = 30
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S)}
 """A run says so often that it lives; the automation that finds killed runs waits for a few of these."""
-LASTING = {
-    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-    "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D",
-}
-"""What the server still knows after an outage. Who holds a place of a limit: by default that is in its memory, and the place of a run that
-died would never come free. Whom it waits to hear of: by default it forgets that when the answer is a minute late, and a run whose machine
-stood still for longer would never be called silent. P7D: 7 days, for which it keeps the events themselves."""
+LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+"""The server keeps in PREFECT_HOME who holds a place of a limit. By default that is in its memory: once it was started again, the place of
+a run that died would never come free."""
 _SERVERS = {"PREFECT_API_URL": "prefect-server", "MLFLOW_TRACKING_URI": "mlflow-server"}
 _MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _TOML = "prefect.toml"

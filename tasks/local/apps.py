@@ -12,7 +12,7 @@ from pathlib import Path
 from research_rl.paths import CHECKOUT, PYTHON
 from research_rl.process.access import Access, Guard, basic
 from tasks.local import sign_in
-from tasks.settings import LASTING
+from tasks.settings import LEASES
 from tasks.sqlite import sqlite_uri
 
 __all__ = ["command", "mlflow", "mlflow_environment", "prefect", "prefect_environment"]
@@ -42,7 +42,7 @@ def prefect_environment(port: int, auth_string: str) -> dict[str, str]:
         "PREFECT_SERVER_API_AUTH_STRING": auth_string,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": _origins(port),
         "PREFECT__SERVER_FINAL": "1",
-        **LASTING,
+        **LEASES,
     }
 
 

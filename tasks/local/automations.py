@@ -14,10 +14,11 @@ from datetime import timedelta
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.actions import ActionTypes, ChangeFlowRunState, DoNothing, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-from prefect.events.schemas.events import ResourceSpecification
+from prefect.events.schemas.events import Event, Resource, ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
 from research_rl.errors import ConfigError, ResearchError
@@ -25,7 +26,7 @@ from research_rl.terminal import say
 from tasks import limits
 from tasks.settings import HEARTBEAT_S
 
-__all__ = ["BLOCK", "all_automations", "apply", "main"]
+__all__ = ["BLOCK", "all_automations", "apply", "main", "watch"]
 
 BLOCK = "RESEARCH_NOTIFY_BLOCK"
 _SILENT = timedelta(seconds=8 * HEARTBEAT_S)
@@ -133,6 +134,26 @@ def _applied(client: SyncPrefectClient, automation: AutomationCore) -> str:
     return "kept"
 
 
+def watch(client: SyncPrefectClient) -> list[str]:
+    """Let the server wait to hear of every run that is said to be running, as after a heartbeat of it; return one line for each.
+
+    It forgets them in an outage of more than five minutes, and whenever an automation is changed. One that lives is heard within
+    HEARTBEAT_S; one that was never heard belongs to a client that sends no heartbeats.
+    """
+    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    return [f"waits to hear of: {run.name}" for run in client.read_flow_runs(flow_run_filter=running) if _watched(client, run)]
+
+
+def _watched(client: SyncPrefectClient, run: FlowRun) -> bool:
+    resource = {"prefect.resource.id": f"{_RUN}{run.id}", "prefect.resource.name": run.name}
+    asked = {"filter": {"event": {"name": [f"{_RUN}heartbeat"]}, "resource": {"id": [resource["prefect.resource.id"]]}}, "limit": 1}
+    if not client.request("POST", "/events/filter", json=asked).raise_for_status().json()["total"]:
+        return False
+    heartbeat = Event(event=f"{_RUN}heartbeat", resource=Resource.model_validate(resource))
+    client.request("POST", "/events", json=[heartbeat.model_dump(mode="json")]).raise_for_status()
+    return True
+
+
 def _block(client: SyncPrefectClient) -> UUID | None:
     """Return the notification block that the environment names. Raises ConfigError when the server has none of that name."""
     if not (named := os.environ.get(BLOCK, "").strip()):
@@ -147,10 +168,11 @@ def _block(client: SyncPrefectClient) -> UUID | None:
 
 
 def main() -> int:
-    """Apply all automations and limits to the configured server; return the exit code."""
+    """Apply all automations and limits to the configured server, and let it wait for what runs; return the exit code."""
     try:
         with get_client(sync_client=True) as client:
-            say("\n".join([*apply(client, all_automations(_block(client))), *limits.apply(client), *limits.apply_to_queues(client)]))
+            applied = [*apply(client, all_automations(_block(client))), *limits.apply(client), *limits.apply_to_queues(client)]
+            say("\n".join([*applied, *watch(client)]))
     except ResearchError as error:
         say(f"automations: {error}", sys.stderr)
         return 1

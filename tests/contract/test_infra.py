@@ -18,7 +18,7 @@ from research_rl.paths import CHECKOUT
 from research_rl.retriever import TOKEN
 from research_rl.training.run.metrics_log import MetricsLog
 from tasks.local import compose, exporter, kubernetes
-from tasks.settings import LASTING
+from tasks.settings import LEASES
 from tests.exposed import agent_metrics, retriever_metrics
 from tests.knowledge import built
 
@@ -113,7 +113,7 @@ def test_prefect_keeps_the_same_over_an_outage_in_compose_and_on_a_cluster_as_on
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     on_cluster = {item["name"]: item.get("value") for item in container["env"]}
     for environment in (SERVICES["prefect"]["environment"], on_cluster):
-        assert LASTING.items() <= environment.items()
+        assert LEASES.items() <= environment.items()
 
 
 def test_kubernetes_manifests_fit_their_schemas_and_the_service() -> None:

@@ -95,24 +95,32 @@ def heard(client: SyncPrefectClient, run: FlowRun) -> None:
     client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
 
 
-def test_a_run_is_called_silent_after_an_outage_in_which_its_automation_was_applied_again(
+def test_a_run_is_waited_for_after_a_start_that_applied_its_automation_again_and_after_a_long_outage(
     server: Server, client: SyncPrefectClient, deployment: UUID
 ) -> None:
-    run = client.create_flow_run_from_deployment(deployment)
-    for state in (Pending(), Running()):
-        client.set_flow_run_state(run.id, state, force=True)
+    def waited_for(run: FlowRun) -> bool:
+        with closing(sqlite3.connect(server.home / "prefect.db")) as database:
+            triggers = {item["trigger"]["id"] for item in client.request("POST", "/automations/filter", json={}).json()}
+            rows = database.execute("SELECT trigger_id, bucketing_key FROM automation_bucket WHERE \"end\" > datetime('now')").fetchall()
+        return any(trigger in triggers and str(run.id) in key for trigger, key in rows)
+
+    run, unheard = (client.create_flow_run_from_deployment(deployment) for _ in range(2))
+    for each in (run, unheard):
+        for state in (Pending(), Running()):
+            client.set_flow_run_state(each.id, state, force=True)
     heard(client, run)
-    with closing(sqlite3.connect(server.home / "prefect.db")) as database:
-        waited_for = lambda: any(str(run.id) in key for (key,) in database.execute("SELECT bucketing_key FROM automation_bucket"))  # noqa: E731
-        assert until(waited_for, over=lambda: server.process.poll() is not None)
-        automations.apply(client, automations.all_automations(None))
-        server.kill()
-        # As if it had stood still for an hour.
-        with database:
-            for table, column in (("automation_bucket", "start"), ("automation_bucket", "end"), ("flow_run_state", "timestamp")):
-                database.execute(f"UPDATE {table} SET \"{column}\" = strftime('%Y-%m-%d %H:%M:%f', \"{column}\", '-1 hour')")
+    assert until(lambda: waited_for(run), over=lambda: server.process.poll() is not None)
+    automations.apply(client, automations.all_automations(None))
+    assert waited_for(run), "applying again forgets nobody"
+    # The server writes events down some seconds after it heard them.
+    assert until(lambda: automations.watch(client), pause_s=1.0)
+    server.kill()
+    with closing(sqlite3.connect(server.home / "prefect.db")) as database, database:
+        # As the server does after an outage of more than five minutes.
+        database.execute("DELETE FROM automation_bucket")
     server.start()
-    assert until(lambda: client.read_flow_run(run.id).state_name == "AwaitingRetry", pause_s=1.0)
+    assert automations.watch(client) == [f"waits to hear of: {run.name}"]
+    assert until(lambda: waited_for(run)) and not waited_for(unheard)
 
 
 def test_a_queue_gives_out_one_run_at_a_time_and_the_next_after_a_crash(client: SyncPrefectClient, deployment: UUID) -> None:
