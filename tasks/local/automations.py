@@ -26,7 +26,7 @@ from research_rl.terminal import say
 from tasks import limits
 from tasks.settings import HEARTBEAT_S
 
-__all__ = ["BLOCK", "all_automations", "apply", "main", "watch"]
+__all__ = ["BLOCK", "all_automations", "apply", "beat", "main", "watch"]
 
 BLOCK = "RESEARCH_NOTIFY_BLOCK"
 _SILENT = timedelta(seconds=8 * HEARTBEAT_S)
@@ -141,17 +141,22 @@ def watch(client: SyncPrefectClient) -> list[str]:
     HEARTBEAT_S; one that was never heard belongs to a client that sends no heartbeats.
     """
     running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
-    return [f"waits to hear of: {run.name}" for run in client.read_flow_runs(flow_run_filter=running) if _watched(client, run)]
+    heard = [run for run in client.read_flow_runs(flow_run_filter=running) if _was_heard(client, run)]
+    for run in heard:
+        beat(client, run)
+    return [f"waits to hear of: {run.name}" for run in heard]
 
 
-def _watched(client: SyncPrefectClient, run: FlowRun) -> bool:
+def beat(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Send a heartbeat in the name of a run."""
     resource = {"prefect.resource.id": f"{_RUN}{run.id}", "prefect.resource.name": run.name}
-    asked = {"filter": {"event": {"name": [f"{_RUN}heartbeat"]}, "resource": {"id": [resource["prefect.resource.id"]]}}, "limit": 1}
-    if not client.request("POST", "/events/filter", json=asked).raise_for_status().json()["total"]:
-        return False
     heartbeat = Event(event=f"{_RUN}heartbeat", resource=Resource.model_validate(resource))
     client.request("POST", "/events", json=[heartbeat.model_dump(mode="json")]).raise_for_status()
-    return True
+
+
+def _was_heard(client: SyncPrefectClient, run: FlowRun) -> bool:
+    asked = {"filter": {"event": {"name": [f"{_RUN}heartbeat"]}, "resource": {"id": [f"{_RUN}{run.id}"]}}, "limit": 1}
+    return client.request("POST", "/events/filter", json=asked).raise_for_status().json()["total"] > 0
 
 
 def _block(client: SyncPrefectClient) -> UUID | None:

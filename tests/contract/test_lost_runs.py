@@ -16,7 +16,6 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.events.schemas.events import Event, Resource
 from prefect.states import Crashed, Pending, Running
 
 from tasks import limits
@@ -88,13 +87,6 @@ def test_a_silent_run_goes_on_and_no_other(client: SyncPrefectClient, deployment
     assert found is not None and found.is_scheduled() and found.state_details.scheduled_time is not None
 
 
-def heard(client: SyncPrefectClient, run: FlowRun) -> None:
-    """Let the server hear a heartbeat of a run, as its process sends it."""
-    resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name}
-    event = Event(event="prefect.flow-run.heartbeat", resource=Resource.model_validate(resource))
-    client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
-
-
 def test_a_run_is_waited_for_after_a_start_that_applied_its_automation_again_and_after_a_long_outage(
     server: Server, client: SyncPrefectClient, deployment: UUID
 ) -> None:
@@ -108,7 +100,7 @@ def test_a_run_is_waited_for_after_a_start_that_applied_its_automation_again_and
     for each in (run, unheard):
         for state in (Pending(), Running()):
             client.set_flow_run_state(each.id, state, force=True)
-    heard(client, run)
+    automations.beat(client, run)
     assert until(lambda: waited_for(run), over=lambda: server.process.poll() is not None)
     automations.apply(client, automations.all_automations(None))
     assert waited_for(run), "applying again forgets nobody"
